@@ -1,0 +1,40 @@
+# The course's commands. Everything is installed into .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+ONLY ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help course lab test bench export outputs study clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 16
+
+# made once, and again when the dependencies change
+.venv/ready: settings.ini setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+course: .venv/ready ## run every lesson on a Jupyter kernel into _course/ (ONLY=03 runs one)
+	@$(BIN)/python tools/course.py course $(ONLY)
+
+lab: .venv/ready ## open JupyterLab on the lessons
+	$(BIN)/jupyter lab --notebook-dir=. nbs
+
+test: .venv/ready ## the whole gate: export in sync, notebooks clean, lessons under IN_TEST, pytest
+	@$(BIN)/python tools/gate.py
+
+bench: .venv/ready ## one table of ratios against peers
+	@$(BIN)/python bench/run.py
+
+export: .venv/ready ## write restore_lib/ from nbs/
+	$(BIN)/nbdev-export
+
+outputs: .venv/ready ## run a lesson for real and keep its outputs in place (ONLY=03)
+	@$(BIN)/python tools/course.py outputs $(ONLY)
+
+study: .venv/ready ## run a lesson with the study budget in the background, resumable (ONLY=03)
+	@$(BIN)/python tools/course.py study $(ONLY)
+
+clean: ## remove what the commands above made (not .venv)
+	rm -rf _course build *.egg-info .pytest_cache

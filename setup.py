@@ -1,0 +1,13 @@
+"Hands settings.ini, the single place for metadata and dependencies, to setuptools."
+from configparser import ConfigParser
+from setuptools import setup
+
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf-8')
+s = config['DEFAULT']
+
+setup(
+    version=s['version'], description=s['description'], python_requires=f">={s['min_python']}",
+    install_requires=s['requirements'].split(), extras_require={'dev': s['dev_requirements'].split()},
+    entry_points={'console_scripts': s['console_scripts'].split()},
+)
