@@ -1,11 +1,12 @@
 """Runs lessons on a real Jupyter kernel: `course` into _course/, `outputs` in place, `study` in the background."""
-import html, os, re, shutil, subprocess, sys, time
+import base64, html, io, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT/'_course'
@@ -23,7 +24,7 @@ def execute(path):
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(nb, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    client = NotebookClient(nb, timeout=None, extra_arguments=['--log-level=ERROR'], kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
     try: client.execute()
     except (CellExecutionError, DeadKernelError) as error:
         print('FAILED', flush=True)
@@ -34,14 +35,24 @@ def execute(path):
     return nb
 
 
+def smaller(png):
+    "The same picture, base64 in and out, without an unused alpha channel."
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if image.mode == 'RGBA' and image.getextrema()[3] == (255, 255): image = image.convert('RGB')
+    image.save(out := io.BytesIO(), 'PNG', optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+
 def tidy(nb):
-    "Drops what only a live terminal can show: progress bars, counts, run metadata."
+    "Drops what only a live terminal can show (progress bars, counts, run metadata); makes pictures smaller, losslessly."
     for cell in nb.cells:
         cell.metadata.pop('execution', None)
         if cell.cell_type != 'code': continue
         cell.execution_count = None
         cell.outputs = [o for o in cell.outputs if not (o.output_type == 'stream' and o.name == 'stderr' and '\r' in o.text)]
-        for o in cell.outputs: o.pop('execution_count', None) if o.output_type != 'execute_result' else o.update(execution_count=None)
+        for o in cell.outputs:
+            if o.output_type == 'execute_result': o.execution_count = None
+            if 'image/png' in o.get('data', {}): o.data['image/png'] = smaller(o.data['image/png'])
     return nb
 
 

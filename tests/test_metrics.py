@@ -1,0 +1,443 @@
+"""What lesson 02 does not teach: parity with the reference libraries, hand counts, devices and dtypes, bad input."""
+import math, urllib.error, warnings
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+
+from restore_lib import metrics as M
+from restore_lib.data import data_home, digits, photos
+from restore_lib.metrics import LPIPS, Scores, Table, count_macs, count_params, evaluate, human, latency, lpips_distance, peak_memory, psnr, ssim, to_y
+
+DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'))]
+
+
+@pytest.fixture(scope='module')
+def photo(): return photos('test')['coffee'][None, :, 100:260, 200:377]      # (1, 3, 160, 177)
+
+
+def noisy(x, sigma=.1, seed=0): return x + sigma*torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sk_ssim(a, b, data_range=1):
+    return structural_similarity(a.double().numpy(), b.double().numpy(), gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                 channel_axis=0, data_range=data_range)
+
+
+# PSNR and SSIM ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 5])
+@pytest.mark.parametrize('size', [(11, 11), (11, 40), (33, 64)])
+def test_ssim_equals_skimage(channels, size):
+    g = torch.Generator().manual_seed(channels)
+    a = torch.rand(3, channels, *size, generator=g)
+    b = noisy(a, .2)
+    assert np.allclose(ssim(a, b), [sk_ssim(p, q) for p, q in zip(a, b)], atol=1e-6)
+
+
+def test_ssim_on_photographs(photo):
+    worst = 0
+    for b in (noisy(photo, .02), photo*.5, photo.roll(3, -1), 1 - photo, torch.full_like(photo, .7), photo + 1e-3):
+        worst = max(worst, abs(ssim(photo, b).item() - sk_ssim(photo[0], b[0])))
+    assert worst < 5e-6
+    flat = torch.full_like(photo, .8)                                        # the hard case for E[x^2] - E[x]^2
+    assert abs(ssim(flat, noisy(flat, 1e-3)).item() - sk_ssim(flat[0], noisy(flat, 1e-3)[0])) < 2e-5
+
+
+def test_ssim_equals_torchmetrics(photo):
+    from torchmetrics.functional.image import structural_similarity_index_measure as theirs
+    b = noisy(photo)
+    mean, full = theirs(photo, b, data_range=1., gaussian_kernel=True, sigma=1.5, return_full_image=True)
+    assert abs(ssim(photo, b).item() - full[..., 5:-5, 5:-5].mean().item()) < 1e-5    # where the whole window fits
+    assert abs(ssim(photo, b).item() - mean.item()) < 5e-3                            # its own mean includes a reflected rim
+
+
+@pytest.mark.parametrize('data_range', [1, 2, 255.])
+def test_data_range_is_a_unit(photo, data_range):
+    b = noisy(photo)
+    assert torch.allclose(psnr(photo*data_range, b*data_range, data_range), psnr(photo, b), atol=1e-3)
+    assert torch.allclose(ssim(photo*data_range, b*data_range, data_range), ssim(photo, b), atol=1e-5)
+    assert abs(ssim(photo*data_range, b*data_range, data_range).item() - sk_ssim(photo[0]*data_range, b[0]*data_range, data_range)) < 1e-5
+
+
+def test_psnr_equals_skimage_and_is_inf_for_identical(photo):
+    batch = torch.cat([photo, photo.flip(-1), photo])
+    other = torch.cat([noisy(photo, .001), noisy(photo, .5).flip(-1), photo])
+    got = psnr(batch, other)
+    for k in range(2):
+        assert abs(got[k].item() - peak_signal_noise_ratio(batch[k].double().numpy(), other[k].double().numpy(), data_range=1)) < 1e-4
+    assert got[2] == math.inf and ssim(photo, photo).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_psnr_sum_is_accurate():
+    x = torch.full((1, 1, 3000, 3000), .3)
+    assert abs(psnr(x, x + 2**-10).item() - 20*math.log10(1024)) < 1e-3
+
+
+@pytest.mark.parametrize('fn', [psnr, ssim])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(fn, dtype, photo):
+    a, b = photo.to(dtype), noisy(photo).to(dtype)
+    out = fn(a, b)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.allclose(out.double(), fn(a.double(), b.double()), atol=1e-4)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_devices(device, photo):
+    b = noisy(photo)
+    for fn in (psnr, ssim): assert torch.allclose(fn(photo.to(device), b.to(device)).cpu(), fn(photo, b), atol=1e-5)
+
+
+def test_autocast_does_not_lower_the_precision(photo):
+    b = noisy(photo)
+    with torch.autocast('cpu', dtype=torch.bfloat16): inside = ssim(photo, b), psnr(photo, b)
+    assert torch.equal(inside[0], ssim(photo, b)) and torch.equal(inside[1], psnr(photo, b))
+
+
+def test_gradients():
+    a, b = (torch.rand(2, 2, 13, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    for fn in (ssim, psnr):
+        assert torch.autograd.gradcheck(fn, (a.clone().requires_grad_(), b.clone().requires_grad_()))
+
+
+def test_ascending_ssim_restores(photo):
+    x, y = photo[:, :1, :64, :64], noisy(photo)[:, :1, :64, :64].clone().requires_grad_()
+    start = ssim(y, x).item()
+    opt = torch.optim.Adam([y], .01)
+    for _ in range(30): opt.zero_grad(), (1 - ssim(y, x).mean()).backward(), opt.step()
+    assert ssim(y, x).item() > start + .2
+
+
+@pytest.mark.parametrize('fn', [psnr, ssim])
+def test_bad_images(fn, photo):
+    x = photo
+    with pytest.raises(ValueError, match=r'\(1, 3, 160, 177\).*\(1, 3, 160, 176\)'): fn(x, x[..., 1:])
+    with pytest.raises(ValueError, match='shape'): fn(x, x[:, :1])            # no broadcasting
+    with pytest.raises(ValueError, match='b holds 1 values that are NaN'): fn(x, x.clone().index_put_((torch.tensor(0),)*4, torch.tensor(float('nan'))))
+    with pytest.raises(ValueError, match='expected'): fn(x[0], x[0])
+    with pytest.raises(TypeError, match='uint8'): fn((x*255).byte(), x)
+    with pytest.raises(TypeError, match='ndarray'): fn(x, x.numpy())
+    with pytest.raises(ValueError, match='0 to 255'): fn(x, x*255)
+    with pytest.raises(ValueError, match='at least one pixel'): fn(x[..., :0], x[..., :0])
+    for bad in (0, -1, float('nan'), '1', None):
+        with pytest.raises(ValueError, match='data_range'): fn(x, x, data_range=bad)
+
+
+def test_too_small_for_ssim():
+    with pytest.raises(ValueError, match=r'\(1, 1, 20, 10\).*11 pixels'): ssim(torch.rand(1, 1, 20, 10), torch.rand(1, 1, 20, 10))
+
+
+def test_half_normalised_perfect_restoration():
+    x, _ = digits(500)
+    assert psnr(x, 2*x - 1).mean() < 1.5
+
+
+@pytest.mark.skipif(not (data_home()/'mnist').is_dir(), reason='MNIST is not in data_home()')
+def test_half_normalised_perfect_restoration_on_mnist():
+    x, _ = digits(5000, source='mnist')
+    for padding, db in ((0, .70), (2, .53)):                                 # at 28 x 28, and padded to 32 x 32 as in the system that did it
+        z = F.pad(x, (padding,)*4)
+        assert abs(-10*(2*z - 1 - z).square().mean().log10().item() - db) < .03
+
+
+# Y channel -------------------------------------------------------------------------------------------------------------
+
+def test_to_y_equals_skimage(photo):
+    from skimage.color import rgb2ycbcr
+    assert np.allclose(to_y(photo)[0, 0].numpy()*255, rgb2ycbcr(photo[0].permute(1, 2, 0).numpy())[..., 0], atol=1e-3)
+    with pytest.raises(ValueError, match='1 channels'): to_y(photo[:, :1])
+
+
+# LPIPS -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def squeeze(): return lpips_distance('squeeze', weights='random')
+
+
+def test_random_lpips(squeeze, photo):
+    assert squeeze.name == 'LPIPS-squeeze (random weights)'
+    b = noisy(photo)
+    d = squeeze(torch.cat([photo, photo]), torch.cat([b, photo]))
+    assert d.shape == (2,) and d[0] > 0 and d[1] == 0
+    assert torch.allclose(d[:1], squeeze.model(photo, b, normalize=True).flatten(), atol=1e-6)   # the package's own [0, 1]
+    grey = photo.mean(1, keepdim=True)
+    assert torch.allclose(squeeze(grey, grey*.5), squeeze(grey.repeat(1, 3, 1, 1), grey.repeat(1, 3, 1, 1)*.5))
+
+
+def test_random_lpips_is_seeded_and_leaves_the_generator_alone(squeeze, photo):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    again, other = lpips_distance('squeeze', weights='random'), lpips_distance('squeeze', weights='random', seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    b = noisy(photo)
+    assert torch.equal(again(photo, b), squeeze(photo, b)) and not torch.equal(other(photo, b), squeeze(photo, b))
+
+
+def test_lpips_stays_in_eval_without_parameter_gradients(squeeze, photo):
+    holder = nn.ModuleList([squeeze]).train()
+    assert not any(m.training for m in squeeze.modules()) and holder.training
+    y = noisy(photo).requires_grad_()
+    squeeze(y, photo).sum().backward()
+    assert y.grad.abs().sum() > 0 and not any(p.requires_grad or p.grad is not None for p in squeeze.parameters())
+
+
+def test_lpips_linear_weights_are_the_packages(squeeze):
+    from importlib.util import find_spec
+    from pathlib import Path
+    saved = torch.load(Path(find_spec('lpips').origin).parent/'weights/v0.1/squeeze.pth', map_location='cpu', weights_only=True)
+    mine = squeeze.model.state_dict()
+    assert saved and all(torch.equal(mine[k], v) for k, v in saved.items())
+
+
+@pytest.mark.parametrize('net, least', [('alex', 31), ('squeeze', 17)])
+def test_smallest_lpips_image(net, least):
+    m = lpips_distance(net, weights='random')
+    assert m(torch.rand(1, 3, least, least), torch.rand(1, 3, least, least)).isfinite().all()
+    with pytest.raises(ValueError, match=f'at least {least} pixels'): m(torch.rand(1, 3, least - 1, 64), torch.rand(1, 3, least - 1, 64))
+    with pytest.raises(RuntimeError): m.model(torch.rand(1, 3, least - 1, least - 1), torch.rand(1, 3, least - 1, least - 1))
+
+
+def test_bad_lpips(squeeze):
+    with pytest.raises(ValueError, match="net is 'resnet'"): lpips_distance('resnet')
+    with pytest.raises(ValueError, match="weights is 'imagenet'"): lpips_distance('vgg', weights='imagenet')
+    with pytest.raises(ValueError, match='2 channels'): squeeze(torch.rand(1, 2, 32, 32), torch.rand(1, 2, 32, 32))
+
+
+@pytest.fixture
+def hub(tmp_path):
+    old = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path))
+    yield tmp_path
+    torch.hub.set_dir(old)
+
+
+def test_missing_trunk_says_what_to_do(hub):
+    with pytest.raises(FileNotFoundError) as e: lpips_distance()
+    assert 'vgg16-397923af.pth' in str(e.value) and 'download=True' in str(e.value) and str(hub) in str(e.value)
+    assert 'https://' in str(e.value)
+
+
+def test_unreachable_download(hub, monkeypatch):
+    def fail(*a, **k): raise urllib.error.URLError('no route')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    with pytest.raises(FileNotFoundError, match='alexnet.*could not be fetched.*no route.*put https://'): lpips_distance('alex', download=True)
+
+
+def test_damaged_trunk(hub):
+    (hub/'checkpoints').mkdir()
+    (hub/'checkpoints/squeezenet1_1-b8a52dc0.pth').write_bytes(b'half a file')
+    with pytest.raises(ValueError, match='damaged'): lpips_distance('squeeze')
+
+
+def test_pretrained_trunk_is_the_file(hub, monkeypatch, photo):
+    "A stand-in file with the right name: its weights, and no others, are in every layer of the trunk."
+    from torchvision import models
+    reference = models.squeezenet1_1(weights=None).eval()
+    (hub/'checkpoints').mkdir()
+    path = hub/'checkpoints/squeezenet1_1-b8a52dc0.pth'
+    torch.save(reference.state_dict(), path)
+    class Hash:
+        def __init__(self, data): assert sha256(data).hexdigest() == sha256(path.read_bytes()).hexdigest()
+        def hexdigest(self): return 'b8a52dc0'
+    monkeypatch.setattr(M, 'sha256', Hash)
+    m = lpips_distance('squeeze')
+    assert m.name == 'LPIPS-squeeze'
+    assert torch.equal(m.model.net(photo)[-1], reference.features(photo))
+
+
+# counting --------------------------------------------------------------------------------------------------------------
+
+def test_count_params():
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 8))
+    m[2].bias.requires_grad_(False)
+    assert count_params(m) == 3*8*9 + 8 + 16 + 64 + 8 and count_params(m, trainable=True) == count_params(m) - 8
+    m.append(m[2])
+    assert count_params(m) == 3*8*9 + 8 + 16 + 64 + 8
+
+
+class Qkv(nn.Module):
+    def forward(self, q, k, v): return F.scaled_dot_product_attention(q, k, v)
+
+
+X = torch.rand(2, 4, 16, 16)
+CASES = {
+    'conv': (nn.Conv2d(4, 8, 3, padding=1), (X,), 2*8*256*4*9),
+    'strided conv': (nn.Conv2d(4, 8, 3, stride=2, padding=1), (X,), 2*8*64*4*9),
+    'dilated conv': (nn.Conv2d(4, 8, 3, dilation=2), (X,), 2*8*144*4*9),
+    'grouped conv': (nn.Conv2d(4, 8, 3, padding=1, groups=2), (X,), 2*8*256*2*9),
+    'depthwise conv': (nn.Conv2d(4, 4, 3, padding=1, groups=4), (X,), 2*4*256*9),
+    'transposed conv': (nn.ConvTranspose2d(4, 8, 4, stride=2, padding=1), (X,), 2*256*4*8*16),
+    'grouped transposed conv': (nn.ConvTranspose2d(4, 8, 4, stride=2, padding=1, groups=2), (X,), 2*256*4*4*16),
+    'conv1d': (nn.Conv1d(4, 6, 5), (X[..., 0],), 2*6*12*4*5),
+    'linear': (nn.Linear(16, 5), (X,), 2*4*16*16*5),
+    'linear, no bias': (nn.Linear(16, 5, bias=False), (X,), 2*4*16*16*5),
+    'bmm': (torch.bmm, (torch.rand(3, 4, 5), torch.rand(3, 5, 6)), 3*4*5*6),
+    'mv': (torch.mv, (torch.rand(7, 5), torch.rand(5)), 35),
+    'dot': (torch.dot, (torch.rand(7), torch.rand(7)), 7),
+    'einsum': (lambda x: torch.einsum('bchw,oc->bohw', x, torch.rand(7, 4)), (X,), 2*7*4*256),
+    'functional conv': (lambda x: F.conv2d(x, torch.rand(2, 4, 3, 3)), (X,), 2*2*196*4*9),
+    'sdpa': (Qkv(), (torch.rand(2, 4, 10, 8), torch.rand(2, 4, 7, 8), torch.rand(2, 4, 7, 8)), 2*4*10*7*16),
+    'sdpa, other v': (Qkv(), (torch.rand(2, 4, 10, 8), torch.rand(2, 4, 7, 8), torch.rand(2, 4, 7, 6)), 2*4*10*7*14),
+    'mha': (lambda z, m=nn.MultiheadAttention(32, 4, batch_first=True).eval(): m(z, z, z, need_weights=False), (torch.rand(2, 10, 32),), 2*(4*10*32*32 + 2*10*10*32)),
+    'mha with weights': (lambda z, m=nn.MultiheadAttention(32, 4, batch_first=True).eval(): m(z, z, z), (torch.rand(2, 10, 32),), 2*(4*10*32*32 + 2*10*10*32)),
+    'encoder layer': (nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), (torch.rand(2, 10, 32),), 2*(4*10*32*32 + 2*10*10*32 + 2*10*32*64)),
+    'lstm': (nn.LSTM(16, 8, batch_first=True), (torch.rand(2, 5, 16),), 2*5*4*8*(16 + 8)),
+    'gru': (nn.GRU(16, 8, batch_first=True), (torch.rand(2, 5, 16),), 2*5*3*8*(16 + 8)),
+    'cdist': (torch.cdist, (torch.rand(40, 8), torch.rand(50, 8)), 40*50*8),
+    'small cdist': (torch.cdist, (torch.rand(4, 8), torch.rand(5, 8)), 4*5*8),
+    'batched cdist': (torch.cdist, (torch.rand(3, 40, 8), torch.rand(3, 50, 8)), 3*40*50*8),
+    'nothing': (nn.ReLU(), (X,), 0)}
+
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('device', DEVICES)
+def test_macs_by_hand(case, device):
+    model, inputs, expected = CASES[case]
+    if device == 'cuda':
+        if not isinstance(model, nn.Module): pytest.skip('makes its weights on the CPU')
+        model, inputs = model.to(device), [t.to(device) for t in inputs]
+    try: assert count_macs(model, *inputs) == expected
+    finally: model.to('cpu') if isinstance(model, nn.Module) else None
+
+
+def test_counting_leaves_no_trace():
+    m = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(.5))
+    m[1].eval()
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    noise = lambda x: m(x) + torch.randn_like(x)
+    state, fused = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
+    count_macs(noise, X), count_macs(m, X), latency(m, X, repeats=1, warmup=0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [k.training for k in m] == [True, False, True] and m.training
+    assert all(torch.equal(before[k], v) for k, v in m.state_dict().items())
+    with pytest.raises(RuntimeError): count_macs(m, X[:, :2])
+    assert [k.training for k in m] == [True, False, True] and torch.backends.mha.get_fastpath_enabled() == fused
+    assert torch.is_grad_enabled()
+
+
+def test_human_never_confuses_units():
+    assert [human(n) for n in (0, 7, 999, 1000, 1.234e6, 4.5e9, 999_600, 999_499, 1e15)] == \
+        ['0', '7', '999', '1 k', '1.23 M', '4.5 G', '1 M', '999 k', '1000 T']
+
+
+def test_latency():
+    import time
+    calls = []
+    def slow(x): calls.append(torch.is_grad_enabled()); time.sleep(.05 if len(calls) <= 2 else .005)
+    assert .004 < latency(slow, X, repeats=5, warmup=2) < .03
+    assert len(calls) == 7 and not any(calls)
+    with pytest.raises(ValueError, match='repeats is 0'): latency(slow, X, repeats=0)
+
+
+def test_peak_memory_by_hand(capfd):
+    x, small = torch.rand(1000, 500), 4096                                   # bytes of wrapped scalars
+    assert 0 <= peak_memory(lambda x: x + 1, x) - 4*x.numel() < small
+    assert 0 <= peak_memory(lambda x: ((x + 1)*2).sum(), x) - 8*x.numel() < small    # both live at once, then freed
+    assert peak_memory(lambda x: x.view(-1), x) < small
+    im = torch.rand(1, 3, 64, 64)
+    assert 27*62*62*4 <= peak_memory(lambda: F.unfold(im, 3)[..., :1]) < 27*62*62*4 + im.numel()*4 + small   # im2col, thrown away
+    assert 'profiler' not in capfd.readouterr().err.lower()
+    with pytest.raises(ZeroDivisionError): peak_memory(lambda: 1/0)
+    assert 0 <= peak_memory(lambda x: x + 1, x) - 4*x.numel() < small        # usable after a failure
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_peak_memory_on_cuda():
+    x = torch.rand(1000, 1000, device='cuda')
+    assert 4*x.numel() <= peak_memory(lambda x: x + 1, x) < 4*x.numel() + 2**20
+
+
+# tables ----------------------------------------------------------------------------------------------------------------
+
+def test_table():
+    t = Table([dict(name='a|b', n=3, v=1.23456), dict(name='c', v=torch.tensor(2.), extra=np.float32(.5))], 'caption')
+    assert t.markdown().splitlines() == ['**caption**', '', '| name | n | v | extra |', '| :--- | ---: | ---: | ---: |',
+                                         '| a\\|b | 3 | 1.23 |  |', '| c |  | 2.00 | 0.50 |']
+    assert t._repr_markdown_() == t.markdown() and len(t.rows) == 2
+    assert repr(t).splitlines()[1:] == ['name  n     v  extra', 'a|b   3  1.23', 'c        2.00   0.50']
+    assert '1.2346' in Table([dict(v=1.23456)], digits=4).markdown()
+    assert Table([dict(u=1.23456, v=1.23456)], digits={'u': 0}).rows and '| 1 | 1.23 |' in Table([dict(u=1.23456, v=1.23456)], digits={'u': 0}).markdown()
+    assert repr(Table([])) == ''
+
+
+@pytest.fixture(scope='module')
+def pairs():
+    g = torch.Generator().manual_seed(0)
+    return {n: (torch.rand(3, *s, generator=g), torch.rand(3, *s, generator=g)) for n, s in dict(a=(20, 30), b=(40, 16)).items()}
+
+
+def test_evaluate(pairs):
+    s = evaluate(lambda y: y*3 - 1, pairs)
+    assert isinstance(s, Scores) and s.names == ['a', 'b'] and set(s.values) == {'PSNR', 'SSIM'}
+    for k, (y, x) in enumerate(pairs.values()):
+        assert s['PSNR'][k] == psnr((y*3 - 1).clamp(0, 1)[None], x[None])[0]
+        assert s['SSIM'][k].item() == pytest.approx(sk_ssim((y*3 - 1).clamp(0, 1), x), abs=1e-5)
+    assert s.mean['PSNR'] == pytest.approx(s['PSNR'].mean().item())
+    lines = s._repr_markdown_().splitlines()
+    assert lines[-1].startswith('| mean |') and len(lines) == 5 and f'{s.mean["SSIM"]:.4f}' in repr(s)
+
+
+def test_evaluate_takes_lists_generators_and_data_sets(pairs):
+    whole = evaluate(lambda y: y, pairs)['PSNR']
+    class Endless(torch.utils.data.Dataset):
+        def __len__(self): return 2
+        def __getitem__(self, i): return list(pairs.values())[i % 2]
+    for p in (list(pairs.values()), iter(pairs.values()), Endless()):
+        s = evaluate(lambda y: y, p, names=['p', 'q'])
+        assert torch.equal(s['PSNR'], whole) and s.names == ['p', 'q']
+    assert evaluate(lambda y: y, list(pairs.values())).names == ['0', '1']
+
+
+def test_evaluate_border_and_size(pairs):
+    up = lambda y: F.interpolate(y, scale_factor=2)
+    x = torch.rand(3, 40, 60)
+    y = F.avg_pool2d(x, 2)
+    s = evaluate(up, [(y, x)], {'PSNR': psnr}, border=2)
+    assert s['PSNR'][0] == psnr(up(y[None])[..., 2:-2, 2:-2], x[None, :, 2:-2, 2:-2])[0]
+    with pytest.raises(ValueError, match='a: the model gave shape'): evaluate(up, pairs)
+    with pytest.raises(ValueError, match='b.*border=8'): evaluate(lambda y: y, {'b': pairs['b']}, border=8)
+    with pytest.raises(ValueError, match='b, SSIM.*11 pixels'): evaluate(lambda y: y, {'b': pairs['b']}, border=3)
+    with pytest.raises(ValueError, match='border is -1'): evaluate(lambda y: y, pairs, border=-1)
+
+
+def test_evaluate_restores_the_mode(pairs):
+    seen = []
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.drop = nn.Conv2d(3, 3, 1), nn.Dropout(.5).eval()
+        def forward(self, y): seen.append((self.training, torch.is_grad_enabled())); return self.conv(y)
+    net = Net()
+    evaluate(net, pairs)
+    assert seen == [(False, False)]*2 and net.training and not net.drop.training
+    with pytest.raises(ValueError): evaluate(net, {'a': (pairs['a'][0], pairs['b'][1])})
+    assert net.training and torch.is_grad_enabled()
+    evaluate(nn.Identity(), pairs)                                            # a module without parameters
+
+
+def test_evaluate_names_random_weights(squeeze, pairs):
+    s = evaluate(lambda y: y, {'a': (torch.rand(1, 32, 32), torch.rand(1, 32, 32))}, {'LPIPS': squeeze})
+    assert list(s.values) == ['LPIPS-squeeze (random weights)'] and 'random weights' in s._repr_markdown_()
+
+
+def test_evaluate_bad_input(pairs):
+    y, x = pairs['a']
+    same = lambda y: y
+    with pytest.raises(ValueError, match='empty'): evaluate(same, [])
+    with pytest.raises(ValueError, match=r'x of bad spans.*\[-1, 1\]'): evaluate(same, {'ok': (y, x), 'bad': (y, 2*x - 1)})
+    with pytest.raises(ValueError, match='bad: the model gave values that are NaN'): evaluate(lambda y: y*float('nan'), {'bad': (y, x)})
+    with pytest.raises(ValueError, match='x of bad holds'): evaluate(same, {'bad': (y, x/0)})
+    with pytest.raises(TypeError, match='x of bad is torch.uint8'): evaluate(same, {'bad': (y, x.byte())})
+    with pytest.raises(TypeError, match='a: the model gave tuple'): evaluate(lambda y: (y,), pairs)
+    with pytest.raises(ValueError, match='names holds 1'): evaluate(same, list(pairs.values()), names=['a'])
+    with pytest.raises(ValueError, match='names holds 1'): evaluate(same, iter(pairs.values()), names=['a'])
+    with pytest.raises(ValueError, match='expected a pair'): evaluate(same, [(y, x, x)])
+
+
+def test_import_is_light():
+    import subprocess, sys
+    code = 'import sys, restore_lib.metrics; print([m for m in ("lpips", "torchvision", "matplotlib", "skimage", "accelerate") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
