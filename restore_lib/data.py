@@ -115,7 +115,7 @@ def show_images(
         im = im.detach().float().cpu()
         outside = ((im < -1e-3) | (im > 1 + 1e-3)).float().mean().item()
         if outside > 0.01: title = f'{title}\n({outside:.0%} clipped)'
-        a.imshow(im.clamp(0, 1).permute(1, 2, 0), cmap='gray', vmin=0, vmax=1)
+        a.imshow(im.clamp(0, 1).permute(1, 2, 0).numpy(), cmap='gray', vmin=0, vmax=1)
         a.set_title(title, fontsize=9)
     if suptitle: fig.suptitle(suptitle, fontsize=10)
     if path: fig.savefig(path)

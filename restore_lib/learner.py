@@ -26,9 +26,9 @@ class ResidualCNN(nn.Module):
     "A plain residual network: convolutions at a reduced resolution predict what the input lacks."
     def __init__(self,
         channels=1,  # of the images
-        width=64,    # channels inside
+        width=48,    # channels inside
         depth=8,     # convolutions
-        down=2,      # pixels of `down` x `down` are folded into channels before the first one
+        down=1,      # pixels of `down` x `down` are folded into channels before the first one
         up=1,        # how many times larger the output is than the input (super-resolution)
     ):
         super().__init__()

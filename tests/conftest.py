@@ -1,0 +1,14 @@
+import pytest
+from pathlib import Path
+
+from restore_lib.data import data_home
+
+
+@pytest.fixture
+def real():
+    "real('ir/tno17_dev'): a folder of real data, or a skip that names what is absent."
+    def find(folder):
+        path = data_home()/folder
+        if not path.exists(): pytest.skip(f'{folder} is not below data_home() (set RESTORE_DATA)')
+        return path
+    return find
