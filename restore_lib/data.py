@@ -37,7 +37,7 @@ def budget(
     "The number of steps (or images, or anything) that this run can afford."
     return dict(test=test, cpu=cpu, study=study, gpu=gpu)[budget_mode()]
 
-# %% ../nbs/00_data.ipynb #00-009
+# %% ../nbs/00_data.ipynb #00-008
 def project_home() -> Path:
     "The folder of this project that the working directory lies in; the working directory itself if there is none."
     here = Path.cwd()
@@ -51,7 +51,7 @@ def runs_home() -> Path:
     "Where trained weights go: RESTORE_RUNS, else the project's `runs` folder."
     return Path(os.environ.get('RESTORE_RUNS') or project_home()/'runs').expanduser()
 
-# %% ../nbs/00_data.ipynb #00-020
+# %% ../nbs/00_data.ipynb #00-019
 def check_images(
     x,                    # what should be a batch of images
     name='x',             # the argument's name, for the message
@@ -72,7 +72,7 @@ def check_images(
         if x.abs().max() > 16: raise ValueError(f'{name} reaches {x.abs().max():g}; expected [0, 1] (is it 0 to 255?)')
     return x
 
-# %% ../nbs/00_data.ipynb #00-023
+# %% ../nbs/00_data.ipynb #00-022
 def read_image(
     path,          # file name
     channels=3,    # 3 for RGB, 1 for grey
@@ -90,7 +90,7 @@ def read_image(
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
     return x.expand(channels, -1, -1).contiguous()
 
-# %% ../nbs/00_data.ipynb #00-028
+# %% ../nbs/00_data.ipynb #00-027
 def show_images(
     images,         # (b, c, h, w), or a list of (c, h, w) or (h, w), c being 1 or 3
     titles=None,    # a list of strings, one an image
@@ -121,7 +121,7 @@ def show_images(
     if path: fig.savefig(path)
     plt.show()
 
-# %% ../nbs/00_data.ipynb #00-031
+# %% ../nbs/00_data.ipynb #00-030
 _SK, _LEARN, _MPL = 'skimage/data/', 'sklearn/datasets/images/', 'matplotlib/mpl-data/sample_data/'
 PHOTOS = dict(
     train=(_SK+'astronaut.png', _SK+'brick.png', _SK+'coins.png', _LEARN+'flower.jpg', _SK+'grass.png', _SK+'gravel.png',
@@ -142,7 +142,7 @@ def photos(
     paths = [Path(find_spec(p.split('/')[0]).origin).parents[1]/p for p in PHOTOS[split]]
     return {p.stem: read_image(p, channels) for p in paths}
 
-# %% ../nbs/00_data.ipynb #00-039
+# %% ../nbs/00_data.ipynb #00-038
 FACES = dict(
     train=('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold', 'DejaVuSansMono-Oblique',
            'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'cmr10', 'cmss10'),
@@ -161,7 +161,6 @@ def _glyphs(split):
     x = torch.from_numpy(np.asarray(sheet, dtype=np.float32)/255)
     return x.reshape(-1, 64, 10, 64).permute(0, 2, 1, 3).reshape(-1, 1, 64, 64)
 
-# %% ../nbs/00_data.ipynb #00-041
 def _draw_digits(n, split, seed):
     "`n` digits in random pose, bend and thickness: images (n, 1, 28, 28), labels (n,)."
     g = torch.Generator().manual_seed(1000*seed + sorted(FACES).index(split))
@@ -179,7 +178,7 @@ def _draw_digits(n, split, seed):
     x = torch.sigmoid((soft - u(.3, .55, 1, 1, 1))*14)*(soft > 0)                     # a low threshold thickens the stroke
     return F.avg_pool2d(x, 2), labels
 
-# %% ../nbs/00_data.ipynb #00-043
+# %% ../nbs/00_data.ipynb #00-040
 def _mnist(split, download):
     "MNIST's images (n, 1, 28, 28) and labels (n,), from torchvision's folder layout below data_home()/mnist."
     if download:
@@ -213,7 +212,7 @@ def digits(
     if n and n > len(images): raise ValueError(f'n is {n}; MNIST {split} holds {len(images)}')
     return images[:n], labels[:n]
 
-# %% ../nbs/00_data.ipynb #00-048
+# %% ../nbs/00_data.ipynb #00-045
 # A thermal camera's world. Maps are (scenes, h, w), drawn parameters (scenes, 1, 1); lengths in metres, temperatures in kelvin.
 _LAYERS = 5                  # depth layers of objects, each 0.6 times as far as the one behind
 _FARTHEST = 80               # m, distance of the first layer
@@ -244,7 +243,7 @@ def _fractal(white: torch.Tensor, slope: torch.Tensor, stretch: float = 1) -> to
     x = torch.fft.irfft2(torch.fft.rfft2(white) * f**-slope, s=(h, w))
     return (x - x.mean((-2, -1), keepdim=True)) / x.std((-2, -1), keepdim=True)
 
-# %% ../nbs/00_data.ipynb #00-049
+# %% ../nbs/00_data.ipynb #00-046
 def _box(u: torch.Tensor, v: torch.Tensor, cu, cv, hu, hv) -> torch.Tensor:
     "Distance to a box with centre (cu, cv) and half sides (hu, hv)."
     return torch.maximum((u - cu).abs() - hu, (v - cv).abs() - hv)
@@ -261,7 +260,7 @@ def _paint(kelvin: torch.Tensor, distance: torch.Tensor, value: torch.Tensor, sc
     "Cover kelvin by value where distance < 0, the edge one pixel wide; scale is pixels per unit of distance."
     return kelvin + (value - kelvin) * (0.5 - distance * scale).clamp(0, 1)
 
-# %% ../nbs/00_data.ipynb #00-051
+# %% ../nbs/00_data.ipynb #00-048
 # The cast. Each yields its parts back to front as (distance in m, kelvin); u, v are metres beside and above its foot,
 # tex is a _fractal texture of deviation 1. Sizes are in metres, temperatures in kelvin.
 
@@ -288,7 +287,6 @@ def _tree(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
     holes = 0.25 * tall * (tex.roll(31, -1) - dice(-0.5, 2.5))
     yield torch.maximum(crown + 0.12 * tall * tex, holes), air + dice(0.5, 2.5) * tex.roll(17, -2)
 
-# %% ../nbs/00_data.ipynb #00-052
 def _pole(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
     "Sagging wires, a mast with a cross arm and a sign."
     tall, thick, temp = dice(5, 10), dice(0.05, 0.18), dice(280, 300)
@@ -308,7 +306,7 @@ def _fence(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
     yield torch.maximum(posts, _box(u, v, 0, tall / 2, long, tall / 2)), temp
     yield _box(u, v, 0, tall, long, dice(0.03, 0.1)), temp
 
-# %% ../nbs/00_data.ipynb #00-053
+# %% ../nbs/00_data.ipynb #00-049
 def _vehicle(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
     "Panes that mirror the cold sky, a body warm at the bonnet, tyres, rims and a hot exhaust."
     half, temp, front = dice(0.9, 2.3), dice(283, 297), dice(-1, 1).sign()
@@ -336,7 +334,7 @@ def _person(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
 
 _CAST = {_building: 0.3, _tree: 0.45, _pole: 0.35, _fence: 0.2, _vehicle: 0.45, _person: 0.4}  # chance in every layer
 
-# %% ../nbs/00_data.ipynb #00-054
+# %% ../nbs/00_data.ipynb #00-050
 def _ground(x: torch.Tensor, y: torch.Tensor, tex: torch.Tensor, streaks: torch.Tensor, dice: _Dice, pixel: torch.Tensor) -> torch.Tensor:
     "Sky and clouds above the horizon y = 0; grass, road, markings, cracks and shadows below."
     sky = dice(235, 270) + dice(10, 35) * (0.5 + y) + dice(0, 5) * (streaks - dice(-0.5, 2)).clamp(min=0)
@@ -354,7 +352,6 @@ def _ground(x: torch.Tensor, y: torch.Tensor, tex: torch.Tensor, streaks: torch.
     soil = soil - dice(0, 4) * (5 * (streaks.roll(9, -2) - dice(0.2, 2))).clamp(0, 1)  # soft shadows
     return _paint(sky, -y, soil, 1 / pixel)
 
-# %% ../nbs/00_data.ipynb #00-055
 def _temperature(dice: _Dice) -> torch.Tensor:
     "Kelvin in every pixel: sky and ground, then the cast from the farthest to the nearest layer."
     tex, streaks = _fractal(dice.white[0], dice(1, 1.7)), _fractal(dice.white[1], dice(1, 1.8), 2)
@@ -374,7 +371,7 @@ def _temperature(dice: _Dice) -> torch.Tensor:
                 kelvin = _paint(kelvin, distance + absent, value + bias, metre / pixel)
     return kelvin
 
-# %% ../nbs/00_data.ipynb #00-057
+# %% ../nbs/00_data.ipynb #00-052
 def _radiance(kelvin: torch.Tensor) -> torch.Tensor:
     "Planck's law at 10 um, 1 at 300 K; near there it grows like the 4.8th power of the temperature."
     return math.expm1(_PLANCK / 300) / torch.expm1(_PLANCK / kelvin)
@@ -395,7 +392,7 @@ def _sensor(light: torch.Tensor, dice: _Dice) -> torch.Tensor:
     noise = _fractal(white, dice(0.2, 1)) + dice(0, 0.3) * white[:, :1] + dice(0, 0.6) * white[..., :1]
     return _blur(light, dice(0.7, 1.3)) + _PER_KELVIN * netd * noise
 
-# %% ../nbs/00_data.ipynb #00-058
+# %% ../nbs/00_data.ipynb #00-053
 def _gain_control(signal: torch.Tensor, dice: _Dice, bins: int = 1024) -> torch.Tensor:
     "Plateau equalization mixed with a linear stretch, detail enhancement, 8 bits -> [0, 1]."
     low, high = signal.amin((-2, -1), keepdim=True), signal.amax((-2, -1), keepdim=True)
@@ -410,7 +407,6 @@ def _gain_control(signal: torch.Tensor, dice: _Dice, bins: int = 1024) -> torch.
     grey = 0.5 + dice(0.5, 1.1) * (grey - 0.5) + dice(-0.15, 0.15)  # contrast and brightness
     return (grey.clamp(0, 1) * 255).round() / 255
 
-# %% ../nbs/00_data.ipynb #00-059
 def thermal(n: int, size: int | tuple[int, int] = 128, seed: int = 0) -> torch.Tensor:
     "n procedural thermal camera scenes, (n, 1, h, w) float32 in [0, 1]; scene i depends on (seed, i) only."
     h, w = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
@@ -420,7 +416,7 @@ def thermal(n: int, size: int | tuple[int, int] = 128, seed: int = 0) -> torch.T
     dices = (_Dice(range(i, min(i + _BATCH, n)), seed, h, w) for i in range(0, n, _BATCH))
     return torch.cat([_gain_control(_sensor(_radiance(_temperature(dice)), dice), dice) for dice in dices])[:, None]
 
-# %% ../nbs/00_data.ipynb #00-066
+# %% ../nbs/00_data.ipynb #00-059
 IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm'}
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -441,7 +437,7 @@ class ImageFolder(torch.utils.data.Dataset):
     def __len__(self): return len(self.paths)
     def __getitem__(self, i): return read_image(self.paths[i], self.channels)
 
-# %% ../nbs/00_data.ipynb #00-069
+# %% ../nbs/00_data.ipynb #00-062
 def _shrink(x, scale):
     "(c, h, w) made smaller by `scale` with Pillow's bicubic filter, on 8-bit levels."
     small = [Image.fromarray((c*255).round().byte().numpy()).resize((x.shape[-1]//scale, x.shape[-2]//scale), Image.BICUBIC) for c in x]
@@ -483,7 +479,7 @@ class PairedFolder(torch.utils.data.Dataset):
         if not _same_scene(y, x): raise ValueError(f'{partner} and {name} do not show the same scene')
         return y, x
 
-# %% ../nbs/00_data.ipynb #00-073
+# %% ../nbs/00_data.ipynb #00-066
 def cifar10(
     n=None,                # how many; default all
     split='train',         # 'train' or 'test'
@@ -508,7 +504,7 @@ def cifar10(
     part = slice(0, 3200) if split == 'train' else slice(3200, None)
     return images[part][:n], labels[part][:n]
 
-# %% ../nbs/00_data.ipynb #00-076
+# %% ../nbs/00_data.ipynb #00-068
 def dihedral(
     x,     # (..., h, w)
     k,     # 0..7: quarter turns k % 4, mirrored first if k >= 4
@@ -521,7 +517,7 @@ def undo_dihedral(x, k):
     x = torch.rot90(x, -(k % 4), (-2, -1))
     return x.flip(-1) if k >= 4 else x
 
-# %% ../nbs/00_data.ipynb #00-079
+# %% ../nbs/00_data.ipynb #00-071
 class Crops(torch.utils.data.Dataset):
     "Random crops in random pose: item is x (c, size, size), or for pairs (y, x) cut at the same place."
     def __init__(self,

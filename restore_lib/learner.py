@@ -46,13 +46,13 @@ class ResidualCNN(nn.Module):
         base = y if self.up == 1 else F.interpolate(y, scale_factor=self.up, mode='bicubic', antialias=True)
         return base + r
 
-# %% ../nbs/03_learner.ipynb #03-020
+# %% ../nbs/03_learner.ipynb #03-019
 def seed_all(*keys):
     "Sets the random state of Python, NumPy and torch (all devices) to one that depends on `keys` and on nothing else."
     s = int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), 'big')
     random.seed(s), np.random.seed(s % 2**32), torch.manual_seed(s % 2**63)
 
-# %% ../nbs/03_learner.ipynb #03-025
+# %% ../nbs/03_learner.ipynb #03-024
 class _SeededItems(Dataset):
     "Item (epoch, i) of a data set, drawn under a random state that depends on the seed, the epoch and i alone."
     def __init__(self, dataset, seed): self.dataset, self.seed = dataset, seed
@@ -84,7 +84,6 @@ class _Position(Sampler):
         if getattr(sampler, 'generator', None) is not None: sampler.generator.manual_seed(self.seed + epoch)
         return list(sampler)
 
-# %% ../nbs/03_learner.ipynb #03-026
 def positioned(
     loader,      # a DataLoader over a map-style data set
     seed=0,      # of the order and of every item
@@ -97,13 +96,13 @@ def positioned(
     return DataLoader(_SeededItems(loader.dataset, seed), batch_sampler=_Position(loader, seed, rank, world), collate_fn=loader.collate_fn,
                       num_workers=loader.num_workers, pin_memory=loader.pin_memory)
 
-# %% ../nbs/03_learner.ipynb #03-030
+# %% ../nbs/03_learner.ipynb #03-028
 def _flatten(state):
     "A nested state as (tensors by dotted name, the rest with a mark where a tensor was)."
     tensors = {}
     def walk(v, name):
         if isinstance(v, torch.Tensor):
-            tensors[name] = v.detach().cpu().clone()
+            tensors[name] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
             return {'tensor': name}
         if isinstance(v, dict): return {'dict': [[k, walk(w, f'{name}.{k}')] for k, w in v.items()]}
         if isinstance(v, (list, tuple)): return {'list' if isinstance(v, list) else 'tuple': [walk(w, f'{name}.{i}') for i, w in enumerate(v)]}
@@ -119,7 +118,7 @@ def _unflatten(form, tensors):
     if kind in ('list', 'tuple'): return (list if kind == 'list' else tuple)(_unflatten(w, tensors) for w in v)
     return v
 
-# %% ../nbs/03_learner.ipynb #03-031
+# %% ../nbs/03_learner.ipynb #03-029
 def _sync(path):
     "Asks the system to put a file or a folder on the disk before going on."
     fd = os.open(path, os.O_RDONLY)
@@ -154,7 +153,6 @@ def save_checkpoint(
     for old in sorted(folder.glob('step_?????????'))[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return folder/name
 
-# %% ../nbs/03_learner.ipynb #03-032
 def load_checkpoint(
     folder,        # as given to `save_checkpoint`
     config=None,   # if given, must be the one in the checkpoint
@@ -177,7 +175,7 @@ def load_checkpoint(
         return state, info
     raise FileNotFoundError(f'{folder} holds no whole checkpoint ({len(found)} damaged)')
 
-# %% ../nbs/03_learner.ipynb #03-035
+# %% ../nbs/03_learner.ipynb #03-032
 class Callback:
     "What can be hung on the loop; every method may be left out. `state` goes into checkpoints: tensors, numbers, lists, dicts."
     def before_fit(self, learn): pass
@@ -188,7 +186,6 @@ class Callback:
     def state(self): return {}
     def load_state(self, state): pass
 
-# %% ../nbs/03_learner.ipynb #03-036
 class Progress(Callback):
     "A bar with the loss, the newest metrics and the time left; gone when training ends."
     def before_fit(self, learn):
@@ -200,7 +197,7 @@ class Progress(Callback):
         self.bar.update()
     def after_fit(self, learn): self.bar.close()
 
-# %% ../nbs/03_learner.ipynb #03-038
+# %% ../nbs/03_learner.ipynb #03-034
 class EMA(Callback):
     "An exponential moving average of the weights; validation and `trained` use it, training never sees it."
     def __init__(self, decay=0.999): self.decay, self.shadow, self.n = decay, None, 0
@@ -223,7 +220,7 @@ class EMA(Callback):
     def state(self): return {'shadow': self.shadow, 'n': self.n}
     def load_state(self, state): self.shadow, self.n = state['shadow'], state['n']
 
-# %% ../nbs/03_learner.ipynb #03-040
+# %% ../nbs/03_learner.ipynb #03-036
 class Metrics(Callback):
     "Means over the validation set of functions (model, batch) -> (b,), in `learn.metrics` and in the history."
     def __init__(self, **fns): self.fns = fns
@@ -243,7 +240,6 @@ class LiveCurve(Callback):
         if self.handle: self.handle.update(fig)
         else: self.handle = display(fig, display_id=True)
 
-# %% ../nbs/03_learner.ipynb #03-041
 class TensorBoard(Callback):
     "Every row of the history as TensorBoard scalars below `folder`."
     def __init__(self, folder): self.folder = folder
@@ -259,7 +255,7 @@ class TensorBoard(Callback):
         self.after_step(learn)
         if self.writer: self.writer.close()
 
-# %% ../nbs/03_learner.ipynb #03-043
+# %% ../nbs/03_learner.ipynb #03-038
 def warmup_cosine(
     warmup=0.05,   # share of the steps over which the rate rises from 0
     floor=0.0,     # share of the rate that is left at the end
@@ -271,7 +267,7 @@ def warmup_cosine(
         return floor + (1 - floor)*0.5*(1 + math.cos(math.pi*(step - up)/max(1, steps - up)))
     return factor
 
-# %% ../nbs/03_learner.ipynb #03-046
+# %% ../nbs/03_learner.ipynb #03-041
 def param_groups(
     model,             # nn.Module
     lr,                # learning rate of what no rate below names
@@ -289,7 +285,7 @@ def param_groups(
         groups.setdefault(key, []).append(p)
     return [dict(params=ps, lr=rate, weight_decay=decay) for (rate, decay), ps in groups.items()]
 
-# %% ../nbs/03_learner.ipynb #03-049
+# %% ../nbs/03_learner.ipynb #03-044
 def to_device(batch, device):
     "Tensors in tuples, lists and dicts moved to `device`."
     from accelerate.utils import send_to_device
@@ -352,7 +348,7 @@ def as_terms(losses):
     "What a loss function returned, as a dict of named scalars."
     return losses if isinstance(losses, dict) else {'loss': losses}
 
-# %% ../nbs/03_learner.ipynb #03-051
+# %% ../nbs/03_learner.ipynb #03-046
 def digest(value):
     "Eight hex digits that change whenever `value`, anything that JSON can hold, does."
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -435,6 +431,8 @@ class Learner(Loop):
         state, info = load_checkpoint(folder, config)
         if len(state['cbs']) != len(self.cbs): raise ValueError(f'cbs holds {len(self.cbs)}; the checkpoint was made with {len(state["cbs"])}')
         self.bare.load_state_dict(state['model']), self.opt.load_state_dict(state['opt'])
+        for p, kept in self.opt.state.items():            # the layout of the parameter, which files do not keep (channels last)
+            kept.update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape})
         if state['scaler']: self.acc.scaler.load_state_dict(state['scaler'])
         for cb, kept in zip(self.cbs, state['cbs']): cb.load_state(kept)
         self.step, self.seconds, self.metrics, self.history = info['step'], info['seconds'], info['metrics'], info['history']
@@ -463,7 +461,6 @@ class Learner(Loop):
         except (OSError, TypeError): text = ''
         return digest([str(self.bare), self.rates, str(groups), self.accumulate, self.clip, text])
 
-# %% ../nbs/03_learner.ipynb #03-052
 def plot_history(history, title=''):
     "The training loss, and what else the history holds, against steps; a figure."
     import matplotlib.pyplot as plt
@@ -480,7 +477,7 @@ def plot_history(history, title=''):
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/03_learner.ipynb #03-083
+# %% ../nbs/03_learner.ipynb #03-076
 def record_study(
     lesson,     # '03_learner': the file below data/studies
     config,     # JSON: what was run; a row with an equal configuration and seed is replaced

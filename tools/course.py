@@ -31,7 +31,8 @@ def execute(path):
         ran = [i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.get('execution_count')]
         failed = next((i for i, c in enumerate(nb.cells) if c.cell_type == 'code'
                        and any(o.output_type == 'error' for o in c.outputs)), ran[-1] if ran else 0)
-        sys.exit(f'\n{path.name}, cell {failed + 1} of {len(nb.cells)}:\n{error}')
+        text = re.sub(r'\x1b\[[0-9;]*m', '', getattr(error, 'traceback', str(error)))
+        sys.exit(f'\n{path.name}, cell {failed + 1} of {len(nb.cells)}:\n{nb.cells[failed].source}\n\n{text}')
     return nb
 
 
