@@ -19,7 +19,7 @@ course: .venv/ready ## run every lesson on a Jupyter kernel into _course/ (ONLY=
 	@$(BIN)/python tools/course.py course $(ONLY)
 
 lab: .venv/ready ## open JupyterLab on the lessons
-	$(BIN)/jupyter lab --notebook-dir=. nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
 
 test: .venv/ready ## the whole gate: export in sync, notebooks clean, lessons under IN_TEST, pytest
 	@$(BIN)/python tools/gate.py

@@ -23,7 +23,7 @@ from .data import budget_mode, project_home, runs_home
 
 # %% ../nbs/03_learner.ipynb #03-008
 class ResidualCNN(nn.Module):
-    "A plain residual network: convolutions at a reduced resolution predict what the input lacks."
+    "A plain residual network: convolutions predict what the input lacks (after DnCNN, Zhang et al. 2017, without its BatchNorm)."
     def __init__(self,
         channels=1,  # of the images
         width=48,    # channels inside
@@ -33,10 +33,10 @@ class ResidualCNN(nn.Module):
     ):
         super().__init__()
         convs = [nn.Conv2d(channels*down*down, width, 3, padding=1)]
-        for _ in range(depth - 2): convs += [nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)]
-        convs += [nn.ReLU(), nn.Conv2d(width, channels*(down*up)**2, 3, padding=1)]
+        for _ in range(depth - 2): convs += [nn.LeakyReLU(0.1), nn.Conv2d(width, width, 3, padding=1)]
+        convs += [nn.LeakyReLU(0.1), nn.Conv2d(width, channels*(down*up)**2, 3, padding=1)]
         self.body, self.down, self.up = nn.Sequential(*convs), down, up
-        for m in convs[:-1:2]: nn.init.kaiming_normal_(m.weight, nonlinearity='relu'), nn.init.zeros_(m.bias)
+        for m in convs[:-1:2]: nn.init.kaiming_normal_(m.weight, 0.1), nn.init.zeros_(m.bias)
         nn.init.zeros_(convs[-1].weight), nn.init.zeros_(convs[-1].bias)      # starts as the identity (or as plain enlarging)
 
     def forward(self, y):  # (b, c, h, w) -> (b, c, h*up, w*up)

@@ -121,8 +121,9 @@ def test_two_processes_give_the_single_process_curve(tmp_path):
         # --multi_gpu is accelerate's word for several processes; without it, --num_processes 2 on CPU starts a single one
         launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no',
                     '--dynamo_backend', 'no', '--main_process_port', '0'] if n > 1 else []
-        subprocess.run([sys.executable, *launcher, str(HERE/'toy.py'), str(out), str(n)], check=True, capture_output=True, text=True,
-                       env=dict(os.environ, OMP_NUM_THREADS='1'))
+        done = subprocess.run([sys.executable, *launcher, str(HERE/'toy.py'), str(out), str(n)], capture_output=True, text=True,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))
+        assert done.returncode == 0, done.stderr[:6000]
         return json.loads(out.read_text())
     one, two = launch(1), launch(2)
     assert (one['processes'], two['processes']) == (1, 2)

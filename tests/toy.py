@@ -1,5 +1,5 @@
 "A small training that the tests share: also run by itself, `python toy.py FOLDER STEPS`, or under `accelerate launch`."
-import json, sys
+import json, os, sys
 
 import torch
 from torch import nn
@@ -58,3 +58,5 @@ if __name__ == '__main__':        # accelerate launch: the loss curve of plain_l
     model[2].p = 0.0
     learn = learner(plain_loss, batch=8//processes, model=model, cbs=[Metrics(error=lambda m, b: (m(b[0]) - b[1]).abs().mean(1))]).fit(30)
     if learn.acc.is_main_process: open(out, 'w').write(json.dumps(dict(history=learn.history, processes=learn.acc.num_processes)))
+    learn.acc.wait_for_everyone()
+    sys.stdout.flush(), os._exit(0)      # everything is written; gloo's threads now and then abort a process that is being taken down
