@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResidualCNN', 'seed_all', 'positioned', 'save_checkpoint', 'load_checkpoint', 'Callback', 'Progress', 'EMA',
            'Metrics', 'LiveCurve', 'TensorBoard', 'warmup_cosine', 'param_groups', 'to_device', 'Loop', 'as_terms',
-           'digest', 'Learner', 'plot_history', 'record_study', 'studies']
+           'Trainer', 'digest', 'Learner', 'plot_history', 'record_study', 'studies']
 
 # %% ../nbs/03_learner.ipynb #03-003
 import hashlib, inspect, json, math, os, random, shutil, sys, time, warnings
@@ -349,12 +349,8 @@ def as_terms(losses):
     return losses if isinstance(losses, dict) else {'loss': losses}
 
 # %% ../nbs/03_learner.ipynb #03-046
-def digest(value):
-    "Eight hex digits that change whenever `value`, anything that JSON can hold, does."
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()
-
-class Learner(Loop):
-    "A Loop that validates, keeps checkpoints, and goes on after a stop as if there had been none."
+class Trainer(Loop):
+    "A Loop that fits and validates."
     def fit(self,
         steps,             # train up to this step; a Learner that was loaded does what is left
         valid_every=None,  # validate every so many steps; always at the end
@@ -414,6 +410,20 @@ class Learner(Loop):
             for m, training in modes: m.training = training
             self.call('after_valid')
 
+# %% ../nbs/03_learner.ipynb #03-048
+def _fingerprint(learn):
+    "A digest of the model's structure, the optimizer's settings and the loss function's text."
+    groups = [{k: v for k, v in g.items() if k not in ('params', 'lr')} for g in learn.opt.param_groups]
+    try: text = inspect.getsource(getattr(learn.loss_fn, 'func', learn.loss_fn))
+    except (OSError, TypeError): text = ''
+    return digest([str(learn.bare), learn.rates, str(groups), learn.accumulate, learn.clip, text])
+
+def digest(value):
+    "Eight hex digits that change whenever `value`, anything that JSON can hold, does."
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+class Learner(Trainer):
+    "A Trainer that keeps checkpoints and goes on after a stop as if there had been none."
     def trained(self):
         "A copy of the model as it will be used, in evaluation mode."
         with self.deployed(): return self.acc.unwrap_model(deepcopy(self.bare), keep_fp32_wrapper=False)
@@ -446,20 +456,13 @@ class Learner(Loop):
         save_every=None,   # default every tenth of the way
     ):
         "Loads what an earlier run of the same configuration left, goes on where one was stopped, or trains; prints which."
-        config = json.loads(json.dumps(dict(config, steps=steps, seed=self.seed, made_of=self.fingerprint())))
+        config = json.loads(json.dumps(dict(config, steps=steps, seed=self.seed, made_of=_fingerprint(self))))
         folder = runs_home()/f'{name}-{digest(config)}'
         if any(folder.glob('step_?????????')): self.load(folder, config)
         say = 'loaded' if self.step >= steps else f'resumed at step {self.step}' if self.step else 'trained'
         if self.step < steps: self.fit(steps, valid_every, folder, save_every or max(1, steps//10), config)
         if self.acc.is_main_process: print(f'{name}: {say}; {self.step} steps, {self.seconds/60:.1f} min of training')
         return self
-
-    def fingerprint(self):
-        "A digest of the model's structure, the optimizer's settings and the loss function's text."
-        groups = [{k: v for k, v in g.items() if k not in ('params', 'lr')} for g in self.opt.param_groups]
-        try: text = inspect.getsource(getattr(self.loss_fn, 'func', self.loss_fn))
-        except (OSError, TypeError): text = ''
-        return digest([str(self.bare), self.rates, str(groups), self.accumulate, self.clip, text])
 
 def plot_history(history, title=''):
     "The training loss, and what else the history holds, against steps; a figure."
@@ -477,7 +480,7 @@ def plot_history(history, title=''):
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/03_learner.ipynb #03-076
+# %% ../nbs/03_learner.ipynb #03-078
 def record_study(
     lesson,     # '03_learner': the file below data/studies
     config,     # JSON: what was run; a row with an equal configuration and seed is replaced
