@@ -90,7 +90,7 @@ def positioned(
     rank=0,      # this process
     world=1,     # of so many
 ) -> DataLoader: # endless; `.batch_sampler.start = k` sets the batch to begin with
-    "The same batches as `loader`, with randomness and position that can be set: what a resumed run needs."
+    "Batches as `loader` gives them (a short last one left out), with randomness and position that can be set."
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise TypeError(f'train is {type(loader).__name__}; expected a torch DataLoader with a batch size over a map-style data set')
     return DataLoader(_SeededItems(loader.dataset, seed), batch_sampler=_Position(loader, seed, rank, world), collate_fn=loader.collate_fn,
@@ -311,6 +311,7 @@ class Loop:
         from accelerate.state import AcceleratorState
         AcceleratorState._reset_state()                    # it keeps one precision a process; a notebook has several Learners
         self.acc = Accelerator(mixed_precision=precision, cpu=cpu)
+        if any(isinstance(cb, type) for cb in cbs): raise TypeError(f'cbs holds a class; expected callbacks, such as {next(c for c in cbs if isinstance(c, type)).__name__}()')
         opt = opt or (lambda params: torch.optim.AdamW(params, lr=1e-3))
         opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
         self.rates = [g['lr'] for g in opt.param_groups]
@@ -330,7 +331,7 @@ class Loop:
         for group, rate in zip(self.opt.param_groups, self.rates): group['lr'] = rate*factor
         self.opt.zero_grad()
         for k in range(self.accumulate):
-            batch = to_device(next(batches), self.acc.device)
+            self.batch = batch = to_device(next(batches), self.acc.device)
             seed_all(self.seed, 'step', self.step, k, self.acc.process_index)
             with self.acc.no_sync(self.model) if k < self.accumulate - 1 else nullcontext():
                 self.losses = as_terms(self.loss_fn(self.model, batch))
@@ -340,7 +341,10 @@ class Loop:
                     raise FloatingPointError(f'the loss of step {self.step} is {loss.item()} '
                         f'({", ".join(f"{n}={v.item():g}" for n, v in self.losses.items())}); learn.bad_batch holds its batch')
                 self.acc.backward(loss/self.accumulate)
-        if self.clip: self.acc.clip_grad_norm_(self.model.parameters(), self.clip)
+        norm = self.acc.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        if self.acc.scaler is None and not torch.isfinite(norm):        # with a scaler, such a step is skipped
+            self.bad_batch = batch
+            raise FloatingPointError(f'the gradient of step {self.step} is {norm.item()}; learn.bad_batch holds its batch')
         self.opt.step()
         self.step += 1
 
@@ -411,12 +415,17 @@ class Trainer(Loop):
             self.call('after_valid')
 
 # %% ../nbs/03_learner.ipynb #03-048
-def _fingerprint(learn):
-    "A digest of the model's structure, the optimizer's settings and the loss function's text."
+def _fingerprint(learn, steps):
+    "A digest of what decides a run and can be seen from here; what the loss function reads from outside itself cannot."
     groups = [{k: v for k, v in g.items() if k not in ('params', 'lr')} for g in learn.opt.param_groups]
-    try: text = inspect.getsource(getattr(learn.loss_fn, 'func', learn.loss_fn))
+    schedule = [learn.sched(k*steps//8, steps) for k in range(9)] if learn.sched else None
+    stateful = [(type(cb).__name__, {k: v for k, v in vars(cb).items() if isinstance(v, (int, float, str)) and k != 'n'})
+                for cb in learn.cbs if type(cb).state is not Callback.state]
+    f = learn.loss_fn
+    try: text = inspect.getsource(getattr(f, 'func', f)) + str((getattr(f, 'args', ''), getattr(f, 'keywords', '')))
     except (OSError, TypeError): text = ''
-    return digest([str(learn.bare), learn.rates, str(groups), learn.accumulate, learn.clip, text])
+    return digest([str(learn.bare), type(learn.opt.optimizer).__name__, learn.rates, str(groups), schedule, stateful,
+                   learn.train.batch_sampler.loader.batch_size, learn.acc.mixed_precision, learn.accumulate, learn.clip, text])
 
 def digest(value):
     "Eight hex digits that change whenever `value`, anything that JSON can hold, does."
@@ -450,13 +459,13 @@ class Learner(Trainer):
 
     def fit_or_load(self,
         name,              # of the run, such as '03_denoise': a folder of runs_home() is named after it
-        config,            # JSON: all that decides the result and is not in the model, the optimizer or the loss function's text
+        config,            # JSON: what decides the result and cannot be seen from here: the data, and globals that the loss function reads
         steps,             # train up to this step
         valid_every=None,  # as in `fit`
         save_every=None,   # default every tenth of the way
     ):
         "Loads what an earlier run of the same configuration left, goes on where one was stopped, or trains; prints which."
-        config = json.loads(json.dumps(dict(config, steps=steps, seed=self.seed, made_of=_fingerprint(self))))
+        config = json.loads(json.dumps(dict(config, steps=steps, seed=self.seed, made_of=_fingerprint(self, steps))))
         folder = runs_home()/f'{name}-{digest(config)}'
         if any(folder.glob('step_?????????')): self.load(folder, config)
         say = 'loaded' if self.step >= steps else f'resumed at step {self.step}' if self.step else 'trained'
@@ -480,7 +489,7 @@ def plot_history(history, title=''):
     if title: fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/03_learner.ipynb #03-078
+# %% ../nbs/03_learner.ipynb #03-079
 def record_study(
     lesson,     # '03_learner': the file below data/studies
     config,     # JSON: what was run; a row with an equal configuration and seed is replaced
