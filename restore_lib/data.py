@@ -29,13 +29,15 @@ def budget_mode() -> str:  # one of MODES
     return mode
 
 def budget(
-    test=20,       # the number under `IN_TEST`
-    cpu=1500,      # on two CPU cores, minutes
-    study=20_000,  # for a recorded study, hours
-    gpu=50_000,    # where there is a GPU
+    test=20,     # the number under `IN_TEST`
+    cpu=None,    # on two CPU cores, minutes; default 1,500
+    study=None,  # for a recorded study, hours; default as `cpu` if that is given, else 20,000
+    gpu=None,    # where there is a GPU; default as `cpu` if that is given, else 50,000
 ):
     "The number of steps (or images, or anything) that this run can afford."
-    return dict(test=test, cpu=cpu, study=study, gpu=gpu)[budget_mode()]
+    given = dict(test=test, cpu=cpu, study=study, gpu=gpu)[budget_mode()]
+    if given is None: given = cpu
+    return given if given is not None else dict(cpu=1500, study=20_000, gpu=50_000)[budget_mode()]
 
 # %% ../nbs/00_data.ipynb #00-008
 def project_home() -> Path:
@@ -82,6 +84,7 @@ def read_image(
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode == 'F': raise ValueError('it holds floats of unknown range; expected 8 or 16 bits')
             deep = image.mode.startswith('I')     # 16 bits a pixel: Pillow's own conversion would clip it
             pixels = np.asarray(image if deep else image.convert('L' if channels == 1 else 'RGB'), dtype=np.float32)
     except FileNotFoundError: raise
@@ -144,10 +147,11 @@ def photos(
 
 # %% ../nbs/00_data.ipynb #00-038
 FACES = dict(
-    train=('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold', 'DejaVuSansMono-Oblique',
-           'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'cmr10', 'cmss10'),
-    valid=('DejaVuSansMono-BoldOblique', 'STIXGeneralBolIta', 'cmb10'),
-    test=('DejaVuSans-BoldOblique', 'DejaVuSerif-BoldItalic', 'cmti10', 'cmtt10', 'cmmi10'))
+    train=tuple(f'DejaVu{family}{style}' for family in ('Sans', 'SansMono') for style in ('', '-Bold', '-Oblique', '-BoldOblique'))
+        + tuple(f'DejaVuSerif{style}' for style in ('', '-Bold', '-Italic', '-BoldItalic'))
+        + ('STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic', 'STIXGeneralBolIta'),
+    valid=('cmss10', 'cmtt10'),                # Computer Modern Sans and Typewriter
+    test=('cmr10', 'cmb10', 'cmti10'))         # Computer Modern Roman, bold, italic
 
 @lru_cache
 def _glyphs(split):
@@ -199,7 +203,7 @@ def _mnist(split, download):
 
 def digits(
     n=None,            # how many: default 5000 glyphs, or all of MNIST's part
-    split='train',     # 'train', 'valid' or 'test'; glyphs are split by typeface
+    split='train',     # 'train', 'valid' or 'test'; glyphs are split by family of typefaces
     source='glyphs',   # 'glyphs' (drawn here) or 'mnist' (below data_home())
     seed=0,            # of the drawing; MNIST comes in its own order
     download=False,    # may torchvision fetch MNIST?
@@ -443,13 +447,13 @@ def _shrink(x, scale):
     small = [Image.fromarray((c*255).round().byte().numpy()).resize((x.shape[-1]//scale, x.shape[-2]//scale), Image.BICUBIC) for c in x]
     return torch.stack([torch.from_numpy(np.asarray(s, dtype=np.float32)/255) for s in small])
 
-def _same_scene(y, x, threshold=0.5):
+def _same_scene(y, x, threshold=0.8):
     "Whether the small `y` and the large `x` correlate by more than `threshold`; flat pictures pass."
     a, b = y.mean(0).flatten(), F.adaptive_avg_pool2d(x.mean(0)[None], y.shape[-2:]).flatten()
     return bool(min(a.std(), b.std()) < 0.01 or torch.corrcoef(torch.stack([a, b]))[0, 1] > threshold)
 
 class PairedFolder(torch.utils.data.Dataset):
-    "Pairs (y, x) for super-resolution: y (c, h, w) small, x (c, h*scale, w*scale) clean, matched by file name."
+    "Pairs (y, x) for super-resolution: y (c, h, w) small, x (c, h*scale, w*scale) clean, matched by path and file name."
     def __init__(self,
         hr,              # folder of large images; if it holds HR/ (and LR/), those are taken
         lr=None,         # folder of small images; None: made from `hr` by Pillow's bicubic filter
@@ -461,10 +465,11 @@ class PairedFolder(torch.utils.data.Dataset):
         if (hr/'HR').is_dir(): hr, lr = hr/'HR', lr or (hr/'LR' if (hr/'LR').is_dir() else None)
         self.hr, self.lr, self.scale = ImageFolder(hr, channels, glob), lr and ImageFolder(lr, channels, glob), scale
         if self.lr:
-            by_stem = {p.stem: i for i, p in enumerate(self.lr.paths)}
-            alone = [p.name for p in self.hr.paths if p.stem not in by_stem]
+            place = lambda folder, p: p.relative_to(folder.root).with_suffix('')
+            known = {place(self.lr, p): i for i, p in enumerate(self.lr.paths)}
+            alone = [p.name for p in self.hr.paths if place(self.hr, p) not in known]
             if alone: raise ValueError(f'{lr} has no image named like {", ".join(alone[:5])} ({len(alone)} of {len(self.hr)}) of {hr}')
-            self.partner = [by_stem[p.stem] for p in self.hr.paths]
+            self.partner = [known[place(self.hr, p)] for p in self.hr.paths]
 
     def __len__(self): return len(self.hr)
 

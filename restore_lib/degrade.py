@@ -32,6 +32,7 @@ def _level(value, x, name, least, most, generator=None, unit=''):
     if isinstance(value, (tuple, list)):
         if len(value) != 2 or not least <= value[0] <= value[1] <= most: raise ValueError(f'{name} is {value}; {expected}')
         return value[0] + (value[1] - value[0])*_rand((b,), x, generator)
+    if not isinstance(value, (int, float, torch.Tensor)): raise TypeError(f'{name} is {type(value).__name__}; {expected}')
     if not isinstance(value, torch.Tensor): value = torch.tensor(float(value))
     if value.ndim > 1 or value.numel() not in (1, b): raise ValueError(f'{name} has shape {tuple(value.shape)}; {expected}, here {b}')
     if value.device.type == 'cpu' and not ((value >= least) & (value <= most)).all():     # on a GPU the look would make the program wait
