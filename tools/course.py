@@ -90,6 +90,7 @@ def course(only):
 def outputs(only):
     "Runs each lesson for real, with fresh runs and embedded data only, and keeps its outputs in the notebook, cleaned."
     os.environ.pop('RESTORE_DATA', None)
+    os.environ['RESTORE_IMAGES'] = str(ROOT/'images')          # here, and only here, lessons renew the README's pictures
     for path in lessons(only):
         print(f'{path.stem:24}', end='', flush=True)
         for old in (ROOT/'runs').glob(path.name[:2] + '_*'): shutil.rmtree(old)
