@@ -50,7 +50,10 @@ class ResidualCNN(nn.Module):
 def seed_all(*keys):
     "Sets the random state of Python, NumPy and torch (all devices) to one that depends on `keys` and on nothing else."
     s = int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), 'big')
-    random.seed(s), np.random.seed(s % 2**32), torch.manual_seed(s % 2**63)
+    random.seed(s), np.random.seed(s % 2**32)
+    torch.default_generator.manual_seed(s % 2**63)            # torch.manual_seed writes down a stack trace where CUDA has not started: slow
+    if torch.cuda.is_initialized(): torch.cuda.manual_seed_all(s % 2**63)
+    if torch.backends.mps.is_available(): torch.mps.manual_seed(s % 2**63)
 
 # %% ../nbs/03_learner.ipynb #03-024
 class _SeededItems(Dataset):
