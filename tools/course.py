@@ -72,6 +72,7 @@ def title_of(nb): return re.sub(r'^# ', '', nb.cells[0].source.splitlines()[0])
 def course(only):
     "Runs the lessons in order; writes executed notebooks, HTML pages and an index to _course/."
     OUT.mkdir(exist_ok=True)
+    os.environ['RESTORE_CLAIMS'] = str(OUT/'claims')           # verdicts of this machine; the committed ones stay as they are
     start, exporter = time.time(), HTMLExporter()
     for path in lessons(only):
         print(f'{path.stem:24}', end='', flush=True)
@@ -89,7 +90,7 @@ def course(only):
 
 def outputs(only):
     "Runs each lesson for real, with fresh runs and embedded data only, and keeps its outputs in the notebook, cleaned."
-    os.environ.pop('RESTORE_DATA', None)
+    for name in ('RESTORE_DATA', 'RESTORE_CLAIMS'): os.environ.pop(name, None)
     os.environ['RESTORE_IMAGES'] = str(ROOT/'images')          # here, and only here, lessons renew the README's pictures
     for path in lessons(only):
         print(f'{path.stem:24}', end='', flush=True)

@@ -1,0 +1,451 @@
+"Broken and sound training steps: audit_gradient names each break and raises no false alarm."
+import copy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from restore_lib.audit import audit_gradient
+from restore_lib.degrade import jpeg
+from restore_lib.learner import EMA, Learner, ResidualCNN
+
+
+class Parts:
+    "An encoder, a decoder, a codebook and a batch, small enough to run in a millisecond."
+    def __init__(self):
+        torch.manual_seed(0)
+        self.x = torch.rand(2, 1, 8, 8)
+        self.enc, self.dec, self.book = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1), nn.Embedding(8, 2)
+        self.trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()).requires_grad_(False)
+        self.watch = dict(enc=self.enc, dec=self.dec)
+
+    def through(self, f): return lambda: F.mse_loss(self.dec(f(self.enc(self.x))), self.x)
+
+    def codes(self, z):
+        flat = z.permute(0, 2, 3, 1).reshape(-1, 2)
+        q = self.book(torch.cdist(flat, self.book.weight).argmin(1))
+        return flat, q
+
+    def image(self, q): return self.dec(q.view(2, 8, 8, 2).permute(0, 3, 1, 2))
+
+
+class Hole(Function):
+    "A function whose author forgot the gradient."
+    @staticmethod
+    def forward(ctx, x): return x*2
+    @staticmethod
+    def backward(ctx, g): return torch.zeros_like(g)
+
+class Index(Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x.round()
+        ctx.mark_non_differentiable(out)
+        return out
+    @staticmethod
+    def backward(ctx, g): return None
+
+class RoundSTE(Function):
+    @staticmethod
+    def forward(ctx, x): return x.round()
+    @staticmethod
+    def backward(ctx, g): return g
+
+
+# ------------------------------------------------------------- broken: function of Parts -> (step, watch, options, {name: how})
+def no_grad(p):
+    def step():
+        with torch.no_grad(): z = p.enc(p.x)
+        return F.mse_loss(p.dec(z), p.x)
+    return step, p.watch, {}, {'enc': 'no_grad'}
+
+def inference(p):
+    def step():
+        with torch.inference_mode(): z = p.enc(p.x)
+        return F.mse_loss(p.dec(z.clone()), p.x)
+    return step, p.watch, {}, {'enc': 'inference mode'}
+
+def by_numpy(p):
+    def f(z):
+        a = z.detach().cpu().numpy()
+        return torch.from_numpy(a*0.5)
+    return p.through(f), p.watch, {}, {'enc': 'numpy'}
+
+def by_list(p): return p.through(lambda z: torch.tensor(z.tolist())), p.watch, {}, {'enc': 'numpy'}
+
+def no_straight_through(p):
+    def step():
+        z, q = p.codes(p.enc(p.x))
+        return dict(recon=F.mse_loss(p.image(q), p.x), commit=F.mse_loss(z, q.detach()), code=F.mse_loss(q, z.detach()))
+    return step, dict(p.watch, book=p.book), dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book'])), {'enc': 'zero slope'}
+
+def losses_after_straight_through(p):
+    def step():
+        z, q = p.codes(p.enc(p.x))
+        q = z + (q - z).detach()
+        return dict(recon=F.mse_loss(p.image(q), p.x), commit=F.mse_loss(z, q.detach()), code=F.mse_loss(q, z.detach()))
+    return step, dict(p.watch, book=p.book), {}, {'book': 'detach'}
+
+def written_into_buffer(p):
+    cache = torch.zeros(2, 2, 8, 8)
+    def step():
+        cache.data.copy_(p.enc(p.x))
+        return F.mse_loss(p.dec(cache), p.x)
+    return step, p.watch, {}, {'enc': 'in-place on a leaf'}
+
+def written_into_parameter(p):
+    scale = nn.Parameter(torch.ones(1))
+    def step():
+        s = p.enc(p.x).mean()
+        with torch.no_grad(): scale.fill_(s)
+        return F.mse_loss(p.dec(scale*torch.ones(2, 2, 8, 8)), p.x)
+    return step, p.watch, {}, {'enc': 'in-place on a leaf'}
+
+def leaf_error(p):
+    w = nn.Parameter(torch.ones(3))
+    def step():
+        w[0] = p.enc(p.x).mean()
+        return w.sum()
+    return step, p.watch, {}, {'loss': 'in-place on a leaf'}
+
+def overwritten(p):
+    def step():
+        h = p.enc(p.x).exp()
+        out = F.mse_loss(p.dec(h), p.x)
+        h.zero_()
+        return out
+    return step, p.watch, {}, {'loss': 'in-place', 'enc': 'in-place', 'dec': 'in-place'}
+
+def frozen(p):
+    p.enc.requires_grad_(False)
+    return p.through(lambda z: z), p.watch, {}, {'enc': 'frozen'}
+
+def not_held(p):
+    return p.through(lambda z: z), p.watch, dict(optimizer=torch.optim.Adam(p.dec.parameters())), {'enc': 'not in the optimizer'}
+
+def not_held_by_the_stepped(p):
+    opt = torch.optim.SGD(p.dec.parameters(), lr=0.1)
+    def step():
+        opt.zero_grad()
+        loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
+        loss.backward()
+        opt.step()
+        return loss.item()
+    return step, p.watch, {}, {'enc': 'not in the optimizer'}
+
+def reassigned(p):
+    opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+    p.enc.weight = nn.Parameter(p.enc.weight.data*0.99)              # a new tensor: the optimizer has the old one
+    return p.through(lambda z: z), p.watch, dict(optimizer=opt), {'enc': 'not in the optimizer'}
+
+def perceptual_without_gradient(p):
+    def step():
+        x_hat = p.dec(p.enc(p.x))
+        with torch.no_grad(): real, fake = p.trunk(p.x), p.trunk(x_hat)
+        return dict(mse=F.mse_loss(x_hat, p.x), percep=F.mse_loss(fake, real))
+    return step, p.watch, {}, {'percep': 'no_grad'}
+
+def number(p): return lambda: torch.tensor(F.mse_loss(p.dec(p.enc(p.x)), p.x).item()), p.watch, {}, dict.fromkeys(('loss', 'enc', 'dec'), 'number')
+def weight_data(p): return lambda: F.mse_loss(F.conv2d(p.enc(p.x), p.dec.weight.data, p.dec.bias, padding=1), p.x), p.watch, {}, {'dec.weight': 'detach'}
+def weighted_zero(p):
+    step = lambda: dict(mse=F.mse_loss(p.dec(p.enc(p.x)), p.x), l1=0.0*F.l1_loss(p.dec(p.enc(p.x)), p.x))
+    return step, p.watch, {}, {'l1': 'zero factor'}
+def itself(p):
+    def step():
+        x_hat = p.dec(p.enc(p.x))
+        return F.mse_loss(x_hat, x_hat)
+    return step, p.watch, {}, dict.fromkeys(('loss', 'enc', 'dec'), 'constant')
+def unused(p): return lambda: F.mse_loss(p.dec(torch.ones(2, 2, 8, 8)), p.x), p.watch, {}, {'enc': 'unused'}
+def infinite(p): return p.through(lambda z: (z - z.detach()).sqrt()), p.watch, {}, {'enc': 'not finite'}
+def through_jpeg(p):
+    step = lambda: F.l1_loss(jpeg(torch.sigmoid(p.dec(p.enc(p.x))), 50), p.x)
+    return step, p.watch, {}, dict.fromkeys(('loss', 'enc', 'dec'), 'numpy')
+def should_be_frozen(p):
+    p.trunk.requires_grad_(True)
+    return lambda: F.mse_loss(p.trunk(p.dec(p.enc(p.x))), p.trunk(p.x).detach()), dict(p.watch, trunk=p.trunk), dict(frozen=['trunk']), {'trunk': 'not frozen'}
+def watched_inside(p): 
+    def step():
+        z = p.enc(p.x)
+        q = z.detach()
+        return F.mse_loss(p.dec(q), p.x)
+    return step, ['z', 'p.dec'], {}, {'z': 'detach'}
+
+BROKEN = dict(
+    detach=lambda p: (p.through(lambda z: z.detach()), p.watch, {}, {'enc': 'detach'}),
+    data=lambda p: (p.through(lambda z: z.data), p.watch, {}, {'enc': 'detach'}),
+    uint8=lambda p: (p.through(lambda z: (z*255).to(torch.uint8).float()/255), p.watch, {}, {'enc': 'integer cast'}),
+    long=lambda p: (p.through(lambda z: (z*255).long()/255), p.watch, {}, {'enc': 'integer cast'}),
+    round=lambda p: (p.through(lambda z: (z*255).round()/255), p.watch, {}, {'enc': 'zero slope'}),
+    clamp=lambda p: (p.through(lambda z: (z - 9).clamp(0, 1)), p.watch, {}, {'enc': 'zero slope'}),
+    relu=lambda p: (p.through(lambda z: F.relu(z - 9)), p.watch, {}, {'enc': 'zero slope'}),
+    threshold=lambda p: (p.through(lambda z: (z > 0).float()), p.watch, {}, {'enc': 'zero slope'}),
+    zero_backward=lambda p: (p.through(Hole.apply), p.watch, {}, {'enc': 'zero slope'}),
+    no_backward=lambda p: (p.through(Index.apply), p.watch, {}, {'enc': 'no gradient'}),
+    **{f.__name__: f for f in (no_grad, inference, by_numpy, by_list, no_straight_through, losses_after_straight_through, written_into_buffer,
+                               written_into_parameter, leaf_error, overwritten, frozen, not_held, not_held_by_the_stepped, reassigned,
+                               perceptual_without_gradient, number, weight_data, weighted_zero, itself, unused, infinite, through_jpeg,
+                               should_be_frozen, watched_inside)})
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_broken(name):
+    step, watch, options, expected = BROKEN[name](Parts())
+    report = audit_gradient(step, watch, **options)
+    assert {b.name: b.how for b in report.breaks} == expected
+    assert all(b.says and (b.where or b.how in ('frozen', 'not frozen', 'not in the optimizer', 'unused', 'in-place', 'not finite')) for b in report.breaks)
+    assert all(b.name in repr(report) and b.how in report._repr_markdown_() for b in report.breaks)
+
+
+# ------------------------------------------------------------- sound: function of Parts -> (step, watch, options)
+def straight_through(p):
+    def step():
+        z, q = p.codes(p.enc(p.x))
+        st = z + (q - z).detach()
+        return dict(recon=F.mse_loss(p.image(st), p.x), commit=F.mse_loss(z, q.detach()), code=F.mse_loss(q, z.detach()))
+    return step, dict(p.watch, book=p.book), dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book']))
+
+def zero_start(p):
+    model = ResidualCNN(width=8, depth=4)
+    return lambda: F.mse_loss(model(p.x), p.x*0.9), dict(model=model, first=model.body[0]), {}
+
+def film_zero_init(p):
+    film = nn.Linear(3, 4)
+    nn.init.zeros_(film.weight), nn.init.zeros_(film.bias)
+    embed = nn.Linear(3, 3)
+    def step():
+        gamma, beta = film(embed(torch.ones(2, 3))).view(2, 4, 1, 1).chunk(2, 1)
+        return F.mse_loss(p.dec(p.enc(p.x)*(1 + gamma) + beta), p.x)
+    return step, dict(p.watch, film=film, embed=embed), {}
+
+def adaln_zero(p):
+    gate = nn.Linear(3, 2)
+    nn.init.zeros_(gate.weight), nn.init.zeros_(gate.bias)
+    block = nn.Conv2d(2, 2, 3, padding=1)
+    def step():
+        z = p.enc(p.x)
+        return F.mse_loss(p.dec(z + gate(torch.ones(2, 3)).view(2, 2, 1, 1)*block(z)), p.x)
+    return step, dict(p.watch, gate=gate, block=block), {}
+
+def perceptual(p):
+    def step():
+        x_hat = p.dec(p.enc(p.x))
+        with torch.no_grad(): real = p.trunk(p.x)
+        return dict(mse=F.mse_loss(x_hat, p.x), percep=F.mse_loss(p.trunk(x_hat), real))
+    return step, dict(p.watch, trunk=p.trunk), dict(frozen=['trunk'], expect=dict(percep=['enc', 'dec']))
+
+def teacher(p):
+    slow = copy.deepcopy(p.enc).requires_grad_(False)
+    def step():
+        with torch.no_grad(): target = slow(p.x.flip(-1))
+        return F.mse_loss(p.enc(p.x), target)
+    return step, dict(enc=p.enc), {}
+
+def two_optimizers(p):
+    opts = [torch.optim.Adam(p.enc.parameters()), torch.optim.SGD(p.dec.parameters(), lr=1)]
+    return p.through(lambda z: z), p.watch, dict(optimizer=opts)
+
+def whole_step(p):
+    model = nn.Sequential(p.enc, nn.BatchNorm2d(2), nn.Dropout(0.5), p.dec)
+    opt = torch.optim.AdamW(model.parameters())
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.0)
+    def step():
+        opt.zero_grad()
+        loss = F.mse_loss(model(p.x), p.x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step(), sched.step()
+        return dict(loss=loss.item(), lr=sched.get_last_lr()[0])
+    return step, dict(model=model), {}
+
+def grad_scaler(p):
+    opt, scaler = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1), torch.amp.GradScaler('cpu')
+    def step():
+        opt.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16): loss = F.mse_loss(p.dec(p.enc(p.x)).float(), p.x)
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(p.enc.parameters(), 1.0)
+        scaler.step(opt), scaler.update()
+    return step, p.watch, {}
+
+def learner(precision):
+    def build(p):
+        model = ResidualCNN(width=8, depth=4)
+        data = torch.utils.data.DataLoader([torch.rand(1, 16, 16) for _ in range(4)], 2)
+        loss_fn = lambda model, x: F.mse_loss(model(x + 0.1*torch.randn_like(x)), x)
+        learn = Learner(model, loss_fn, data, precision=precision, clip=1.0, accumulate=2, cbs=[EMA()], cpu=True)
+        return (lambda: learn.one_step(iter(learn.train))), dict(model=learn.model, first=model.body[0]), {}
+    return build
+
+def checkpointed(p):
+    return lambda: F.mse_loss(p.dec(checkpoint(p.enc, p.x, use_reentrant=False)), p.x), p.watch, {}
+
+def gradient_penalty(p):
+    def step():
+        x = p.x.clone().requires_grad_()
+        score = p.dec(p.enc(x)).sigmoid().sum()
+        g, = torch.autograd.grad(score, x, create_graph=True)
+        return dict(score=score, penalty=(g.norm() - 1)**2)
+    return step, p.watch, dict(expect=dict(penalty=['enc', 'dec']))
+
+def adaptive_weight(p):
+    def step():
+        x_hat = p.dec(p.enc(p.x))
+        mse, l1 = F.mse_loss(x_hat, p.x), F.l1_loss(x_hat, p.x)
+        weight = mse.detach()/l1.detach()
+        log = dict(mse=mse.item(), seen=x_hat.detach().cpu().numpy().mean())
+        return dict(mse=mse, l1=weight*l1*torch.tensor(1.0 + 0*log['mse']))
+    return step, p.watch, dict(expect=dict(l1=['enc', 'dec']))
+
+def masked_tokens(p):
+    proj, block, mask_token = nn.Linear(16, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Parameter(torch.zeros(1, 1, 8))
+    pos, head = nn.Parameter(torch.randn(1, 4, 8), requires_grad=False), nn.Linear(8, 16)
+    def step():
+        t = p.x.unfold(2, 4, 4).unfold(3, 4, 4).reshape(2, 4, 16)
+        order = torch.rand(2, 4).argsort(1)
+        z = torch.gather(proj(t) + pos, 1, order[:, :2, None].expand(-1, -1, 8))
+        full = torch.cat([block(z), mask_token.expand(2, 2, 8)], 1).gather(1, order.argsort(1)[..., None].expand(-1, -1, 8))
+        return (head(full + pos) - t).square().mean()
+    return step, dict(proj=proj, block=block, mask_token=mask_token, head=head), {}
+
+def forward_mode(p):
+    def step():
+        u, du = torch.func.jvp(lambda t: p.enc(p.x*t), (torch.ones(()),), (torch.ones(()),))
+        return F.mse_loss(p.dec(u), (p.x - 0.1*p.dec(du).detach()))
+    return step, p.watch, {}
+
+def written_in_place(p):
+    def f(z):
+        z = z*1.5
+        z[:, :, :4] = z[:, :, 4:].clone()
+        out = torch.zeros_like(z)
+        out[:, :1] = z[:, 1:]
+        return out.mul_(2).add_(z)
+    return p.through(f), p.watch, {}
+
+SOUND = dict(
+    plain=lambda p: (p.through(lambda z: z), p.watch, {}),
+    round_ste=lambda p: (p.through(RoundSTE.apply), p.watch, {}),
+    clamp_inside=lambda p: (p.through(lambda z: z.clamp(-0.2, 0.2)), p.watch, {}),
+    tensors=lambda p: (F.mse_loss(p.dec(p.enc(p.x)), p.x), p.watch, {}),
+    named=lambda p: ((lambda: (lambda z: F.mse_loss(p.dec(z), p.x))(p.enc(p.x))), ['z', 'p.dec'], {}),
+    no_parameters=lambda p: ((lambda act: (p.through(act), dict(p.watch, act=act), {}))(nn.GELU())),
+    functional_call=lambda p: ((lambda: F.mse_loss(torch.func.functional_call(p.dec, dict(p.dec.named_parameters()), (p.enc(p.x),)), p.x)), p.watch, {}),
+    learner_float=learner('no'), learner_bf16=learner('bf16'),
+    **{f.__name__: f for f in (straight_through, zero_start, film_zero_init, adaln_zero, perceptual, teacher, two_optimizers, whole_step, grad_scaler,
+                               checkpointed, gradient_penalty, adaptive_weight, masked_tokens, forward_mode, written_in_place)})
+
+@pytest.mark.parametrize('name', SOUND)
+def test_sound(name):
+    step, watch, options = SOUND[name](Parts())
+    report = audit_gradient(step, watch, **options)
+    assert report.breaks == []
+    assert report and 'No break' in repr(report)
+
+
+# ------------------------------------------------------------- what it says, and what it leaves as it was
+def test_norms_are_those_of_backward():
+    p = Parts()
+    report = audit_gradient(p.through(torch.tanh), p.watch)
+    p.through(torch.tanh)().backward()
+    for name, module in p.watch.items():
+        norm = torch.stack([q.grad.norm() for q in module.parameters()]).norm().item()
+        assert report.cells['loss', name].norm == pytest.approx(norm, rel=1e-5)
+
+def test_place_is_the_line_of_the_cut():
+    b, = audit_gradient(BROKEN['by_numpy'](Parts())[0], Parts().watch | {}).breaks[:1]
+    p = Parts()
+    step, watch, _, _ = no_grad(p)
+    b, = audit_gradient(step, watch).breaks
+    assert b.where.startswith('test_audit_gradient.py:') and 'with torch.no_grad(): z = p.enc(p.x)' in b.where
+
+@pytest.mark.parametrize('name', ['whole_step', 'grad_scaler'])
+def test_a_step_is_not_made(name):
+    step, watch, _ = SOUND[name](Parts())
+    params = [p for m in watch.values() for p in m.parameters()]
+    for p in params: p.grad = torch.ones_like(p)
+    before, rng = [p.detach().clone() for p in params], torch.get_rng_state()
+    audit_gradient(step, watch)
+    assert all(torch.equal(a, b) for a, b in zip(before, params)) and all((p.grad == 1).all() for p in params)
+    assert torch.equal(rng, torch.get_rng_state())
+
+def test_nothing_stays_behind():
+    import sys
+    before = (torch.from_numpy, torch.autograd.backward, torch.amp.GradScaler.step, sys.getprofile())
+    def fails(): raise KeyError('mine')
+    with pytest.raises(KeyError): audit_gradient(fails, ['z'])
+    p = Parts()
+    audit_gradient(p.through(lambda z: z), p.watch)
+    assert before == (torch.from_numpy, torch.autograd.backward, torch.amp.GradScaler.step, sys.getprofile())
+    p.through(lambda z: z)().backward()
+    assert p.enc.weight.grad is not None
+
+def test_zero_start_is_told_from_zero_slope():
+    p = Parts()
+    step, watch, _ = zero_start(p)
+    cells = audit_gradient(step, watch).cells
+    assert cells['loss', 'first'].state == 'zero start' and cells['loss', 'model'].state == 'alive'
+    step, watch, _, _ = BROKEN['round'](p)
+    assert audit_gradient(step, watch).cells['loss', 'enc'].state == 'zero'
+
+def test_reasons_that_are_not_breaks_of_the_chain():
+    p = Parts()
+    report = audit_gradient(lambda: F.mse_loss(p.dec(torch.ones_like(p.enc(p.x))), p.x), p.watch)       # a shape is taken, no value
+    assert [(b.name, b.how) for b in report.breaks] == [('enc', 'unused')]
+    def step():
+        k = int(torch.randint(8, ()))
+        y = p.x.roll(k, -1)
+        return F.mse_loss(p.dec(p.enc(y)), p.x*torch.tensor([1.0, 2.0])[0])
+    report = audit_gradient(step, ['y', 'p.enc'])
+    assert [(b.name, b.how) for b in report.breaks] == [('y', 'constant')]                             # data, whatever numbers were drawn
+    b, = audit_gradient(lambda: p.x.mean()*0 + jpeg(torch.sigmoid(p.dec(p.x.expand(-1, 2, -1, -1))), 50).mean(), dict(dec=p.dec)).breaks[:1]
+    assert b.how == 'numpy' and 'tolist' not in b.says
+
+def test_of_a_step_that_has_run():
+    p = Parts()
+    z = p.enc(p.x)
+    report = audit_gradient(F.mse_loss(p.dec(z.detach()), p.x), dict(p.watch, z=z))
+    assert {b.name: b.how for b in report.breaks} == {'enc': 'cut', 'z': 'detach'}
+    report = audit_gradient(dict(a=p.enc(p.x).mean().detach(), b=p.enc(p.x).round().mean()), dict(enc=p.enc))
+    assert {b.name: b.how for b in report.breaks} == {'a': 'constant', 'b': 'zero slope', 'enc': 'zero slope'}
+    loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
+    loss.backward()
+    with pytest.raises(ValueError, match='its graph is gone'): audit_gradient(loss, p.watch)
+
+def test_wrapped_by_accelerate_in_processes(tmp_path):
+    import torch.distributed as dist
+    p = Parts()
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(p.enc, p.dec))
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        def step():
+            loss = F.mse_loss(model(p.x), p.x)
+            loss.backward()
+            opt.step()
+        assert audit_gradient(step, dict(model=model, enc=p.enc)).breaks == []
+    finally: dist.destroy_process_group()
+
+def test_bad_input():
+    p = Parts()
+    step = p.through(lambda z: z)
+    with pytest.raises(ValueError, match='watch is'): audit_gradient(step, {})
+    with pytest.raises(ValueError, match="no variable 'q'"): audit_gradient(step, ['q'])
+    with pytest.raises(ValueError, match='need the step as a function'): audit_gradient(step(), ['z'])
+    with pytest.raises(TypeError, match='watch holds .* str|int'): audit_gradient(step, dict(z=3))
+    with pytest.raises(TypeError, match='no backward'): audit_gradient(lambda: None, p.watch)
+    with pytest.raises(ValueError, match='shape'): audit_gradient(lambda: p.enc(p.x), p.watch)
+    with pytest.raises(ValueError, match="'book' is not in watch"): audit_gradient(step, p.watch, expect=dict(loss=['book']))
+    with pytest.raises(ValueError, match="the term 'recon'"): audit_gradient(step, p.watch, expect=dict(recon=['enc']))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('name', ['detach', 'round', 'no_grad', 'by_numpy'])
+def test_broken_on_a_gpu(name):
+    p = Parts()
+    for part in ('x', 'enc', 'dec', 'book', 'trunk'): setattr(p, part, getattr(p, part).cuda())
+    p.watch = dict(enc=p.enc, dec=p.dec)
+    step, watch, options, expected = BROKEN[name](p)
+    if name == 'by_numpy': step = p.through(lambda z: torch.from_numpy(z.detach().cpu().numpy()).cuda())
+    with torch.autocast('cuda', torch.float16): report = audit_gradient(step, watch, **options)
+    assert {b.name: b.how for b in report.breaks} == expected
