@@ -7,7 +7,7 @@ __all__ = ['Report', 'Headroom', 'headroom', 'Ladder', 'reads_truth', 'stateless
            'audit_gradient', 'load_report', 'identity_check', 'compare', 'oracle_gap', 'claim', 'claims', 'claims_page']
 
 # %% ../nbs/04_audit.ipynb #04-003
-import inspect, json, linecache, math, os, random, re, sys, threading, time
+import inspect, json, linecache, math, os, random, re, sys, threading, time, types
 from collections import Counter, deque
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -19,8 +19,9 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
 from .data import budget_mode, check_images, project_home
@@ -94,7 +95,7 @@ def _pictures(n=8, size=64, seed=0):
     return 0.1 + 0.8*(x - low)/(high - low)
 
 # %% ../nbs/04_audit.ipynb #04-012
-_LOWER = {'lpips', 'mse', 'rmse', 'mae', 'loss', 'l1', 'l2', 'nll', 'fid', 'error'}
+_LOWER = {'lpips', 'dists', 'niqe', 'piqe', 'brisque', 'mse', 'rmse', 'mae', 'loss', 'l1', 'l2', 'nll', 'fid', 'error'}
 _HIGHER = {'psnr', 'ssim', 'accuracy', 'acc'}
 
 def _metric_name(metric):
@@ -105,6 +106,7 @@ def _metric_name(metric):
 
 def _sign(name, floor=None, ceiling=None):
     "1 if more is better, else -1: by the metric's name, else by where floor and ceiling lie."
+    if flipped := re.match(r'\s*1\s*-\s*(.+)', name): return -_sign(flipped[1])
     words = set(re.findall('[a-z0-9]+', name.lower()))
     if words & _LOWER: return -1
     if words & _HIGHER or floor is None or ceiling is None: return 1
@@ -253,11 +255,13 @@ def _bars(rows, seeds, ladder):
 
 # %% ../nbs/04_audit.ipynb #04-020
 def _takes_two(model):
-    "May `model` be called with (y, x)? A wrapped module is asked for what it wraps; what has no signature takes y alone."
+    "Is `model` called with (y, x)? Only if it asks for a second value, or has one named for the truth: f(y, t=None) is called with y. A wrapped module is asked for what it wraps."
     while isinstance(model, nn.Module) and isinstance(inner := getattr(model, 'module', getattr(model, '_orig_mod', None)), nn.Module): model = inner
-    try: inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(None, None)
+    try: params = list(inspect.signature(model.forward if isinstance(model, nn.Module) else model).parameters.values())
     except (TypeError, ValueError): return False
-    return True
+    if any(p.kind is p.VAR_POSITIONAL for p in params): return True
+    given = [p for p in params if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(given) > 1 and (given[1].default is inspect.Parameter.empty or given[1].name.lower() in ('x', 'truth', 'target', 'gt', 'hr', 'clean', 'reference'))
 
 def _other_truths(x, seed):
     "Truths of the same shape that say something else, by name."
@@ -272,8 +276,8 @@ def reads_truth(
     x,       # (b, ...) their truth; while the check runs its values are changed in place, and come back
     seed=0,  # of every call, and of the noise
 ) -> Report: # true if the truth is read; `.moved`: change -> largest movement of the output, `.still`: with nothing changed
-    """Does the output move when only the truth is changed? Found too: a truth held by reference, or kept by an earlier call of this check.
-    Not found: what was copied from the truth before, outside of `model`. ValueError if two equal calls differ under one seed."""
+    """Does the output move when only the truth is changed? Found too: a truth held by reference, or kept from the first call of this check
+    (by what can be copied before it). Not found: what had been copied from the truth before. ValueError if two equal calls differ under one seed."""
     for t, name in ((y, 'y'), (x, 'x')):
         if not isinstance(t, torch.Tensor) or not t.is_floating_point(): raise TypeError(f'{name} is {getattr(t, "dtype", type(t).__name__)}; expected a float tensor')
     if not callable(model): raise TypeError(f'model is {type(model).__name__}; expected a function of (y, x) or a module')
@@ -295,14 +299,19 @@ def reads_truth(
         for name, t in _other_truths(truth, seed).items():  # twice: what an earlier call left shows in the second
             moved[name] = max(_apart(base[0], call(model, t)) for _ in range(2))
             call(model, truth)
-        if fresh is not None: moved['at the first call'] = _apart(base[0], call(fresh, _other_truths(truth, seed)['another image']))
+        if fresh is not None: moved['at the first call'] = _apart(base[0], call(fresh, 0.5*_other_truths(truth, seed)['another image'] + 0.3))
     finally:
         if not fixed: x.data.copy_(truth)
     return _moved_report(moved, still, max(10*still, 1e-6*size))
 
 def _copied(model):
-    "A module as it is before its first call, or None."
-    try: return deepcopy(model) if isinstance(model, nn.Module) else None
+    "A module, an object or a function, with the variables that it uses from outside, as they are before the first call; None if they cannot be copied."
+    try:
+        if not isinstance(model, types.FunctionType): return deepcopy(model)
+        own = lambda v: v if isinstance(v, (types.FunctionType, types.ModuleType, type)) else deepcopy(v)
+        cells = tuple(types.CellType(own(c.cell_contents)) for c in model.__closure__ or ())
+        outside = dict(model.__globals__, **{n: own(model.__globals__[n]) for n in model.__code__.co_names if n in model.__globals__})
+        return types.FunctionType(model.__code__, outside, model.__name__, tuple(map(own, model.__defaults__ or ())) or None, cells)
     except Exception: return None
 
 def _moved_report(moved, still, least):
@@ -322,7 +331,8 @@ _HIDDEN = {
     'batch companion': 'an image comes out differently beside another one',
     'threads': 'two threads that encode, then decode, disturb each other',
     'changes its input': 'encode writes into its images, or decode into its latent',
-    'ignores the latent': 'the latent of b decodes to a, if a was the last to be encoded'}
+    'ignores the latent': 'the latent of b decodes to a, if a was the last to be encoded',
+    'a hair off': 'a latent that is moved by a millionth decodes to something else: it is a key to what is kept elsewhere'}
 
 def _in_threads(jobs, timeout):
     "The results of functions, each in a thread of its own without gradients; raises what they raised, or TimeoutError."
@@ -375,8 +385,12 @@ def _trips(encode, decode, a, b, tol, timeout):
         zb = _clones(encode(b.clone()))
         encode(a.clone())
         return _apart(a, b) if _apart(decode(zb), first) <= tol else 0.0
+    def hair():
+        z = _clones(encode(a.clone()))
+        moved = _map(lambda t: t*(1 + 1e-6) + 1e-12 if t.is_floating_point() else t, z)
+        return d if (d := _apart(decode(moved), first)) > max(100*tol, 1e-3*first.abs().max().item()) else 0.0
     return dict(zip(_HIDDEN, (lambda: max(_apart(trip(a), first), _apart(trip(a), first)), order, interleaved, batch_order,
-                              lambda: _apart(trip(a, b)[:n], first), threads, changes, ignores)))
+                              lambda: _apart(trip(a, b)[:n], first), threads, changes, ignores, hair)))
 
 def stateless(
     encode,      # (b, c, h, w) -> a latent: a tensor, or tensors in tuples, lists, dicts
@@ -386,7 +400,7 @@ def stateless(
     tol=1e-5,    # the largest difference that rounding may make
     timeout=60,  # seconds for each check
 ) -> Report:     # true if sound; `.failures`: name -> (largest difference, what it means)
-    "Does a codec keep what its inverse needs in the latent, and nowhere else? Eight checks, each a named failure."
+    "Does a codec keep what its inverse needs in the latent, and nowhere else? Nine checks, each a named failure."
     for im, name in ((a, 'a'), (b, 'b')): check_images(im, name)
     if a.shape != b.shape: raise ValueError(f'a has shape {tuple(a.shape)}, b has shape {tuple(b.shape)}; expected the same')
     if _apart(a, b) <= tol: raise ValueError('a and b are the same images; expected different ones')
@@ -409,9 +423,9 @@ def parseval(
     measured_psnr,  # dB, of what was decoded; a number, or (images,), as latent_mse
     images=None,    # (b, c, h, w) on which the codec is probed; default 8 smooth pictures with a little texture
     seed=0,         # of the probing noise
-) -> Report:        # true if they agree within 1 dB; `.implied`, `.measured`, `.gap` in dB, `.gain`, `.round_trip` (mse), `.problem`
+) -> Report:        # true if the error explains it within 1 dB; `.implied`, `.range`, `.measured`, `.gap` in dB, `.gain`, `.round_trip` (mse), `.problem`
     """The PSNR that a latent error implies against the one measured; exact for an orthonormal codec (Parseval's theorem), else to first order.
-    The error is taken as white over the latent. Numbers should come from the mean squared error of all images: a mean of PSNRs is higher."""
+    The error may lie in any channel: a problem is what no share of channels explains. Numbers should come from the mean squared error of all images: a mean of PSNRs is higher."""
     encode, decode = codec if isinstance(codec, (tuple, list)) else (getattr(codec, k, None) for k in ('encode', 'decode'))
     if not (callable(encode) and callable(decode)): raise TypeError(f'codec is {type(codec).__name__}; expected encode and decode, or a pair of functions')
     error, measured = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (latent_mse, measured_psnr))
@@ -426,17 +440,31 @@ def parseval(
         clean, moved = (decode(v).double() for v in (z, noisy))
     if clean.shape != x.shape: raise ValueError(f'codec turns {tuple(x.shape)} into {tuple(clean.shape)}; expected the same shape')
     gain = ((moved - clean).square().mean()/added.square().mean()).item()
+    single = _channel_gains(z, decode, clean, size, g) or [gain]
     round_trip = (clean - x).square().mean().item()
-    implied = (-10*(gain*error + round_trip).log10()).mean().item()
-    gap = measured.mean().item() - implied
-    problem = '' if abs(gap) <= 1 else _PARSEVAL[gap > 0].format(abs(gap))
-    rows = [{'what': k, 'value': v} for k, v in (('implied PSNR, dB', implied), ('measured PSNR, dB', measured.mean().item()), ('gap, dB', gap),
+    from_gain = lambda k: (-10*(k*error + round_trip).log10()).mean().item()
+    implied, low, high = from_gain(gain), from_gain(max(single + [gain])), from_gain(min(single + [gain]))
+    got = measured.mean().item()
+    gap, outside = got - implied, min(got - low, 0) or max(got - high, 0)
+    problem = '' if abs(outside) <= 1 else _PARSEVAL[gap > 0].format(abs(outside))
+    rows = [{'what': k, 'value': v} for k, v in (('implied PSNR, dB, error spread evenly', implied), ('if all of it is in the worst channel', low),
+            ('if all of it is in the best channel', high), ('measured PSNR, dB', got), ('gap, dB', gap),
             ('pixel error of a unit of latent error', gain), ('PSNR of the round trip, dB', -10*math.log10(round_trip) if round_trip else math.inf))]
-    return Report(not problem, problem or 'The latent error explains the PSNR', rows, implied=implied, measured=measured.mean().item(), gap=gap, gain=gain,
+    return Report(not problem, problem or 'The latent error explains the PSNR', rows, implied=implied, range=(low, high), measured=got, gap=gap, gain=gain,
                   round_trip=round_trip, problem=problem)
 
-_PARSEVAL = {False: 'Measured {:.2f} dB lower than the latent error implies: look at the sampler, the scale and the decode path, not at the loss',
-             True: 'Measured {:.2f} dB higher than the latent error implies: the reported error is not the deployed one, or the truth leaks'}
+def _channel_gains(z, decode, clean, size, g):
+    "The pixel error of a unit of latent error in one channel at a time, for a latent (b, c, ...) of up to 64 channels; else None."
+    if not isinstance(z, torch.Tensor) or z.ndim < 2 or not 1 < z.shape[1] <= 64: return None
+    gains = []
+    for k in range(z.shape[1]):
+        noise = torch.zeros_like(z)
+        noise[:, k] = 0.01*size*torch.randn(z[:, k].shape, generator=g).to(z)
+        gains.append(((decode(z + noise).double() - clean).square().mean()/noise.double().square().mean()).item())
+    return gains
+
+_PARSEVAL = {False: 'Measured {:.2f} dB lower than the latent error can explain: look at the sampler, the scale and the decode path, not at the loss',
+             True: 'Measured {:.2f} dB higher than the latent error can explain: the reported error is not the deployed one, or the truth leaks'}
 
 # %% ../nbs/04_audit.ipynb #04-041
 _EXPORTS = {'numpy', '__array__', 'tolist', 'item', '__float__', '__int__', '__dlpack__'}
@@ -479,7 +507,7 @@ class _Trace(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.ops, self.kept, self.last, self.writes, self.nodes = [], [], {}, {}, {}
-        self.exports, self.losses, self.outputs, self.optimizers, self.paused, self.frame = [], [], {}, [], False, None
+        self.exports, self.outputs, self.paused, self.frame = [], {}, False, None
         self.grad_asked = torch.is_grad_enabled()
 
     def op(self, t):
@@ -499,8 +527,7 @@ class _Trace(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func.__self__, '__name__', '') if func.__name__ in ('__get__', '__set__') else func.__name__
         if self.paused: return func(*args, **kwargs or {})
-        self.frame = sys._getframe(1)
-        if name == 'backward': return self.losses.append(args[0])
+        self.frame = sys._getframe(2)
         if name == '_set_grad_enabled':
             self.grad_asked = args[0]
             return func(*args)
@@ -525,15 +552,56 @@ class _Trace(TorchFunctionMode):
                 if is_written: self.writes[_storage(t) or None] = op
         return out
 
+class _Rehearsal(_Trace):
+    "A trace of a training step whose backward, updates and schedules are noted and not done."
+    def __init__(self):
+        super().__init__()
+        self.losses, self.optimizers, self.grads, self.pending, self.cleared = [], [], {}, False, ''
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if not self.paused:
+            if func.__name__ == '__set__' and func.__self__.__name__ != 'data':
+                if func.__self__.__name__ == 'grad': self.grads.setdefault(id(args[0]), (args[0], args[0].grad))
+                return func(*args)
+            if func.__name__ == 'backward': return self.note([args[0]])
+            writes = func.__name__ in ('__iadd__', '__isub__', '__imul__', '__itruediv__') or func.__name__.endswith('_') and not func.__name__.startswith('__')
+            if self.losses and writes and not torch.is_grad_enabled() and isinstance(args[0], nn.Parameter): return args[0]
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def note(self, losses, *args, **kwargs):
+        "A backward pass, not done: parameters get gradients of zero, so that what follows it runs."
+        self.losses += (losses := _leaves([losses]))
+        self.pending = True
+        for loss in losses:
+            for node in _nodes(loss.grad_fn):
+                if hasattr(node, 'variable'): self.set_grad(node.variable, torch.zeros_like(node.variable))
+
+    def set_grad(self, p, value):
+        self.paused, was = True, self.paused
+        self.grads.setdefault(id(p), (p, p.grad))              # what it was, for the end
+        p.grad, self.paused = value, was
+
+    def no_step(self, optimizer, args, kwargs):
+        "Before an optimizer's step: without gradients, torch's optimizers leave their parameters alone."
+        self.optimizers.append(optimizer)
+        if self.pending: self.cleared = ''
+        for p in (p for group in optimizer.param_groups for p in group['params']): self.set_grad(p, None)
+
+    def no_clearing(self, owner, *args, **kwargs):
+        self.frame = sys._getframe(1)
+        if self.pending: self.cleared = _place(self.frame)     # between backward and step
+        self.pending = False
+
     def replacements(self):
         "(object, name, stand-in): what has to be noted or kept from acting and that torch functions do not announce."
         def from_numpy(a):
             self.frame = sys._getframe(1)
             return self.record('from_numpy', numpy_to_torch, (a,), {})
         numpy_to_torch, same = torch.from_numpy, lambda scaler, value=None, *args, **kwargs: value
-        scaler = torch.amp.GradScaler
-        return [(torch, 'from_numpy', from_numpy), (torch.autograd, 'backward', lambda tensors, *args, **kwargs: self.losses.extend(_leaves([tensors]))),
-                (LRScheduler, 'step', same), *((scaler, name, same) for name in ('scale', 'unscale_', 'step', 'update'))]
+        clear = lambda owner, *args, **kwargs: self.no_clearing(owner)
+        return [(torch, 'from_numpy', from_numpy), (torch.autograd, 'backward', self.note), (torch.optim.Optimizer, 'zero_grad', clear),
+                (nn.Module, 'zero_grad', clear), (LRScheduler, 'step', same), (ReduceLROnPlateau, 'step', same), (AveragedModel, 'update_parameters', same),
+                *((torch.amp.GradScaler, name, same) for name in ('scale', 'unscale_', 'step', 'update'))]
 
 def _cut(name, ins, t, written, grad_asked):
     "How the gradient of the inputs ends in a call that gave `t`; '' if it goes on."
@@ -580,48 +648,54 @@ def _codes(*functions):
 @contextmanager
 def _traced(names):
     "Runs what is inside under a trace; backward, scalers, optimizers and schedules are noted and do nothing. Yields it and the named local variables."
-    trace, found, roots, ours = _Trace(), {}, {n.split('.')[0] for n in names}, _codes(*vars(_Trace).values(), _leaves, _place, _storage, _version, _cut)
+    trace, found, roots, ours = _Rehearsal(), {}, {n.split('.')[0] for n in names}, _codes(*vars(_Trace).values(), *vars(_Rehearsal).values(), _leaves, _place, _storage, _version, _cut)
     def on_return(frame, event, arg):
         code = frame.f_code
         if event != 'return' or code in ours or code.co_filename.startswith(_HERE[0]): return
         for n in roots.intersection(code.co_names) & frame.f_globals.keys(): found.setdefault(n, frame.f_globals[n])
         if not roots.isdisjoint(code.co_varnames + code.co_freevars): found.update({n: v for n, v in frame.f_locals.items() if n in roots})
     def output_of(module, args, out): trace.outputs.setdefault(id(module), []).extend(_leaves(out))
-    def no_step(optimizer, args, kwargs):
-        trace.optimizers.append(optimizer)
-        for group in optimizer.param_groups:
-            for p in group['params']: p.grad = None                  # torch's optimizers leave such parameters alone
     with ExitStack() as stack:
         for target, name, new in trace.replacements(): stack.enter_context(mock.patch.object(target, name, new))
-        for handle in (nn.modules.module.register_module_forward_hook(output_of), register_optimizer_step_pre_hook(no_step)): stack.callback(handle.remove)
+        for handle in (nn.modules.module.register_module_forward_hook(output_of), register_optimizer_step_pre_hook(trace.no_step)): stack.callback(handle.remove)
         if roots:
             stack.callback(sys.setprofile, sys.getprofile())
             sys.setprofile(on_return)
         stack.enter_context(torch.random.fork_rng())
-        with trace: yield trace, found
+        try:
+            with trace: yield trace, found
+        finally:
+            for p, grad in trace.grads.values(): p.grad = grad
 
 # %% ../nbs/04_audit.ipynb #04-044
 _PRODUCTS = ('mul', 'mm', 'addmm', 'bmm', 'baddbmm', 'convolution', 'linear', 'div', 'dot', 'mv', 'lerp', 'addcmul')
 _ERRORS = ('mseloss', 'l1loss', 'smoothl1loss', 'huberloss', 'sub', 'pow', 'abs', 'norm', 'linalgvectornorm', 'rsub')
 
+_NO_GRADIENT = {True: "loss has lost its graph: backward or torch.autograd.grad went through it; hand in the step as a function, or keep the graph with retain_graph=True"}
+
+def _nodes(root):
+    "All nodes of the graph behind `root`, and itself."
+    todo = [root] if root is not None else []
+    seen = set(todo)
+    for node in todo:                                          # grows while it is walked
+        fresh = {c: None for c, _ in node.next_functions if c is not None and c not in seen}
+        seen.update(fresh), todo.extend(fresh)
+    return todo
+
 class _Flow:
     "The gradient of one term: at every leaf and watched tensor, and which of the graph's edges carry zeros only."
     def __init__(self, term, tensors):
-        self.edges, self.into, self.accumulators, self.error = {}, {}, {}, ''
-        self.root = term.grad_fn
-        handles, todo, seen = [], [self.root] if self.root else [], {self.root}
-        while todo:
-            node = todo.pop()
-            if hasattr(node, 'variable'): self.accumulators[id(node.variable)] = node
-            else: handles.append(node.register_hook(lambda ins, outs, node=node: self.edges.update({node: [g is not None and bool((g != 0).any()) for g in ins]})))
-            for child, _ in node.next_functions:
-                if child is None: continue
-                self.into.setdefault(child, []).append(node)
-                if child not in seen: seen.add(child), todo.append(child)
+        self.edges, self.into, self.error, self.root = {}, {}, '', term.grad_fn
+        nodes = _nodes(self.root)
+        for node in nodes:
+            for child, _ in node.next_functions: self.into.setdefault(child, []).append(node)
+        self.accumulators = {id(n.variable): n for n in nodes if hasattr(n, 'variable')}
         inputs = list({id(t): t for t in [*(n.variable for n in self.accumulators.values()), *tensors] if t.requires_grad}.values())
+        note = lambda node: lambda ins, outs: self.edges.update({node: [g is not None and bool((g != 0).any()) for g in ins]})
+        handles = [n.register_hook(note(n)) for n in nodes if not hasattr(n, 'variable')]
         try: found = torch.autograd.grad(term, inputs, torch.ones_like(term), retain_graph=True, allow_unused=True) if term.requires_grad else [None]*len(inputs)
         except RuntimeError as error:
-            if 'second time' in str(error): raise ValueError('loss has been through backward and its graph is gone; hand in the step as a function') from error
+            if 'inplace' not in str(error): raise ValueError(_NO_GRADIENT.get('second time' in str(error), str(error))) from error
             self.error, found = str(error).split(';')[0].split('[')[0], [None]*len(inputs)
         finally:
             for h in handles: h.remove()
@@ -638,12 +712,6 @@ class _Flow:
         kept = (getattr(n, a) for n in self.edges for a in dir(n) if a.startswith('_saved_'))
         return any(isinstance(t, torch.Tensor) and _storage(t) in places for t in kept)
 
-    def behind(self, node):
-        "All nodes that the gradient passes after `node`, and `node`."
-        seen, todo = {node}, [node]
-        while todo: todo += [c for c, _ in todo.pop().next_functions if c is not None and c not in seen and not seen.add(c)]
-        return seen
-
     def turn(self, tensors):
         "The first (node, input) on the way from the term to `tensors` that takes in a gradient and gives out zeros."
         todo = [n for n in (self.accumulators.get(id(t), t.grad_fn) for t in tensors) if n]
@@ -658,17 +726,17 @@ class _Flow:
                 if child not in seen: seen.add(child), queue.append(child)
         return None
 
-def _why_zero(flow, tensors):
-    "(state, how, what, node) of a gradient that is zero at `tensors`."
+def _why_zero(flow, tensors, learns):
+    "(state, how, what, node) of a gradient that is zero at `tensors`; learns(variable) says whether a leaf will be updated."
     turn = flow.turn(tensors)
     if turn is None: return 'zero', 'zero slope', 'its gradient is zero', None
     node, k = turn
     name = re.sub(r'^(mkldnn|cudnn|miopen)|backward\d*$', '', node.name().lower())
-    siblings = [c for j, (c, _) in enumerate(node.next_functions) if c is not None and j != k and flow.edges[node][j]]
     if name in _PRODUCTS:
-        learning = any(hasattr(n, 'variable') and flow.grads.get(id(n.variable)) is not None and bool((flow.grads[id(n.variable)] != 0).any())
-                       for s in siblings for n in flow.behind(s))
-        if learning: return 'zero start', '', f'multiplied by zeros that are learning ({name}): open after the first update', node
+        beside = [n.variable for j, (c, _) in enumerate(node.next_functions) if c is not None and j != k and flow.edges[node][j]
+                  for n in _nodes(c) if hasattr(n, 'variable')]
+        if any(id(v) in flow.grads and bool((flow.grads[id(v)] != 0).any()) and learns(v) for v in beside):
+            return 'zero start', '', f'multiplied by zeros that are learning ({name}): open after the first update', node
         return 'zero', 'zero factor', f'multiplied by zero in {name}', node
     if name in _ERRORS: return 'zero', 'constant', f'there is no error: the two sides of {name} are equal', node
     own = not node.name()[-1].isdigit()                                      # a class of somebody's own, derived from autograd.Function
@@ -679,7 +747,7 @@ class Break(NamedTuple):
     "A place where learning stops."
     name: str    # of the station, parameter or term that gets nothing
     how: str     # 'detach', 'numpy', 'number', 'no_grad', 'inference mode', 'integer cast', 'zero slope', 'zero factor', 'in-place on a leaf',
-                 # 'frozen', 'not frozen', 'constant', 'unused', 'not in the optimizer', 'not finite', 'no gradient', 'cut'
+                 # 'in-place', 'frozen', 'not frozen', 'constant', 'unused', 'not in the optimizer', 'cleared', 'not finite', 'no gradient', 'cut'
     where: str   # the line, '' if it is not known
     says: str    # a sentence
 
@@ -708,8 +776,9 @@ class GradientReport(Report):
 # %% ../nbs/04_audit.ipynb #04-047
 class _Audit:
     "The terms and stations of one step, and what the gradient does between them."
-    def __init__(self, terms, watch, trace, frozen):
+    def __init__(self, terms, watch, trace, frozen, optimizers):
         self.terms, self.watch, self.trace, self.frozen = terms, watch, trace, set(frozen)
+        self.held = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}
         tensors = [t for s in watch for t in self.probes(s)]
         self.flows = {name: _Flow(t, tensors) for name, t in terms.items()}
 
@@ -725,6 +794,11 @@ class _Audit:
         learning = [p for p in s.parameters() if p.requires_grad]
         return learning or (self.trace.outputs.get(id(s), []) if self.trace else [])
 
+    def learns(self, variable):
+        "Will this leaf be updated? It was there before the step, and an optimizer has it, if any is known."
+        made = self.trace.last.get(id(variable)) if self.trace else None
+        return (made is None or made.name == 'input') and (not self.held or id(variable) in self.held)
+
     def cell(self, term, station):
         s, probes = self.watch[station], self.probes(station)
         has_params = isinstance(s, nn.Module) and any(True for _ in s.parameters())
@@ -732,38 +806,41 @@ class _Audit:
         if idle and station not in self.frozen: return _Cell('frozen', None, 'frozen', '', 'none of its parameters has requires_grad')
         if self.flows[term].error: return _Cell('none', None, 'in-place', '', self.flows[term].error)
         norm = self.flows[term].of(probes)
-        if norm is None: return self.why_none(term, probes)
+        if norm is None: return _why_none(self, term, probes)
         if not math.isfinite(norm): return _Cell('not finite', norm, 'not finite', '', f'its gradient is {norm}')
         if norm > 0: return _Cell('alive', norm)
-        state, how, says, node = _why_zero(self.flows[term], probes)
+        state, how, says, node = _why_zero(self.flows[term], probes, self.learns)
         return _Cell(state, 0.0, how, self.line_of(node), says)
 
     def line_of(self, node):
         op = self.trace.nodes.get(node) if self.trace and node is not None else None
         return op.where if op else ''
 
-    def why_none(self, term, probes):
-        "Why the graph of a term does not lead to `probes`."
-        none = lambda how, says, where='': _Cell('none', None, how, where, says)
-        value = self.terms[term]
-        if not probes: return none('unused', 'it was not called in this step') if self.trace else none('cut', 'hand in the step as a function to see it')
-        if all(t.is_inference() for t in probes): return none('inference mode', 'it was made in inference mode')
-        if not any(t.is_floating_point() or t.is_complex() for t in probes): return none('integer cast', f'it holds {probes[0].dtype}, which has no gradient')
-        if self.trace is None:
-            if self.flows[term].holds(probes): return none('detach', 'the term was made of its values without its gradient')
-            if not any(t.requires_grad for t in probes): return none('cut', 'it carries no gradient itself; hand in the step as a function to see why')
-            what = 'the term needs no gradient at all' if not value.requires_grad else 'no way leads from the term to it'
-            return none('constant' if not value.requires_grad else 'cut', f'{what}; hand in the step as a function to see where it ends')
-        starts = [self.trace.op(t) for t in probes]
-        stops = _stops(self.trace.op(value), starts)
-        if stops is None: return none('unused', 'the value of the term does not depend on it')
-        if not any(op.tracked for op in starts):
-            earlier = [op for s in starts for op in s.behind() if op.cut not in ('', 'inside')]
-            stops = earlier[-1:]
-            if not stops: return none('constant', 'nothing that it was made of asks for a gradient')
-        if not stops: return none('cut', 'no way leads from the term to it')
-        says = list(dict.fromkeys(_ENDS[op.cut].format(op.name) for op in stops))
-        return none(stops[0].cut, ', '.join(says[:3]), stops[0].where)
+def _why_none(audit, term, probes):
+    "Why the graph of a term does not lead to `probes`."
+    none = lambda how, says, where='': _Cell('none', None, how, where, says)
+    value = audit.terms[term]
+    if not probes: return none('unused', 'it was not called in this step') if audit.trace else none('cut', 'hand in the step as a function to see it')
+    if all(t.is_inference() for t in probes): return none('inference mode', 'it was made in inference mode')
+    if not any(t.is_floating_point() or t.is_complex() for t in probes): return none('integer cast', f'it holds {probes[0].dtype}, which has no gradient')
+    if audit.trace is None:
+        if audit.flows[term].holds(probes): return none('detach', 'the term was made of its values without its gradient')
+        if not any(t.requires_grad for t in probes): return none('cut', 'it carries no gradient itself; hand in the step as a function to see why')
+        what = 'the term needs no gradient at all' if not value.requires_grad else 'no way leads from the term to it'
+        return none('constant' if not value.requires_grad else 'cut', f'{what}; hand in the step as a function to see where it ends')
+    starts = [audit.trace.op(t) for t in probes]
+    stops = _stops(audit.trace.op(value), starts)
+    if stops is None:
+        left = next((op for op in audit.trace.exports if set(starts) & set(op.behind())), None)
+        if left: return none(_left_torch(left.name), f'the term depends on it, if at all, through {left.name}', left.where)
+        return none('unused', 'the value of the term does not depend on it')
+    if not any(op.tracked for op in starts):
+        earlier = [op for s in starts for op in s.behind() if op.cut not in ('', 'inside')]
+        stops = earlier[-1:]
+        if not stops: return none('constant', 'nothing that it was made of asks for a gradient')
+    if not stops: return none('cut', 'no way leads from the term to it')
+    says = list(dict.fromkeys(_ENDS[op.cut].format(op.name) for op in stops))
+    return none(stops[0].cut, ', '.join(says[:3]), stops[0].where)
 
 def _breaks(audit, cells, expect):
     "Stations that no term moves, terms that move nothing, expected pairs without gradient, parameters whose part is cut off."
@@ -787,19 +864,27 @@ def _breaks(audit, cells, expect):
     return out + _lost_parameters(audit, [b.name for b in out])
 
 def _lost_parameters(audit, known):
-    "Parameters that decide a term's value and get no gradient from any, in a module whose other parameters do."
+    "Parameters that decide a term's value and get nothing from any term, in a module whose other parameters do."
     if audit.trace is None: return []
-    ways = {op for t in audit.terms.values() for op in audit.trace.op(t).behind()}
-    return [Break(f'{s}.{n}', c.how, c.where, c.says) for s in audit.watch if s not in known
-            for n, p in audit.params(s).items() if n and p.requires_grad and audit.trace.op(p) in ways
-            and not any(id(p) in f.grads for f in audit.flows.values()) for c in [audit.why_none(next(iter(audit.terms)), [p])]]
+    ways, out = {op for t in audit.terms.values() for op in audit.trace.op(t).behind()}, []
+    for s in (s for s in audit.watch if s not in known):
+        used = [(n, p) for n, p in audit.params(s).items() if n and p.requires_grad and audit.trace.op(p) in ways]
+        for n, p in used if len(audit.probes(s)) > 1 else ():
+            found = [(f, f.grads[id(p)]) for f in audit.flows.values() if id(p) in f.grads]
+            if not found: out.append((s, n, _why_none(audit, next(iter(audit.terms)), [p])))
+            elif not any(bool((g != 0).any()) for _, g in found):
+                state, how, says, node = _why_zero(found[0][0], [p], audit.learns)
+                if state == 'zero': out.append((s, n, _Cell(state, 0.0, how, audit.line_of(node), says)))
+    return [Break(f'{s}.{n}', c.how, c.where, c.says) for s, n, c in out]
 
-def _not_held(audit, optimizers):
-    "Parameters that get a gradient and that no optimizer holds."
-    held, out = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}, []
-    for s in audit.watch if optimizers else ():
-        lost = [n for n, p in audit.params(s).items() if p.requires_grad and id(p) not in held and (n or isinstance(p, nn.Parameter))]
+def _not_held(audit):
+    "Parameters that no optimizer holds, if one is known; an update that finds its gradients cleared."
+    out = []
+    for s in audit.watch if audit.held else ():
+        lost = [n for n, p in audit.params(s).items() if p.requires_grad and id(p) not in audit.held and (n or isinstance(p, nn.Parameter))]
         if lost: out.append(Break(s, 'not in the optimizer', '', f'{len(lost)} of its {len(audit.params(s))} parameters are in no group' + (f', {lost[0]!r} first' if lost[0] else '')))
+    if audit.trace and audit.trace.optimizers and audit.trace.cleared:
+        out.append(Break(next(iter(audit.terms)), 'cleared', audit.trace.cleared, 'its gradients are set to zero between backward and step'))
     return out
 
 # %% ../nbs/04_audit.ipynb #04-048
@@ -822,14 +907,22 @@ def _terms(result, trace):
     "{name: scalar} of what a step returned, or else called backward on."
     if isinstance(result, (tuple, list)) and result: result = result[0]
     noted = trace.losses if trace else []
-    known = [t for t in (result.values() if isinstance(result, dict) else [result]) if isinstance(t, torch.Tensor) and t.requires_grad]
-    if noted and not known: result = {'loss' if k == 0 else f'loss {k + 1}': t for k, t in enumerate(noted)}
+    parts = [t for t in (result.values() if isinstance(result, dict) else []) if isinstance(t, torch.Tensor) and t.numel() == 1]
+    if noted and not (parts and any(t.requires_grad for t in parts) and math.isclose(sum(t.item() for t in parts), sum(t.item() for t in noted), rel_tol=1e-4)):
+        result = {'loss' if k == 0 else f'loss {k + 1}': t for k, t in enumerate(noted)}       # what went backward, whatever was returned
     if isinstance(result, torch.Tensor): result = {'loss': result}
     if not isinstance(result, dict) or not result: raise TypeError(f'loss gave {type(result).__name__} and called no backward; expected a scalar tensor or a dict of them')
     terms = {str(n): t if isinstance(t, torch.Tensor) else torch.tensor(float(t)) for n, t in result.items()}
     for n, t in terms.items():
         if t.numel() != 1: raise ValueError(f'the term {n} has shape {tuple(t.shape)}; expected a scalar')
     return terms
+
+def _check_names(stations, terms, expect, frozen):
+    "Raises unless `expect` and `frozen` name stations and terms that there are."
+    for n in [*frozen, *(n for group in expect.values() for n in group)]:
+        if n not in stations: raise ValueError(f'{n!r} is not in watch, which has {", ".join(stations)}')
+    for t in expect:
+        if t not in terms: raise ValueError(f'expect names the term {t!r}; the step has {", ".join(terms)}')
 
 def audit_gradient(
     loss,            # a function without arguments that runs the step: it returns the loss or {term: loss}, or calls backward itself;
@@ -839,31 +932,28 @@ def audit_gradient(
     expect=None,     # {term: [names]} that this term must move; without it, each name must be moved by some term
     frozen=(),       # names of modules that must not learn and must let the gradient through
 ) -> GradientReport:
-    "Follows the gradient of each loss term to each station and says where and how it ends. The step's randomness is undone, its updates are not made."
-    names = [v if isinstance(v, str) else n for n, v in watch.items() if isinstance(v, str)] if isinstance(watch, dict) else list(watch)
+    """Follows the gradient of each loss term to each station and says where and how it ends. Updates of the step are not made (optimizers, schedules,
+    scalers, in-place writes to parameters after backward); gradients, random state and buffers of modules in `watch` are put back; counters are not."""
+    names = [v for v in (watch.values() if isinstance(watch, dict) else watch) if isinstance(v, str)]
     if not watch: raise ValueError(f'watch is {watch!r}; expected at least one name')
-    trace, found, result = None, {}, loss
-    if callable(loss) and not isinstance(loss, torch.Tensor):
-        params = [p for o in _listed(optimizer) for g in o.param_groups for p in g['params']] + [p for m in _modules(watch) for p in m.parameters()]
-        kept = [(p, p.grad) for p in params]
-        try:
+    trace, found, result, step = None, {}, loss, callable(loss) and not isinstance(loss, torch.Tensor)
+    if names and not step: raise ValueError(f'watch names {names}; names of variables need the step as a function')
+    kept = [(b, b.clone()) for m in _modules(watch) for b in m.buffers()] if step else []
+    try:
+        if step:
             with _traced(names) as (trace, found): result = loss()
-        except RuntimeError as error:
-            if 'in-place' not in str(error): raise
-            return GradientReport([], [], {}, [Break('loss', 'in-place on a leaf', _place(trace.frame), str(error))])
-        finally:
-            for p, g in kept: p.grad = g
-    elif names: raise ValueError(f'watch names {names}; names of variables need the step as a function')
-    terms = _terms(result, trace)
-    stations = {n: _named(n if not isinstance(watch, dict) else watch[n], found) for n in watch}
-    audit = _Audit(terms, stations, trace, frozen)
-    for n in [*frozen, *(n for group in (expect or {}).values() for n in group)]:
-        if n not in stations: raise ValueError(f'{n!r} is not in watch, which has {", ".join(stations)}')
-    for t in expect or {}:
-        if t not in terms: raise ValueError(f'expect names the term {t!r}; the step has {", ".join(terms)}')
-    cells = {(t, s): audit.cell(t, s) for t in terms for s in stations}
-    optimizers = _listed(optimizer) + (trace.optimizers if trace else [])
-    return GradientReport(terms, stations, cells, _breaks(audit, cells, expect or {}) + _not_held(audit, optimizers))
+        terms = _terms(result, trace)
+        stations = {n: _named(watch[n] if isinstance(watch, dict) else n, found) for n in watch}
+        _check_names(stations, terms, expect or {}, frozen)
+        audit = _Audit(terms, stations, trace, frozen, _listed(optimizer) + (trace.optimizers if trace else []))
+        cells = {(t, s): audit.cell(t, s) for t in terms for s in stations}
+        return GradientReport(terms, stations, cells, _breaks(audit, cells, expect or {}) + _not_held(audit))
+    except RuntimeError as error:
+        if 'leaf Variable' not in str(error): raise
+        return GradientReport([], [], {}, [Break('loss', 'in-place on a leaf', _place(trace.frame), str(error))])
+    finally:
+        with torch.no_grad():
+            for b, value in kept: b.copy_(value)
 
 # %% ../nbs/04_audit.ipynb #04-069
 def _checksum(tensors):
@@ -943,14 +1033,26 @@ def load_report(
     share = sum(sizes[i] for i in filled)/max(1, sum(sizes.values()))
     counts = f'copied {len(copied)} of {len(own)} tensors, {share:.1%} of the elements'
     if share < at_least: raise ValueError(f'{counts}; expected at least {at_least:.0%}{_first(found)}{_suggestion(own, state)}')
+    ready = _ready(own, state, copied)
     before = _checksum(own)
     with torch.no_grad():
-        for k in copied: own[k].copy_(state[k])
+        for k in copied: own[k].copy_(ready[k])
     found |= dict(bytes=sum(own[k].nbytes for k in copied), share=share, before=before, after=_checksum(own))
     rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in ('copied', 'cast', 'missing', 'extra', 'mismatched')]
     rows += [{'what': 'checksum', 'first': f'{before} before, {found["after"]} after'}]
-    says = f'{counts}, {found["bytes"]:,} bytes' + (', but every value was there already' if before == found['after'] else '')
+    says = f'{counts}, {found["bytes"]:,} bytes' + (f'; {len(found["extra"])} of the file were not wanted' if found['extra'] else '') + (', but every value was there already' if before == found['after'] else '')
     return Report(not found['missing'] and not found['mismatched'], says[0].upper() + says[1:], rows, **found)
+
+def _ready(own, state, names):
+    "The tensors as the model will hold them; ValueError, before anything is copied, for values that are lost on the way or are no numbers."
+    out = {}
+    for k in names:
+        if state[k].is_meta or own[k].is_meta or state[k].layout is not torch.strided: raise ValueError(f'{k!r} is {state[k].device}, {state[k].layout}; expected values in memory')
+        if state[k].is_complex() and not own[k].is_complex(): raise ValueError(f'{k!r} is {state[k].dtype}; the model holds {own[k].dtype}')
+        out[k] = state[k].to(own[k].dtype)
+        if out[k].is_floating_point() and not torch.isfinite(out[k]).all():
+            raise ValueError(f'{k!r} holds values that are NaN or infinite' + (f' as {own[k].dtype}' if torch.isfinite(state[k]).all() else ''))
+    return out
 
 def _entry(found):
     "The first of a list or a dict, as text."
@@ -1040,9 +1142,9 @@ def compare(
     n_boot=4000,         # resamples
     seed=0,              # of the resamples
     metric='PSNR',       # which of the `Scores`; also the name in the table
-) -> Report:             # true if the interval leaves out 0; `.difference` (A - B), `.interval`, `.resolvable`, `.se`
+) -> Report:             # true if the interval leaves out 0 and either side has two seeds or more; `.difference` (A - B), `.interval`, `.resolvable`, `.se`
     """The difference of two methods over the images and seeds that might have been: a bootstrap with images shared by A and B and seeds of
-    their own (Owen 2007, "The pigeonhole bootstrap") gives the standard error, Student's t its multiple. It holds its level from 2 seeds on."""
+    their own (Owen 2007, "The pigeonhole bootstrap") gives the standard error, Student's t its multiple. It holds its level from 2 seeds on either side on."""
     metric = _metric_name(metric)
     a, b = _grid(runs_a, metric, 'runs_a'), _grid(runs_b, metric, 'runs_b')
     for grid, name in ((a, 'runs_a'), (b, 'runs_b')):
@@ -1074,7 +1176,7 @@ def _compared(a, b, metric, level, power, found):
             for n, grid in (('A', a), ('B', b))]
     rows += [{'what': 'difference A - B', 'value': d}, {'what': f'{level:.0%} interval, from', 'value': low}, {'what': 'to', 'value': high},
              {'what': f'smallest difference found with {power:.0%} power', 'value': least}]
-    return Report(sure, says, rows, digits, **found)
+    return Report(sure and not one, says, rows, digits, **found)
 
 # %% ../nbs/04_audit.ipynb #04-090
 def oracle_gap(
@@ -1084,7 +1186,7 @@ def oracle_gap(
     deployed,     # a tuple of inputs as there will be
     metric=psnr,  # fn(a, b) -> (b,); inf counts as 100
     seed=0,       # of both calls and of the bootstrap
-) -> Report:      # true if there is no gap; `.gap`: how much better the oracle is, `.interval`: 95 % over images, `.problem`
+) -> Report:      # true if the oracle is better by more than chance; `.gap`: how much better the oracle is, `.interval`: 95 % over images, `.problem`
     "The metric with the training-time input against the deployment-time one: what a second stage fed with the truth hides (exposure bias)."
     check_images(x, 'x')
     scores, name = [], _metric_name(metric)
@@ -1102,9 +1204,9 @@ def oracle_gap(
     says = problem or f'No gap that {len(x)} images show' if many else f'The gap is {gap:.3g}; one image gives no interval'
     rows = [{'input': k, name: v.mean().item()} for k, v in zip(('oracle', 'deployed'), scores)]
     rows += [{'input': 'gap', name: gap, '95 % interval': f'{interval[0]:.3g} to {interval[1]:.3g}'}]
-    return Report(not problem, says, rows, 2 if _is_psnr(name) else 4, gap=gap, interval=interval, problem=problem)
+    return Report(bool(problem), says, rows, 2 if _is_psnr(name) else 4, gap=gap, interval=interval, problem=problem)
 
-# %% ../nbs/04_audit.ipynb #04-094
+# %% ../nbs/04_audit.ipynb #04-095
 _VERDICTS = {True: 'confirmed', False: 'refuted', None: 'out of reach here'}
 
 def _plain(v): return v.item() if hasattr(v, 'item') else v   # a number of NumPy or torch as Python's own

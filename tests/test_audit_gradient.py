@@ -172,7 +172,47 @@ def watched_inside(p):
         return F.mse_loss(p.dec(q), p.x)
     return step, ['z', 'p.dec'], {}, {'z': 'detach'}
 
+def fresh_gate(p): return p.through(lambda z: z*torch.zeros(1, requires_grad=True)), p.watch, {}, {'enc': 'zero factor'}   # made anew each step
+
+def gate_not_held(p):
+    gate = nn.Parameter(torch.zeros(1))
+    opt = torch.optim.Adam([*p.enc.parameters(), *p.dec.parameters()])
+    return p.through(lambda z: z*gate), p.watch, dict(optimizer=opt), {'enc': 'zero factor'}
+
+def dead_branch(f):
+    def build(p):
+        model = nn.Module()
+        model.enc, model.side, model.dec = p.enc, nn.Conv2d(1, 2, 3, padding=1), p.dec
+        step = lambda: F.mse_loss(model.dec(model.enc(p.x) + f(model.side(p.x))), p.x)
+        how = 'zero factor' if f(torch.ones(1)).item() == 0 else 'zero slope'
+        return step, dict(model=model), {}, {'model.side.weight': how, 'model.side.bias': how}
+    return build
+
+def another_loss_goes_back(p):
+    opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+    def step():
+        opt.zero_grad()
+        z = p.enc(p.x)
+        part = z.square().mean()
+        total = part + F.mse_loss(p.dec(z), p.x)
+        part.backward()
+        opt.step()
+        return total
+    return step, p.watch, {}, {'dec': 'unused'}
+
+def cleared_before_the_step(p):
+    opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+    def step():
+        loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
+        loss.backward()
+        opt.zero_grad()
+        opt.step()
+    return step, p.watch, {}, {'loss': 'cleared'}
+
+def number_in_a_product(p): return lambda: F.mse_loss(p.dec(torch.ones(2, 2, 8, 8)*p.enc(p.x).mean().item()), p.x), p.watch, {}, {'enc': 'number'}
+
 BROKEN = dict(
+    side_times_zero=dead_branch(lambda z: z*0), side_rounded=dead_branch(lambda z: z.round()), 
     detach=lambda p: (p.through(lambda z: z.detach()), p.watch, {}, {'enc': 'detach'}),
     data=lambda p: (p.through(lambda z: z.data), p.watch, {}, {'enc': 'detach'}),
     uint8=lambda p: (p.through(lambda z: (z*255).to(torch.uint8).float()/255), p.watch, {}, {'enc': 'integer cast'}),
@@ -186,7 +226,8 @@ BROKEN = dict(
     **{f.__name__: f for f in (no_grad, inference, by_numpy, by_list, no_straight_through, losses_after_straight_through, written_into_buffer,
                                written_into_parameter, leaf_error, overwritten, frozen, not_held, not_held_by_the_stepped, reassigned,
                                perceptual_without_gradient, number, weight_data, weighted_zero, itself, unused, infinite, through_jpeg,
-                               should_be_frozen, watched_inside)})
+                               should_be_frozen, watched_inside, fresh_gate, gate_not_held, another_loss_goes_back,
+                               cleared_before_the_step, number_in_a_product)})
 
 @pytest.mark.parametrize('name', BROKEN)
 def test_broken(name):
@@ -278,6 +319,19 @@ def learner(precision):
         return (lambda: learn.one_step(iter(learn.train))), dict(model=learn.model, first=model.body[0]), {}
     return build
 
+def manual_update(p):
+    def step():
+        F.mse_loss(p.dec(p.enc(p.x)), p.x).backward()
+        with torch.no_grad():
+            for q in [*p.enc.parameters(), *p.dec.parameters()]:
+                q.mul_(0.9)
+                q -= 0.1*q.grad
+    return step, p.watch, {}
+
+def held_gate(p):
+    gate = nn.Parameter(torch.zeros(1))
+    return p.through(lambda z: z*gate), p.watch, dict(optimizer=torch.optim.Adam([gate, *p.enc.parameters(), *p.dec.parameters()]))
+
 def checkpointed(p):
     return lambda: F.mse_loss(p.dec(checkpoint(p.enc, p.x, use_reentrant=False)), p.x), p.watch, {}
 
@@ -334,7 +388,7 @@ SOUND = dict(
     functional_call=lambda p: ((lambda: F.mse_loss(torch.func.functional_call(p.dec, dict(p.dec.named_parameters()), (p.enc(p.x),)), p.x)), p.watch, {}),
     learner_float=learner('no'), learner_bf16=learner('bf16'),
     **{f.__name__: f for f in (straight_through, zero_start, film_zero_init, adaln_zero, perceptual, teacher, two_optimizers, whole_step, grad_scaler,
-                               checkpointed, gradient_penalty, adaptive_weight, masked_tokens, forward_mode, written_in_place)})
+                               checkpointed, manual_update, held_gate, gradient_penalty, adaptive_weight, masked_tokens, forward_mode, written_in_place)})
 
 @pytest.mark.parametrize('name', SOUND)
 def test_sound(name):
@@ -369,6 +423,32 @@ def test_a_step_is_not_made(name):
     audit_gradient(step, watch)
     assert all(torch.equal(a, b) for a, b in zip(before, params)) and all((p.grad == 1).all() for p in params)
     assert torch.equal(rng, torch.get_rng_state())
+
+def test_schedules_averages_and_buffers_stay():
+    p = Parts()
+    model = nn.Sequential(p.enc, nn.BatchNorm2d(2), p.dec)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    plateau, average = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=1.0), torch.optim.swa_utils.AveragedModel(model)
+    def step():
+        opt.zero_grad()
+        loss = F.mse_loss(model(p.x), p.x)
+        loss.backward()
+        opt.step(), plateau.step(loss.item()), average.update_parameters(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    for watch in (dict(model=model), ['model']) : assert audit_gradient(step, watch).breaks == [] and (model[0].weight.grad == 1).all()
+    assert opt.param_groups[0]['lr'] == 0.1 and average.n_averaged == 0
+    audit_gradient(step, dict(model=model))
+    after = model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if 'running' not in k and 'num_batches' not in k)
+    before = {k: v.clone() for k, v in after.items()}
+    audit_gradient(step, dict(model=model))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+def test_reentrant_checkpoints_are_named():
+    p = Parts()
+    with pytest.raises(ValueError, match='[Cc]heckpoint'):
+        audit_gradient(lambda: F.mse_loss(p.dec(checkpoint(p.enc, p.x.clone().requires_grad_(), use_reentrant=True)), p.x), p.watch)
 
 def test_nothing_stays_behind():
     import sys
@@ -411,7 +491,7 @@ def test_of_a_step_that_has_run():
     assert {b.name: b.how for b in report.breaks} == {'a': 'constant', 'b': 'zero slope', 'enc': 'zero slope'}
     loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
     loss.backward()
-    with pytest.raises(ValueError, match='its graph is gone'): audit_gradient(loss, p.watch)
+    with pytest.raises(ValueError, match='lost its graph'): audit_gradient(loss, p.watch)
 
 def test_wrapped_by_accelerate_in_processes(tmp_path):
     import torch.distributed as dist
