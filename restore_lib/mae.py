@@ -96,8 +96,8 @@ def _block_from(block, x, start):
     x = x[:, start:] + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return x + block.mlp(block.norm2(x))
 
-class MAE(nn.Module):
-    "A masked autoencoder: a ViT sees the patches that are left, a small decoder draws the others (He et al. 2022)."
+class _Parts(nn.Module):
+    "What a masked autoencoder is made of."
     def __init__(self,
         img_size,             # pixels: side of a square, or (height, width)
         patch,                # side of a patch, in pixels
@@ -128,6 +128,8 @@ class MAE(nn.Module):
         "What the decoder is to predict, and what undoes its normalisation."
         return _targets(patchify((imgs - self.mean)/self.std, self.encoder.patch), self.norm_pix_loss)
 
+class MAE(_Parts):
+    "A masked autoencoder: a ViT sees the patches that are left, a small decoder draws the others (He et al. 2022)."
     def encode(self, patches, shown):  # (b, n, p*p*c), (b, keep) -> (b, 1 + keep, dim)
         "The latent of the patches `shown`: as the encoder's own forward with masking, but removed patches are not even embedded."
         enc = self.encoder
@@ -253,7 +255,7 @@ def features(
     device = next(encoder.parameters()).device
     with _deployed(encoder): return torch.cat([encoder(inside(x.to(device)))[0][:, encoder.cls_token is not None:].mean(1).cpu() for x in imgs.split(batch)])
 
-# %% ../nbs/06_mae.ipynb #06-040
+# %% ../nbs/06_mae.ipynb #06-041
 def _fetch(source):
     "The file at a path, or at an address (kept in torch hub's folder)."
     if not str(source).startswith(('http://', 'https://')): return Path(source).expanduser()
