@@ -8,6 +8,7 @@ from torch import nn
 
 from restore_lib.mae import MAE
 from restore_lib.patching import ViTEncoder, interpolate_pos_embed, sincos_pos_embed
+from restore_lib.mae import mae_tiny
 from restore_lib.transfer import (Classifier, encoder_like, few_labels, finetune, knn_probe, labelled, lars, linear_probe, load_encoder, mixer,
                                   predict, soft_cross_entropy, strong_augment, topk_accuracy, topk_correct, weak_augment)
 
@@ -283,3 +284,20 @@ def test_real_pictures_go_through(real, source):
     size = x.shape[-1]
     model = Classifier(ViTEncoder(size, 4, 16, 1, 2, x.shape[1]), 10)
     assert topk_correct(predict(finetune(model, labelled(x, labels, 10, strong_augment(size), batch=8)).fit(2).bare, x), labels, 5).shape == (64,)
+
+
+def test_a_classifier_takes_the_pixels_and_heads_of_its_source_and_leaves_it_whole():
+    from restore_lib.mae import features
+    mae, x = mae_tiny(28, 7, channels=1, dim=64, depth=2, mean=0.13, std=0.3), torch.rand(4, 1, 28, 28)
+    before = features(mae, x)
+    model = Classifier(encoder_like(mae), 10, 'bn')
+    load_encoder(model, mae)
+    assert torch.equal(model.mean, mae.mean) and torch.equal(model.std, mae.std)
+    Classifier(mae.encoder, 10)
+    assert torch.equal(features(mae, x), before)
+    with pytest.raises(ValueError, match='heads'): load_encoder(Classifier(ViTEncoder(28, 7, 64, 2, 8, channels=1), 10), mae)
+
+def test_finetune_refuses_a_model_that_a_probe_froze():
+    mae = mae_tiny(28, 7, channels=1, dim=64, depth=2)
+    model = Classifier(encoder_like(mae), 10, 'bn').freeze()
+    with pytest.raises(ValueError, match='frozen'): finetune(model, labelled(torch.rand(20, 1, 28, 28), torch.arange(20) % 10, 10, batch=4))
