@@ -34,6 +34,7 @@ def _check_known(x, known):
     "ValueError unless `known` fits the images and knows a pixel of each."
     check_images(known, 'known', channels=1)
     if known[:, 0].shape != x[:, 0].shape: raise ValueError(f'known has shape {tuple(known.shape)}; expected {(len(x), 1, *x.shape[2:])}')
+    if not bool(((known == 0) | (known == 1)).all()): raise ValueError('known holds values other than 0 and 1')
     if not bool(known.flatten(1).any(1).all()): raise ValueError('known says that nothing is known of an image; expected a pixel at least')
 
 def inpaint_mean(
@@ -71,6 +72,8 @@ def masked_psnr(
     patch,          # side of a patch, in pixels
 ) -> torch.Tensor:  # (b,) dB
     "PSNR over the removed patches alone."
+    if x_hat.shape != x.shape or len(mask) != len(x): raise ValueError(f'x_hat is {tuple(x_hat.shape)}, x {tuple(x.shape)}, mask {tuple(mask.shape)}; expected as many images of one shape')
+    if not bool(mask.any(1).all()): raise ValueError('mask removes no patch of an image; expected one at least')
     m = mask_pixels(mask, patch, x.shape[-2:])
     return -10*((((x_hat.clamp(0, 1) - x).square()*m).sum((1, 2, 3)))/(m.sum((1, 2, 3))*x.shape[1])).log10()
 
