@@ -422,6 +422,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'restore_lib/patching.py'),
                                       'restore_lib.patching.ViTEncoder.forward': ( 'patching.html#vitencoder.forward',
                                                                                    'restore_lib/patching.py'),
+                                      'restore_lib.patching.ViTEncoder.transform': ( 'patching.html#vitencoder.transform',
+                                                                                     'restore_lib/patching.py'),
                                       'restore_lib.patching._as_hw': ('patching.html#_as_hw', 'restore_lib/patching.py'),
                                       'restore_lib.patching._check_hw': ('patching.html#_check_hw', 'restore_lib/patching.py'),
                                       'restore_lib.patching._check_tokens': ('patching.html#_check_tokens', 'restore_lib/patching.py'),

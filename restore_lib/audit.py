@@ -503,10 +503,10 @@ class _Op:
         return sorted(seen, key=lambda op: op.index)
 
 class _Trace(TorchFunctionMode):
-    "Writes down each torch call of a step that runs under it. `backward` is noted and not done."
+    "Writes down each torch call of a step that runs under it; the frames count on `_Rehearsal` to pass the calls on."
     def __init__(self):
         super().__init__()
-        self.ops, self.kept, self.last, self.writes, self.nodes = [], [], {}, {}, {}
+        self.kept, self.last, self.writes, self.nodes = [], {}, {}, {}
         self.exports, self.outputs, self.paused, self.frame = [], {}, False, None
         self.grad_asked = torch.is_grad_enabled()
 
@@ -518,8 +518,8 @@ class _Trace(TorchFunctionMode):
         return op
 
     def add(self, name, t, sources, cut=''):
-        op = _Op(len(self.ops), name, t is not None and t.requires_grad, sources, cut, _place(self.frame) if sources else '')
-        self.ops.append(op), self.kept.append(t)                   # kept: no id and no address is given out twice
+        op = _Op(len(self.kept), name, t is not None and t.requires_grad, sources, cut, _place(self.frame) if sources else '')
+        self.kept.append(t)                                        # kept: no id and no address is given out twice
         if t is not None: self.last[id(t)] = op
         if t is not None and t.grad_fn is not None: self.nodes[t.grad_fn] = op
         return op
@@ -556,7 +556,8 @@ class _Rehearsal(_Trace):
     "A trace of a training step whose backward, updates and schedules are noted and not done."
     def __init__(self):
         super().__init__()
-        self.losses, self.optimizers, self.grads, self.pending, self.cleared = [], [], {}, False, ''
+        self.losses, self.optimizers, self.grads, self.cleared = [], [], {}, ''
+        self.fresh, self.wiped = set(), {}                     # parameters whose gradient is new, or was cleared before a step: where
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not self.paused:
@@ -571,10 +572,10 @@ class _Rehearsal(_Trace):
     def note(self, losses, *args, **kwargs):
         "A backward pass, not done: parameters get gradients of zero, so that what follows it runs."
         self.losses += (losses := _leaves([losses]))
-        self.pending = True
         for loss in losses:
             for node in _nodes(loss.grad_fn):
-                if hasattr(node, 'variable'): self.set_grad(node.variable, torch.zeros_like(node.variable))
+                if hasattr(node, 'variable'):
+                    self.set_grad(node.variable, torch.zeros_like(node.variable)), self.fresh.add(id(node.variable)), self.wiped.pop(id(node.variable), None)
 
     def set_grad(self, p, value):
         self.paused, was = True, self.paused
@@ -583,14 +584,16 @@ class _Rehearsal(_Trace):
 
     def no_step(self, optimizer, args, kwargs):
         "Before an optimizer's step: without gradients, torch's optimizers leave their parameters alone."
+        params = [p for group in optimizer.param_groups for p in group['params']]
         self.optimizers.append(optimizer)
-        if self.pending: self.cleared = ''
-        for p in (p for group in optimizer.param_groups for p in group['params']): self.set_grad(p, None)
+        if not any(id(p) in self.fresh for p in params): self.cleared = next((self.wiped[id(p)] for p in params if id(p) in self.wiped), self.cleared)
+        for p in params: self.set_grad(p, None), self.fresh.discard(id(p)), self.wiped.pop(id(p), None)
 
     def no_clearing(self, owner, *args, **kwargs):
-        self.frame = sys._getframe(1)
-        if self.pending: self.cleared = _place(self.frame)     # between backward and step
-        self.pending = False
+        "zero_grad of an optimizer or a module: not done; noted where it falls between backward and step."
+        params = owner.parameters() if isinstance(owner, nn.Module) else (p for group in owner.param_groups for p in group['params'])
+        for p in params:
+            if id(p) in self.fresh: self.fresh.discard(id(p)), self.wiped.update({id(p): _place(sys._getframe(2))})
 
     def replacements(self):
         "(object, name, stand-in): what has to be noted or kept from acting and that torch functions do not announce."

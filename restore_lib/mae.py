@@ -136,10 +136,7 @@ class MAE(_Parts):
     def encode(self, patches, shown):  # (b, n, p*p*c), (b, keep) -> (b, 1 + keep, dim)
         "The latent of the patches `shown`: as the encoder's own forward with masking, but removed patches are not even embedded."
         enc = self.encoder
-        tokens = enc.patch_embed(_take(patches, shown)) + enc.pos_embed[0, 1:][shown]
-        tokens = torch.cat([(enc.cls_token + enc.pos_embed[:, :1]).to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
-        for block in enc.blocks: tokens = block(tokens)
-        return enc.norm(tokens)
+        return enc.transform(enc.patch_embed(_take(patches, shown)) + enc.pos_embed[0, 1:][shown])
 
     def decode(self, latent, ids_restore):  # (b, 1 + keep, dim), (b, n) -> (b, n, p*p*c)
         "All patches, from the latent of the visible ones."

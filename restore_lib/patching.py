@@ -316,11 +316,15 @@ class ViTEncoder(nn.Module):
         if grid != self.grid: pos = sincos_pos_embed(pos.shape[2], grid)[None].to(pos)
         return self.patch_embed(patchify(x, self.patch)) + pos
 
+    def transform(self, tokens):  # (b, keep, dim), with their positions -> (b, (1 +) keep, dim)
+        "The class token put in front, all blocks, the last norm."
+        if self.cls_token is not None: tokens = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)
+        for block in self.blocks: tokens = block(tokens)
+        return self.norm(tokens)
+
     def forward(self, x, masking=None):  # (b, c, h, w), a function of tokens -> latent (b, (1 +) keep, dim), mask, ids_restore (b, n)
         tokens = self.embed(x)
         b, n, _ = tokens.shape
         if masking: tokens, mask, ids_restore = masking(tokens)
         else: mask, ids_restore = tokens.new_zeros(b, n, dtype=torch.float32), torch.arange(n, device=x.device).expand(b, n)
-        if self.cls_token is not None: tokens = torch.cat([(self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype).expand(b, -1, -1), tokens], 1)
-        for block in self.blocks: tokens = block(tokens)
-        return self.norm(tokens), mask, ids_restore
+        return self.transform(tokens), mask, ids_restore

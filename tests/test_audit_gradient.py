@@ -319,6 +319,23 @@ def learner(precision):
         return (lambda: learn.one_step(iter(learn.train))), dict(model=learn.model, first=model.body[0]), {}
     return build
 
+def cleared_after_the_step(p):
+    opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+    def step():
+        F.mse_loss(p.dec(p.enc(p.x)), p.x).backward()
+        opt.step()
+        opt.zero_grad()
+    return step, p.watch, {}
+
+def another_optimizer_cleared(p):
+    first, second = torch.optim.SGD(p.enc.parameters(), lr=0.1), torch.optim.SGD(p.dec.parameters(), lr=0.1)
+    def step():
+        p.enc(p.x).square().mean().backward()
+        second.zero_grad(), first.step()
+        F.mse_loss(p.dec(p.enc(p.x).detach()), p.x).backward()
+        first.zero_grad(), second.step()
+    return step, p.watch, {}
+
 def manual_update(p):
     def step():
         F.mse_loss(p.dec(p.enc(p.x)), p.x).backward()
@@ -388,7 +405,7 @@ SOUND = dict(
     functional_call=lambda p: ((lambda: F.mse_loss(torch.func.functional_call(p.dec, dict(p.dec.named_parameters()), (p.enc(p.x),)), p.x)), p.watch, {}),
     learner_float=learner('no'), learner_bf16=learner('bf16'),
     **{f.__name__: f for f in (straight_through, zero_start, film_zero_init, adaln_zero, perceptual, teacher, two_optimizers, whole_step, grad_scaler,
-                               checkpointed, manual_update, held_gate, gradient_penalty, adaptive_weight, masked_tokens, forward_mode, written_in_place)})
+                               checkpointed, cleared_after_the_step, another_optimizer_cleared, manual_update, held_gate, gradient_penalty, adaptive_weight, masked_tokens, forward_mode, written_in_place)})
 
 @pytest.mark.parametrize('name', SOUND)
 def test_sound(name):
@@ -423,6 +440,11 @@ def test_a_step_is_not_made(name):
     audit_gradient(step, watch)
     assert all(torch.equal(a, b) for a, b in zip(before, params)) and all((p.grad == 1).all() for p in params)
     assert torch.equal(rng, torch.get_rng_state())
+
+def test_the_place_of_a_clearing_is_the_line_of_the_step():
+    step, watch, _, _ = cleared_before_the_step(Parts())
+    b, = audit_gradient(step, watch).breaks
+    assert b.where.startswith('test_audit_gradient.py:') and b.where.endswith('opt.zero_grad()')
 
 def test_schedules_averages_and_buffers_stay():
     p = Parts()

@@ -11,7 +11,7 @@ from restore_lib import mae as M
 from restore_lib.audit import reads_truth
 from restore_lib.mae import (MAE, features, inpaint_bilinear, inpaint_mean, load_pretrained, mae_tiny, mae_vit_base, mae_vit_huge, mae_vit_large, mask_pixels,
                              masked_psnr, pretrainer, reconstruct)
-from restore_lib.patching import ViTEncoder, block_masking, grid_masking, patchify, random_masking, sincos_pos_embed, unpatchify
+from restore_lib.patching import ViTEncoder, block_masking, grid_masking, patchify, random_masking, sincos_pos_embed
 
 SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
 
