@@ -196,6 +196,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'restore_lib.codebook._Codes.__init__': ('codebook.html#_codes.__init__', 'restore_lib/codebook.py'),
                                       'restore_lib.codebook._Codes.learn': ('codebook.html#_codes.learn', 'restore_lib/codebook.py'),
                                       'restore_lib.codebook._Codes.start': ('codebook.html#_codes.start', 'restore_lib/codebook.py'),
+                                      'restore_lib.codebook._Codes.vectors': ('codebook.html#_codes.vectors', 'restore_lib/codebook.py'),
                                       'restore_lib.codebook._all_reduce': ('codebook.html#_all_reduce', 'restore_lib/codebook.py'),
                                       'restore_lib.codebook._as_tokens': ('codebook.html#_as_tokens', 'restore_lib/codebook.py'),
                                       'restore_lib.codebook._check_finite': ('codebook.html#_check_finite', 'restore_lib/codebook.py'),
