@@ -1,0 +1,404 @@
+"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files, the certificate's statistics, bad input."""
+import argparse, copy, inspect, math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from restore_lib.audit import reads_truth
+from restore_lib.dmae import (DMAE, Certified, certified_accuracy, certify, consistency, denoise, dmae_loss, dmae_pretrainer, dmae_tiny, dmae_vit_base, dmae_vit_large, load_dmae,
+                              noisy_votes, smoothing_finetune, smoothing_loss)
+from restore_lib.mae import MAE, features, mae_tiny, mask_pixels
+from restore_lib.patching import patchify
+from restore_lib.transfer import Classifier, labelled, load_encoder
+
+SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    "The same start for each test; one thread, for models this small are slower with more."
+    threads = torch.get_num_threads()
+    torch.manual_seed(0), torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gen(s=0): return torch.Generator().manual_seed(s)
+
+def shake(model):
+    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.randn_like(p)*.2)
+    return model
+
+def small(**kw): return shake(DMAE(**(SIZES | kw)))
+
+def pair(b=3, c=3, s=.25): return (x := torch.rand(b, c, 24, 24)), x + s*torch.randn_like(x)
+
+
+# the model -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('norm_pix', [False, True])
+@pytest.mark.parametrize('masking, ratio', [('random', .75), ('random', 0), ('random', .0), ('block', .6), ('grid', .75)])
+def test_loss_by_hand(norm_pix, masking, ratio):
+    model, (x, y) = small(norm_pix_loss=norm_pix, mean=(.4, .5, .6), std=(.2, .3, .25)), pair()
+    loss, pred, mask = model(x, y, ratio, gen(), masking)
+    assert pred.shape == (3, 36, 48) and (mask.sum(1) == math.floor(36*ratio + .5)).all()
+    t = (x.double().numpy() - np.reshape([.4, .5, .6], (3, 1, 1)))/np.reshape([.2, .3, .25], (3, 1, 1))
+    t = np.array([[t[k, :, i:i + 4, j:j + 4].transpose(1, 2, 0).ravel() for i in range(0, 24, 4) for j in range(0, 24, 4)] for k in range(3)])
+    if norm_pix: t = (t - t.mean(-1, keepdims=True))/np.sqrt(t.var(-1, ddof=1, keepdims=True) + 1e-6)
+    assert loss.item() == pytest.approx(np.mean((pred.detach().double().numpy() - t)**2), rel=1e-5)
+
+@pytest.mark.parametrize('masking, ratio', [('random', .75), ('block', .5), ('grid', .75)])
+def test_draws_as_the_mae_that_it_is_made_of(masking, ratio):
+    mae, x = shake(MAE(**SIZES)), torch.rand(2, 3, 24, 24)
+    model, (loss, pred, mask) = DMAE.of(mae), mae(x, ratio, masking, gen())
+    ours = model(x, x, ratio, gen(), masking)
+    assert torch.equal(ours[1], pred) and torch.equal(ours[2], mask)
+    each = (pred - mae.targets(x)[0]).square().mean(-1)
+    assert torch.allclose(ours[0], each.mean()) and torch.allclose(loss, (each*mask).sum()/mask.sum()) and not torch.allclose(ours[0], loss)
+
+def test_of_shares_and_a_copy_does_not():
+    mae = shake(MAE(**SIZES))
+    model, apart = DMAE.of(mae), copy.deepcopy(DMAE.of(mae))
+    assert isinstance(model, DMAE) and type(mae) is MAE
+    assert all(a is b for a, b in zip(model.parameters(), mae.parameters())) and list(model.state_dict()) == list(mae.state_dict())
+    nn.init.zeros_(apart.decoder_pred.weight)
+    assert mae.decoder_pred.weight.abs().sum() > 0
+    assert torch.equal(model.mean, mae.mean) and not model.norm_pix_loss
+
+@pytest.mark.parametrize('ratio', [.75, .25, 0])
+def test_what_reaches_the_drawing(ratio):
+    "Seen patches of y do; removed ones, and the clean image, do not."
+    model, (x, y) = small(), pair()
+    run = lambda x, y: model(x, y, ratio, gen())
+    _, pred, mask = run(x, y)
+    assert torch.equal(run(torch.rand_like(x), y)[1], pred)
+    hidden = mask_pixels(mask, 4, 24) > 0
+    assert torch.equal(run(x, torch.where(hidden, torch.rand_like(y), y))[1], pred)
+    y.requires_grad_()
+    run(x, y)[1].square().sum().backward()
+    assert torch.equal(patchify(y.grad, 4).abs().sum(2) > 0, mask == 0)
+
+def test_every_target_counts_equally():
+    model, (x, y) = small(), pair()
+    x.requires_grad_()
+    loss, pred, _ = model(x, y, .75, gen())
+    loss.backward()
+    assert torch.allclose(patchify(x.grad, 4), 2*(model.targets(x)[0] - pred).detach()/pred.numel()/.5, atol=1e-8)
+
+def test_nothing_masked_means_no_mask_token_and_order_does_not_matter():
+    model, (x, y) = small(), pair()
+    loss, pred, mask = model(x, y, 0)
+    assert not mask.any()
+    loss.backward()
+    assert model.mask_token.grad is None or not model.mask_token.grad.any()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n != 'mask_token')
+    order = torch.rand(3, 36, generator=gen()).argsort(1)                              # the same patches in another order
+    assert torch.allclose(model.decode(model.latent(y, order), order.argsort(1)), pred, atol=1e-4)
+    state = torch.get_rng_state()
+    model(x, y, 0)
+    assert torch.equal(torch.get_rng_state(), state)                                   # no random number is used up
+
+def test_latent_is_the_encoders_with_the_class_token_first_and_learns():
+    model, (_, y) = small(mean=(.4, .5, .6), std=(.2, .3, .25)), pair()
+    z = model.latent(y)
+    assert z.shape == (3, 37, 32) and torch.allclose(z, model.encoder((y - model.mean)/model.std)[0], atol=1e-5)
+    assert torch.allclose(z[:, 1:].mean(1), features(model, y), atol=1e-5)
+    other = copy.deepcopy(model)
+    with torch.no_grad(): other.encoder.cls_token.add_(5)
+    assert (other.latent(y)[:, 0] - z[:, 0]).abs().mean() > (other.latent(y)[:, 1:] - z[:, 1:]).abs().mean()
+    model.pixels(model.decode(z)).sum().backward()
+    assert model.encoder.patch_embed.weight.grad.abs().sum() > 0
+
+@pytest.mark.parametrize('kw, shape', [(dict(img_size=(16, 40)), (2, 3, 16, 40)), (dict(channels=1), (2, 1, 24, 24)), (dict(patch=8, dec_depth=1), (1, 3, 24, 24))])
+def test_shapes(kw, shape):
+    model, x = small(**kw), torch.rand(shape)
+    assert denoise(model, x).shape == shape and denoise(model, x, .5, gen()).shape == shape
+    assert torch.isfinite(model(x, x + .1)[0])
+
+def test_half_precision_and_seeds():
+    model, (x, y) = small(), pair()
+    with torch.autocast('cpu', torch.bfloat16): loss, pred, _ = model(x, y)
+    assert loss.dtype == torch.float32 and torch.isfinite(loss) and model.pixels(pred).dtype == torch.float32
+    one, two, three = (model(x, y, .75, gen(s)) for s in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, two)) and not torch.equal(one[2], three[2])
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_on_a_gpu():
+    model, (x, y) = small(), pair()
+    there = denoise(copy.deepcopy(model).cuda(), y.cuda())
+    assert there.is_cuda and torch.allclose(there.cpu(), denoise(model, y), atol=1e-2)
+
+@pytest.mark.parametrize('preset, published', [(dmae_vit_base, 111.9), (dmae_vit_large, 329.5)])
+def test_presets(preset, published):
+    with torch.device('meta'): model = preset()
+    assert isinstance(model, DMAE) and model.norm_pix_loss and not preset.__call__ is None
+    assert sum(t.numel() for t in model.state_dict().values())/1e6 == pytest.approx(published, abs=.06)
+    with torch.device('meta'): assert not preset(norm_pix_loss=False).norm_pix_loss
+
+def test_tiny():
+    a, b = dmae_tiny(28, 7, channels=1), mae_tiny(28, 7, channels=1)
+    assert isinstance(a, DMAE) and {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in b.state_dict().items()}
+
+
+# pictures --------------------------------------------------------------------------------------------------------------
+
+class Perfect(DMAE):
+    "Predicts what it is told to."
+    def decode(self, latent, ids_restore=None): return self.answer
+
+def test_pixels_undo_mean_and_std_exactly():
+    model, (x, y) = Perfect(**SIZES, mean=(.4, .5, .6), std=(.2, .3, .25)), pair()
+    model.answer = model.targets(x)[0]
+    for r in (0, .5): assert torch.allclose(denoise(model, y, r), x, atol=1e-6)
+    model.answer = model.answer*3                                                      # not clipped
+    assert denoise(model, y).max() > 1
+
+@pytest.mark.parametrize('ratio', [0, .5])
+def test_the_truth_is_not_read(ratio):
+    model, (x, y) = small(), pair(4)
+    assert not reads_truth(lambda y, x: denoise(model, y, ratio, gen()), y, x)
+
+def test_modes_come_back_and_nothing_is_tracked():
+    model, (_, y) = small(), pair()
+    model.train(), model.encoder.blocks[0].eval()
+    before = [m.training for m in model.modules()]
+    assert not denoise(model, y).requires_grad and [m.training for m in model.modules()] == before
+    with pytest.raises(ValueError): denoise(model, y[:, :1])
+    assert [m.training for m in model.modules()] == before
+
+@pytest.mark.parametrize('call, error, says', [
+    (lambda m, x, y: m(x, y[:2]), ValueError, r'y has shape \(2'),
+    (lambda m, x, y: m(x, y, 1), ValueError, 'ratio is 1'),
+    (lambda m, x, y: m(x, y, -.1), ValueError, 'ratio is -0.1'),
+    (lambda m, x, y: m(x, y, .75, None, 'stripes'), ValueError, "masking is 'stripes'"),
+    (lambda m, x, y: m(x[..., :20], y[..., :20]), ValueError, '24 x 20.*24 x 24'),
+    (lambda m, x, y: m(x[:, :1], y[:, :1]), ValueError, '1 channels'),
+    (lambda m, x, y: denoise(m, 255*y), ValueError, '0 to 255'),
+    (lambda m, x, y: denoise(m, y*math.nan), ValueError, 'NaN'),
+    (lambda m, x, y: denoise(m, (255*x).byte()), TypeError, 'uint8'),
+    (lambda m, x, y: denoise(m, y[0]), ValueError, r'\(b, c, h, w\)'),
+    (lambda m, x, y: m.decode(m.latent(y)[:, 1:]), ValueError, '36 tokens.*37.*class token'),
+    (lambda m, x, y: denoise(small(norm_pix_loss=True), y), ValueError, 'norm_pix_loss.*mean and deviation'),
+    (lambda m, x, y: dmae_loss(m, x, -1), ValueError, 'sigma'),
+])
+def test_bad_input(call, error, says):
+    with pytest.raises(error, match=says): call(small(), *pair())
+
+
+# training --------------------------------------------------------------------------------------------------------------
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self, n=16): self.x = torch.stack([torch.full((3, 24, 24), .2 + .6*k/n) for k in range(n)])
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i], i
+
+def test_loss_draws_its_own_noise():
+    model, (x, _) = small(), pair()
+    seen = []
+    model.draw = lambda y, *a, **kw: (seen.append(y), DMAE.draw(model, y, *a, **kw))[1]
+    for sigma in (0, .25, (0., .5)):
+        for batch in (x, (x, 1)): dmae_loss(model, batch, sigma, 0)
+    stds = [(y - x).flatten(1).std(1) for y in seen]
+    assert not stds[0].any() and ((stds[2] - .25).abs() < .02).all() and stds[4].max() - stds[4].min() > .02
+    assert not torch.equal(seen[2], seen[3])                                           # new noise in each call
+
+def test_pretrainer_has_maes_recipe_and_learns():
+    torch.manual_seed(3)
+    learn = dmae_pretrainer(DMAE(**SIZES), DataLoader(Data(), 8), DataLoader(Data(), 8), sigma=.1, mask_ratio=.5, blr=.1, warmup=.2, clip=1., cpu=True)
+    assert learn.rates[0] == pytest.approx(.1*8/256) and learn.opt.param_groups[0]['betas'] == (.9, .95)
+    losses = [r['loss'] for r in learn.fit(40).history if 'loss' in r]
+    assert np.mean(losses[-5:]) < .5*np.mean(losses[:3])
+    assert learn.validate() == learn.validate()
+
+def test_options_are_passed_on():
+    with pytest.raises(ValueError, match='stripes'): dmae_pretrainer(DMAE(**SIZES), DataLoader(Data(), 8), masking='stripes', cpu=True).fit(1)
+    with pytest.raises(ValueError, match='sigma'): dmae_pretrainer(DMAE(**SIZES), DataLoader(Data(), 8), sigma=3, cpu=True).fit(1)
+    assert dmae_pretrainer(DMAE(**SIZES), DataLoader(Data(), 8), mask_ratio=0, cpu=True).fit(2).step == 2
+
+
+# published files -------------------------------------------------------------------------------------------------------
+
+def published(norm_pix=True, decoder=True, dim=64, dec=32, side=6, patch=4):
+    "A file's content with the published names and shapes, made here."
+    shapes = {'cls_token': (1, 1, dim), 'pos_embed': (1, side**2 + 1, dim), 'patch_embed.proj.weight': (dim, 3, patch, patch), 'patch_embed.proj.bias': (dim,)}
+    def blocks(part, d, k):
+        for t, s in (('norm1.weight', (d,)), ('norm1.bias', (d,)), ('attn.qkv.weight', (3*d, d)), ('attn.qkv.bias', (3*d,)), ('attn.proj.weight', (d, d)), ('attn.proj.bias', (d,)),
+                     ('norm2.weight', (d,)), ('norm2.bias', (d,)), ('mlp.fc1.weight', (4*d, d)), ('mlp.fc1.bias', (4*d,)), ('mlp.fc2.weight', (d, 4*d)), ('mlp.fc2.bias', (d,))):
+            shapes[f'{part}.{k}.{t}'] = s
+    blocks('blocks', dim, 0), blocks('blocks', dim, 1)
+    shapes |= {'norm.weight': (dim,), 'norm.bias': (dim,)}
+    if decoder:
+        shapes |= {'decoder_embed.weight': (dec, dim), 'decoder_embed.bias': (dec,), 'mask_token': (1, 1, dec), 'decoder_pos_embed': (1, side**2 + 1, dec)}
+        blocks('decoder_blocks', dec, 0)
+        shapes |= {'decoder_norm.weight': (dec,), 'decoder_norm.bias': (dec,), 'decoder_pred.weight': (3*patch**2, dec), 'decoder_pred.bias': (3*patch**2,)}
+    g = gen(9)
+    return dict(model={k: .2*torch.randn(s, generator=g) for k, s in shapes.items()}, args=argparse.Namespace(norm_pix_loss=norm_pix, sigma=.25), epoch=1099)
+
+@pytest.mark.parametrize('norm_pix', [False, True])
+def test_a_published_file(tmp_path, norm_pix):
+    kept = published(norm_pix)
+    torch.save(kept, tmp_path/'dmae.pth')
+    model, report = load_dmae(tmp_path/'dmae.pth')
+    assert isinstance(model, DMAE) and report and report.share == 1 and model.norm_pix_loss == norm_pix
+    assert torch.equal(model.decoder_pred.weight, kept['model']['decoder_pred.weight'])
+    y = torch.rand(2, 3, 24, 24)
+    conv = F.conv2d((y - model.mean)/model.std, kept['model']['patch_embed.proj.weight'], kept['model']['patch_embed.proj.bias'], stride=4).flatten(2).transpose(1, 2)
+    assert torch.allclose(model.encoder.embed((y - model.mean)/model.std), conv + kept['model']['pos_embed'][:, 1:], atol=1e-4)
+    if norm_pix:
+        with pytest.raises(ValueError, match='norm_pix'): denoise(model, y)
+        assert torch.isfinite(denoise(load_dmae(tmp_path/'dmae.pth', norm_pix_loss=False)[0], y)).all()
+    else: assert denoise(model, y).shape == y.shape
+
+def test_into_a_given_model_and_without_a_decoder(tmp_path):
+    torch.save(published(decoder=False), tmp_path/'encoder.pth')
+    own = DMAE(24, 4, 64, 2, 1, 32, 1, 1, mean=(.485, .456, .406), std=(.229, .224, .225))
+    start = own.decoder_pred.weight.clone()
+    model, report = load_dmae(tmp_path/'encoder.pth', own)
+    assert model is own and not report and any(k.startswith('decoder') for k in report.missing) and torch.equal(own.decoder_pred.weight, start)
+    with pytest.raises(ValueError): load_dmae(tmp_path/'encoder.pth', DMAE(**SIZES))
+
+class Trap:
+    def __reduce__(self): return (open, ('trapped', 'w'))
+
+def test_no_code_is_run_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(published(), args=Trap()), tmp_path/'bad.pth')
+    with pytest.raises(ValueError, match='without running code'): load_dmae(tmp_path/'bad.pth')
+    assert not (tmp_path/'trapped').exists()
+    with pytest.raises(FileNotFoundError): load_dmae(tmp_path/'none.pth')
+
+
+# consistency -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('m', [2, 3])
+def test_consistency_by_hand(m):
+    logits = 3*torch.randn(m, 5, 4)
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(-1, keepdims=True)
+    mean = p.mean(0)
+    kl = np.mean([(mean*np.log(mean/p[i])).sum(1).mean() for i in range(m)])
+    assert consistency(logits, 2., .5).item() == pytest.approx(2*kl - .5*(mean*np.log(mean)).sum(1).mean(), rel=1e-5)
+    torch_kl = torch.stack([F.kl_div(q.log_softmax(1), logits.softmax(2).mean(0), reduction='batchmean') for q in logits]).mean()
+    assert torch.allclose(consistency(logits, 1., 0.), torch_kl, atol=1e-6)
+
+def test_consistency_at_its_ends():
+    same = torch.randn(1, 6, 5).expand(2, -1, -1)
+    assert consistency(same, 2., 0.).abs() < 1e-6
+    assert consistency(torch.zeros(2, 3, 4), 2., .5).item() == pytest.approx(.5*math.log(4))
+    far = torch.tensor([[[1e4, 0.]], [[0., 1e4]]], requires_grad=True)
+    value = consistency(far)
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(far.grad).all()
+    for bad in (torch.zeros(1, 3, 4), torch.zeros(3, 4)):
+        with pytest.raises(ValueError, match='m, b, classes'): consistency(bad)
+
+class Linear(nn.Module):
+    def __init__(self, k=3):
+        super().__init__()
+        self.f = nn.Linear(16, k)
+    def forward(self, x): return self.f(x.flatten(1))
+
+def test_smoothing_loss():
+    model, x, t = Linear(), torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 1])
+    got = smoothing_loss(model, (x, t), 0., copies=2)
+    assert set(got) == {'ce', 'consistency'} and torch.allclose(got['ce'], F.cross_entropy(model(x), t))
+    assert torch.allclose(got['consistency'], consistency(model(x).expand(2, -1, -1)), atol=1e-6)
+    assert set(smoothing_loss(model, (x, t), .2, copies=1)) == {'ce'} == set(smoothing_loss(model, (x, t), .2, lam=0, eta=0))
+    torch.manual_seed(1)
+    logits = []
+    model.register_forward_hook(lambda m, i, o: logits.append(o))
+    full = smoothing_loss(model, (x, t), .2, copies=3)
+    assert logits[0].shape == (12, 3) and torch.allclose(full['ce'], F.cross_entropy(logits[0], t.repeat(3)))
+    assert torch.allclose(full['consistency'], consistency(logits[0].reshape(3, 4, 3)))                   # copies of one image stand together
+
+def test_smoothing_finetune():
+    x = torch.rand(30, 3, 24, 24)*.2 + (labels := torch.arange(30) % 2)[:, None, None, None]*.6
+    start, model = DMAE(**SIZES), Classifier(DMAE(**SIZES).encoder, 2)
+    load_encoder(model, start)
+    learn = smoothing_finetune(model, labelled(x, labels, 2, batch=10), sigma=.1, blr=.05, layer_decay=1., cpu=True).fit(25)
+    assert {'ce', 'consistency'} <= set(learn.history[-1]) and learn.history[-1]['ce'] < .3 < learn.history[0]['ce']
+    assert certified_accuracy(certify(learn.trained(), x[:6], .1, 20, 100), labels[:6]).item() == 1
+
+
+# the certificate -------------------------------------------------------------------------------------------------------
+
+class Plane(nn.Module):
+    "Class 1 where the mean is above .5; the distance to the plane is |mean - .5|*sqrt(numbers)."
+    def forward(self, x): return torch.stack([torch.zeros(len(x)), x.flatten(1).mean(1) - .5], 1)
+
+class Always(nn.Module):
+    def forward(self, x): return F.one_hot(torch.full((len(x),), 2), 4).float()
+
+def flat(*means, size=8): return torch.tensor(means)[:, None, None, None].expand(-1, 1, size, size).contiguous()
+
+def test_votes():
+    x = flat(.4, .5, .6)
+    votes = noisy_votes(Plane(), x, .25, 1000, gen())
+    assert votes.shape == (3, 2) and (votes.sum(1) == 1000).all() and votes.dtype == torch.int64
+    p = [0.5*(1 + math.erf((m - .5)*8/.25/math.sqrt(2))) for m in (.4, .5, .6)]
+    for v, q in zip(votes[:, 1].tolist(), p): assert abs(v/1000 - q) < 4*math.sqrt(q*(1 - q)/1000) + .002
+    assert torch.equal(votes, noisy_votes(Plane(), x, .25, 1000, gen())) and not torch.equal(votes, noisy_votes(Plane(), x, .25, 1000, gen(1)))
+    for batch in (1, 7, 64, 10_000): assert (noisy_votes(Always(), x, .25, 10, batch=batch) == torch.tensor([0, 0, 10, 0])).all()
+
+def test_the_bound_is_the_exact_one_of_scipy(monkeypatch):
+    from scipy.stats import binomtest, norm
+    from restore_lib import dmae
+    wins = torch.tensor([0, 1, 30, 50, 51, 70, 99, 100])
+    monkeypatch.setattr(dmae, 'noisy_votes', lambda model, x, sigma, n, *a: torch.stack([wins, 100 - wins], 1) if n == 100 else torch.tensor([[1, 0]]).expand(8, 2))
+    found = certify(None, torch.zeros(8, 1, 2, 2), .5, 10, 100, .01)
+    low = [binomtest(int(k), 100).proportion_ci(.98, 'exact').low for k in wins]      # two-sided at 2 alpha: one-sided at alpha
+    assert np.allclose(found.p_lower, low, atol=1e-6)
+    assert np.allclose(found.radius, [max(0, .5*norm.ppf(p)) if p > .5 else 0 for p in low], atol=1e-6)
+    assert (found.label == torch.where(torch.tensor(low) > .5, 0, -1)).all() and found.p_lower[0] == 0
+
+def test_certificates_hold_and_come_close():
+    x = flat(*torch.linspace(.5, .58, 60).tolist())
+    true = (x.mean((1, 2, 3)) - .5)*8
+    found = certify(Plane(), x, .25, 100, 4000, .001)
+    assert (found.radius <= true + 1e-5).all() and (found.label[true > .05] == 1).all() and found.label[0] == -1
+    assert (true - found.radius)[(true > .1) & (true < .5)].max() < .06
+
+def test_certificates_fail_as_seldom_as_they_say():
+    x = flat(*[.51]*400)
+    p = .5*(1 + math.erf(.08/.25/math.sqrt(2)))
+    found = certify(Plane(), x, .25, 50, 100, alpha=.1)
+    assert (found.p_lower[found.label == 1] > p).float().mean() < .1 + 3*math.sqrt(.09/400)
+    assert (certify(Plane(), x, .25, 50, 100, alpha=.4).p_lower > p).float().mean() > .2                   # and the test can fail
+
+def test_no_attack_within_the_radius_moves_the_vote():
+    x = flat(.55)
+    r = certify(Plane(), x, .25, 100, 4000).radius.item()
+    for k in (.5, .99):
+        attacked = x - k*r/8                                                           # straight to the plane: L2 length k*r
+        assert (attacked - x).norm().item() == pytest.approx(k*r, rel=1e-4) and noisy_votes(Plane(), attacked, .25, 20_000, gen()).argmax() == 1
+
+def test_no_label_is_asked_for():
+    assert not {'label', 'labels', 'target', 'targets'} & set(inspect.signature(certify).parameters)
+    found = certify(Always(), flat(.1, .9), .25, 10, 100)
+    assert (found.label == 2).all() and (found.radius > 0).all()
+
+def test_more_votes_prove_more_and_the_limit():
+    radii = [certify(Always(), flat(.5), .25, 10, n).radius.item() for n in (5, 50, 500, 5000)]
+    from scipy.stats import norm
+    assert radii[0] == 0 and radii == sorted(radii) and radii[2] == pytest.approx(.25*norm.ppf(.001**(1/500)), rel=1e-5)
+
+def test_mode_comes_back_and_dropout_is_off():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(.9), nn.Linear(64, 2)).train()
+    a, b = (certify(model, flat(.3, .7), .25, 10, 50, seed=3) for _ in range(2))
+    assert model.training and model[1].training and all(torch.equal(s, t) for s, t in zip(a, b))
+
+def test_certified_accuracy_by_hand():
+    found = Certified(torch.tensor([1, 1, -1, 0]), torch.tensor([.5, .2, 0., .9]), torch.ones(4))
+    assert certified_accuracy(found, torch.tensor([1, 1, 1, 1]), (0, .2, .3, .6)).tolist() == [.5, .5, .25, 0]
+    with pytest.raises(ValueError, match='labels 2'): certified_accuracy(found, torch.tensor([1, 1]))
+
+@pytest.mark.parametrize('kw, says', [(dict(alpha=0), 'alpha is 0'), (dict(alpha=1), 'alpha is 1'), (dict(n=0), 'n is 0'), (dict(n0=0), 'n0 is 0'), (dict(sigma=0), 'sigma is 0'),
+                                      (dict(sigma=-1), 'sigma is -1'), (dict(x=torch.zeros(1, 8, 8)), r'\(b, c, h, w\)')])
+def test_bad_certify(kw, says):
+    with pytest.raises(ValueError, match=says): certify(Plane(), **(dict(x=flat(.5), sigma=.25, n0=5, n=5) | kw))
