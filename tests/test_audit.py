@@ -365,7 +365,9 @@ class HighBandsKept(Codec):
 
 class RangeKept(Codec):
     "Normalises by the minimum and maximum of the last image, kept on the object."
-    def encode(self, x): self.low, self.high = x.min(), x.max(); return (x - self.low)/(self.high - self.low)
+    def encode(self, x):
+        low, high = self.low, self.high = x.min(), x.max()                      # its own range into the latent, whoever else encodes meanwhile
+        return (x - low)/(high - low)
     def decode(self, z): return z*(self.high - self.low) + self.low
 
 class OncePopped(HighBandsKept):
