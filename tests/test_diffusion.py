@@ -1,0 +1,471 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from restore_lib.diffusion import PREDICTS, WEIGHTS, ResidualShift, shift_schedule
+
+torch.set_num_threads(1)
+DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
+GOLDEN = [.0200, .1172, .1763, .2336, .2916, .3510, .4124, .4759, .5417, .6099, .6807, .7540, .8300, .9086, .9900]
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def latents(*shape, seed=0, dtype=torch.float64, scale=1.):
+    return tuple(scale*torch.randn(*shape, generator=gen(seed + k), dtype=dtype) for k in range(2))
+
+
+def constant(t, b): return torch.full((b,), t)
+
+
+def network(z, t, cond): return .3*z + .6*cond.sin() + .01*t.to(z.dtype)[:, None, None, None]
+
+
+# schedule --------------------------------------------------------------------------------------------------------------
+
+def test_golden():
+    got = ResidualShift().sqrt_etas
+    assert got.dtype == torch.float64 and got.shape == (15,) and [round(v, 4) for v in got.tolist()] == GOLDEN
+    assert [round(v, 4) for v in ResidualShift(4, min_noise=.2).sqrt_etas.tolist()] == [.1, .5201, .7614, .99]
+
+
+@pytest.mark.parametrize('steps', [2, 4, 15, 100])
+@pytest.mark.parametrize('kappa', [.1, .5, 1., 2., 7.])
+@pytest.mark.parametrize('power, end', [(.3, .99), (1., .999), (2.5, .6)])
+def test_schedule_is_the_published_formula(steps, kappa, power, end):
+    start = min(.04/kappa, .04)                                               # ResShift's 'exponential', as its paper and code have it
+    base = math.exp(1/(steps - 1)*math.log(end/start))
+    beta = np.linspace(0, 1, steps)**power*(steps - 1)
+    want = np.power(base, beta)*start
+    assert np.allclose(shift_schedule(steps, kappa, .04, power, end).numpy(), want, rtol=1e-12)
+    assert np.allclose(ResidualShift(steps, kappa, .04, power, end).sqrt_etas.numpy(), want, rtol=1e-12)
+
+
+def test_schedule_rises_and_ends():
+    s = shift_schedule(30, 3., power=.7)
+    assert (s.diff() > 0).all() and math.isclose(s[-1], .99) and math.isclose(3*s[0], .04)
+    assert shift_schedule(1).tolist() == [.99]
+
+
+@pytest.mark.parametrize('kw, says', [
+    (dict(steps=0), 'steps is 0'), (dict(steps=-3), 'steps is -3'), (dict(steps=2.5), 'steps is 2.5'), (dict(steps=True), 'steps is True'), (dict(steps=None), 'steps is None'),
+    (dict(kappa=0), 'kappa is 0'), (dict(kappa=-1.), 'kappa is -1'), (dict(kappa=math.nan), 'kappa is nan'), (dict(kappa=math.inf), 'kappa is inf'), (dict(kappa='2'), "kappa is '2'"),
+    (dict(kappa=torch.tensor([1., 0.])), 'kappa is tensor'), (dict(kappa=torch.tensor([1., math.nan])), 'kappa is'), (dict(kappa=torch.ones(2, 2)), 'one for each channel'), (dict(kappa=[]), 'kappa is'),
+    (dict(min_noise=0), 'min_noise is 0'), (dict(min_noise=math.nan), 'min_noise is nan'), (dict(min_noise=3.), 'min_noise is 3'), (dict(power=0), 'power is 0'), (dict(power=math.inf), 'power is inf'),
+    (dict(etas_end=1.), 'etas_end is 1.0.*below 1'), (dict(etas_end=0.), 'etas_end is 0'), (dict(etas_end=.01), 'start below etas_end'),
+    (dict(latent_std=0), 'latent_std is 0'), (dict(latent_std=[1., -1.]), 'latent_std is -1'), (dict(predicts='x'), "predicts is 'x'; expected one of x0"),
+    (dict(kappa=[1., 2.], latent_std=[1., 1., 1.]), 'kappa has 2 channels, latent_std has 3'),
+])
+def test_bad_knobs(kw, says):
+    with pytest.raises(ValueError, match=says): ResidualShift(**kw)
+
+
+# forward ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kappa', [.5, 2.])
+def test_closed_form_is_the_sum_of_single_steps(kappa):
+    p, n, x, y, g = ResidualShift(kappa=kappa), 100_000, 3., -1., gen()
+    z, eta = torch.full((n,), x, dtype=torch.float64), 0.
+    flat = lambda v: torch.full((n, 1, 1, 1), v, dtype=torch.float64)
+    for t, e in enumerate((p.sqrt_etas**2).tolist()):
+        z, eta = z + (e - eta)*(y - x) + kappa*math.sqrt(e - eta)*torch.randn(n, generator=g, dtype=torch.float64), e
+        if t not in (0, 7, 14): continue
+        once, sigma = p.shift(flat(x), flat(y), constant(t, n), generator=gen(t + 1)).flatten(), kappa*math.sqrt(e)
+        for way in (z, once):                                                 # 5 standard errors of mean, deviation and 4th moment
+            assert abs(way.mean() - (x + e*(y - x))) < 5*sigma/n**.5
+            assert abs(way.std() - sigma) < 5*sigma/(2*n)**.5
+            assert abs(((way - way.mean())/way.std()).pow(4).mean() - 3) < 5*(96/n)**.5 + .03
+
+
+def test_shift_by_hand_and_t_by_sample():
+    p, (x, y) = ResidualShift(), latents(4, 3, 5, 6, scale=50)
+    t, noise = torch.tensor([0, 14, 3, 3]), torch.randn(4, 3, 5, 6, generator=gen(9), dtype=torch.float64)
+    r = p.sqrt_etas[t][:, None, None, None]
+    assert torch.allclose(p.shift(x, y, t, noise), x + r**2*(y - x) + 2*r*noise, rtol=1e-12)
+    assert not torch.equal(p.shift(x, y, t, generator=gen()), p.shift(x, y, t, generator=gen(1)))
+    assert torch.equal(p.shift(x, y, t, generator=gen()), p.shift(x, y, t, generator=gen()))
+
+
+def test_levels_and_prior():
+    p, (_, y) = ResidualShift(kappa=[2., .1]), latents(3, 2, 4, 4)
+    eta, sigma = p.levels(torch.tensor([0, 7, 14]), y)
+    assert eta.shape == (3, 1, 1, 1) and sigma.shape == (3, 2, 1, 1) and torch.allclose(sigma[:, 0], 20*sigma[:, 1])
+    assert torch.allclose(sigma[:, 0]**2, 4*eta[:, 0])
+    noise = torch.ones_like(y)
+    assert torch.allclose(p.prior(y, noise) - y, torch.tensor([1.98, .099], dtype=torch.float64)[None, :, None, None].expand_as(y))
+    assert torch.equal(p.prior(y, generator=gen(3)), p.prior(y, generator=gen(3)))
+
+
+@pytest.mark.parametrize('std', [4., .024, [1.4, .05]])
+def test_input_has_variance_1_whatever_the_latent(std):
+    s = torch.as_tensor(std).reshape(1, -1, 1, 1)
+    x = s*torch.randn(8, 2, 64, 64, generator=gen())
+    for t in (0, 1, 7, 14):
+        seen = lambda **kw: ResidualShift(**kw).scale_input(ResidualShift().shift(x, x, constant(t, 8), generator=gen(1)), constant(t, 8)).var(dim=(0, 2, 3))
+        assert (seen(latent_std=std) - 1).abs().max() < .04
+        sigma2 = 4*ResidualShift().sqrt_etas[t].item()**2
+        assert torch.allclose(seen().float(), ((s.flatten()**2 + sigma2)/(1 + sigma2)).expand(2), rtol=.04)     # ResShift's scaling, by formula
+
+
+def test_scaling_of_the_public_code():
+    p, (z, _) = ResidualShift(), latents(2, 3, 4, 4)
+    want = z/torch.sqrt(p.sqrt_etas[[3, 14]]**2*4 + 1)[:, None, None, None]
+    assert torch.allclose(p.scale_input(z, torch.tensor([3, 14])), want, rtol=1e-12)
+
+
+# posterior -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kappa', [2., [.05, 3.]])
+def test_posterior_is_bayes_rule(kappa):
+    "The product of q(z_s | x, y) and q(z_t | z_s) as densities: precisions add; y must drop out."
+    p, (x, y) = ResidualShift(kappa=kappa), latents(6, 2, 3, 3, scale=5)
+    k = torch.tensor(kappa, dtype=torch.float64).reshape(1, -1, 1, 1)
+    z, t, s = 3*torch.randn(6, 2, 3, 3, generator=gen(7), dtype=torch.float64), torch.tensor([14, 14, 9, 1, 5, 2]), torch.tensor([13, 2, 8, 0, 1, 0])
+    es, et = (p.sqrt_etas[i][:, None, None, None]**2 for i in (s, t))
+    a, b = 1/(k**2*es), 1/(k**2*(et - es))
+    mean, var = p.posterior(z, x, t, s)
+    assert torch.allclose(mean, (a*(x + es*(y - x)) + b*(z - (et - es)*(y - x)))/(a + b), rtol=0, atol=1e-10)
+    assert torch.allclose(var, 1/(a + b), rtol=1e-10, atol=0)
+
+
+def test_posterior_on_a_grid():
+    "The same without any formula for Gaussians: densities on a fine grid, normalised."
+    p, x, y, z = ResidualShift(), .7, -.4, .9
+    es, et = (p.sqrt_etas[[4, 6]]**2).tolist()
+    grid = torch.linspace(-15, 15, 200_001, dtype=torch.float64)
+    log = -(grid - x - es*(y - x))**2/(8*es) - (z - grid - (et - es)*(y - x))**2/(8*(et - es))
+    w = log.softmax(0)
+    mean, var = p.posterior(torch.full((1, 1, 1, 1), z, dtype=torch.float64), torch.full((1, 1, 1, 1), x, dtype=torch.float64), torch.tensor([6]), torch.tensor([4]))
+    m = (w*grid).sum()
+    assert abs(mean - m) < 1e-9 and abs(var - (w*(grid - m)**2).sum()) < 1e-9
+
+
+def test_posterior_defaults_and_end():
+    p, (z, x) = ResidualShift(), latents(3, 1, 2, 2)
+    t = torch.tensor([1, 7, 14])
+    assert all(torch.equal(a, b) for a, b in zip(p.posterior(z, x, t), p.posterior(z, x, t, t - 1)))
+    for now in (constant(0, 3), t):
+        mean, var = p.posterior(z, x, now, constant(-1, 3))
+        assert torch.equal(mean, x) and not var.any()
+
+
+# parametrisations ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kappa', [2., [.3, 1., 4.]])
+@pytest.mark.parametrize('source', PREDICTS)
+@pytest.mark.parametrize('to', PREDICTS)
+def test_conversions_are_exact(source, to, kappa):
+    p, (x, y) = ResidualShift(kappa=kappa), latents(15, 3, 4, 4)
+    t, noise = torch.arange(15), torch.randn(15, 3, 4, 4, generator=gen(5), dtype=torch.float64)
+    z = p.shift(x, y, t, noise)
+    truth = dict(x0=x, residual=y - x, noise=noise)
+    assert torch.allclose(p.convert(truth[source], z, y, t, source, to), truth[to], atol=1e-10)
+    wrong = truth[source] + .1
+    assert torch.allclose(p.convert(p.convert(wrong, z, y, t, source, to), z, y, t, to, source), wrong, atol=1e-10)
+
+
+@pytest.mark.parametrize('predicts', PREDICTS)
+@pytest.mark.parametrize('weight', WEIGHTS)
+def test_loss_is_one_function_of_the_implied_x(predicts, weight):
+    "Whatever the network says, the loss is that of its clean picture; and 'noise' is the squared error of the noise."
+    p, (x, y) = ResidualShift(predicts=predicts, kappa=[2., .5]), latents(15, 2, 4, 4)
+    t, noise = torch.arange(15), torch.randn(15, 2, 4, 4, generator=gen(5), dtype=torch.float64)
+    z, guess = p.shift(x, y, t, noise), x + .01*torch.randn(15, 2, 4, 4, generator=gen(6), dtype=torch.float64)
+    got = p.loss(lambda *a: p.convert(guess, z, y, t, 'x0', predicts), x, y, t, weight=weight, noise=noise)
+    eta, sigma = p.levels(t, x)
+    w = {'uniform': torch.ones_like(sigma), 'sigma': (1/sigma)/(1/sigma).mean(), 'noise': (1 - eta)**2/sigma**2}[weight]
+    want = (w*(guess - x)**2).mean((1, 2, 3))
+    assert torch.allclose(got.per_sample, want, rtol=1e-6) and torch.allclose(got.mean, want.mean(), rtol=1e-6) and torch.equal(got.t, t)
+    if weight == 'noise': assert torch.allclose(want, (p.convert(guess, z, y, t, 'x0', 'noise') - noise).square().mean((1, 2, 3)), rtol=1e-6)
+
+
+def test_noise_loss_of_a_noise_network_is_plain_mse():
+    p, (x, y) = ResidualShift(predicts='noise'), latents(15, 2, 4, 4)
+    noise = torch.randn(15, 2, 4, 4, generator=gen(5), dtype=torch.float64)
+    assert torch.allclose(p.loss(lambda z, t, c: 0*z, x, y, torch.arange(15), weight='noise', noise=noise).per_sample, noise.square().mean((1, 2, 3)), rtol=1e-9)
+
+
+def test_own_weights():
+    p, (x, y) = ResidualShift(3), latents(3, 2, 4, 4)
+    w = torch.tensor([0., 1., 5.])
+    one, own = (p.loss(network, x, y, torch.arange(3), weight=v, generator=gen()).per_sample for v in ('uniform', w))
+    assert torch.allclose(own, w.double()*one)
+    for bad in (w[:2], -w, w/0, torch.ones(3, 2, 2)):
+        with pytest.raises(ValueError, match='weight has shape'): p.loss(network, x, y, weight=bad)
+    with pytest.raises(ValueError, match="weight is 'max'"): p.loss_weights('max')
+    assert p.loss_weights('uniform').shape == (3, 1) and ResidualShift(kappa=[1., 2.]).loss_weights('noise').shape == (15, 2)
+
+
+# training --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('predicts', PREDICTS)
+def test_training_pair(predicts):
+    p, (x, y) = ResidualShift(predicts=predicts, latent_std=3.), latents(6, 2, 4, 4)
+    pair, again = (p.training_pair(x, y, generator=gen(1)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(pair, again)) and pair.t.dtype == torch.int64
+    assert torch.equal(pair.z, p.shift(x, y, pair.t, pair.noise)) and torch.equal(pair.scaled, p.scale_input(pair.z, pair.t))
+    assert torch.allclose(p.convert(pair.target, pair.z, y, pair.t, predicts, 'x0'), x, atol=1e-9)
+    assert torch.equal(p.training_pair(x, y, torch.arange(6)).t, torch.arange(6))
+
+
+def test_draws_of_t():
+    p = ResidualShift()
+    plain, even = p.draw_t(60_000, gen()), p.draw_t(60_000, gen(), stratified=True)
+    for t in (plain, even): assert t.min() == 0 and t.max() == 14
+    assert (plain.bincount(minlength=15)/4000 - 1).abs().max() < .08 and (even.bincount(minlength=15) - 4000).abs().max() <= 1
+    many = torch.stack([p.draw_t(4, gen(k), stratified=True) for k in range(3000)])
+    assert (many[:, 0].bincount(minlength=15)/200 - 1).abs().max() < .4     # each place uniform by itself
+    assert (many.sort(1).values[:, 0] <= 3).all() and (many.sort(1).values[:, 3] >= 11).all()            # and spread in each batch
+    assert torch.equal(p.draw_t(9, gen(2), stratified=True), p.draw_t(9, gen(2), stratified=True))
+
+
+def test_loss_has_gradients_and_per_sample_values():
+    p, (x, y), net = ResidualShift(), latents(8, 3, 8, 8, dtype=torch.float32), nn.Conv2d(6, 3, 3, padding=1)
+    out = p.loss(lambda z, t, c: net(torch.cat([z, c], 1)), x, y, generator=gen())
+    out.mean.backward()
+    assert out.per_sample.shape == (8,) and torch.isclose(out.per_sample.mean(), out.mean) and net.weight.grad.abs().sum() > 0
+    cond = torch.zeros_like(y)
+    seen = []
+    p.loss(lambda z, t, c: seen.append(c) or z, x, y, cond=cond)
+    assert seen[0] is cond
+
+
+def test_buckets():
+    p, t = ResidualShift(), torch.tensor([0, 4, 5, 14, 14])
+    assert p.buckets(torch.tensor([1., 3., 10., 2., 4.]), t) == {'t 0-4': 2., 't 5-9': 10., 't 10-14': 3.}
+    assert p.buckets(torch.tensor([1., 3.]), t[:2], 5) == {'t 0-2': 1., 't 3-5': 3.}
+    assert list(ResidualShift(4).buckets(torch.ones(4), torch.arange(4), 3)) == ['t 0-0', 't 1-2', 't 3-3']
+    for n in (0, 16, 1.5):
+        with pytest.raises(ValueError, match='n is'): p.buckets(torch.ones(5), t, n)
+    with pytest.raises(ValueError, match='values has shape'): p.buckets(torch.ones(4), t)
+
+
+# sampling --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('predicts', PREDICTS)
+@pytest.mark.parametrize('randomness', [0, .5, 1])
+def test_an_oracle_is_recovered_in_every_number_of_steps(predicts, randomness):
+    p, (x, y) = ResidualShift(predicts=predicts, kappa=[2., .3], latent_std=[1., .1]), latents(2, 2, 5, 5, scale=3)
+    def oracle(scaled, t, cond):
+        eta, sigma = p.levels(t, scaled)
+        z = scaled*(sigma**2 + torch.tensor([1., .01], dtype=torch.float64)[:, None, None]).sqrt()
+        return p.convert(x, z, y, t, 'x0', predicts)
+    for k in range(1, 16): assert (p.sample(oracle, y, k, randomness=randomness, generator=gen(k)) - x).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize('randomness', [0, .5, 1])
+@pytest.mark.parametrize('steps', [15, 4])
+def test_with_the_truth_every_z_has_the_forward_marginal(steps, randomness):
+    p, b = ResidualShift(), 40_000
+    x, y = torch.full((b, 1, 1, 1), 2., dtype=torch.float64), torch.full((b, 1, 1, 1), -1., dtype=torch.float64)
+    noise = torch.randn(steps, b, 1, 1, 1, generator=gen(11), dtype=torch.float64)
+    noise[0] += 3*(1 - p.sqrt_etas[-1]**2)/(2*p.sqrt_etas[-1])                # the start is y, not x + eta_T (y - x): made up for here
+    for state in p.chain(lambda *a: x, y, steps, randomness=randomness, noise=noise):
+        eta, sigma = p.sqrt_etas[state.t]**2, 2*p.sqrt_etas[state.t]
+        assert abs(state.z.mean() - (2 - 3*eta)) < 5*sigma/b**.5
+        assert abs(state.z.std() - sigma) < 5*sigma/(2*b)**.5
+
+
+def test_randomness_1_is_the_posterior_and_0_is_ddim():
+    p, (x, y) = ResidualShift(), latents(3, 2, 4, 4)
+    noise = torch.randn(15, 3, 2, 4, 4, generator=gen(4), dtype=torch.float64)
+    for rho in (0, 1):
+        states = list(p.chain(network, y, noise=noise, randomness=rho))
+        for k, (a, b) in enumerate(zip(states, states[1:])):
+            t, s = constant(a.t, 3), constant(b.t, 3)
+            if rho:
+                mean, var = p.posterior(a.z, a.x0, t, s)
+                want = mean + var.sqrt()*noise[k + 1]
+            else: want = p.shift(a.x0, y, s, p.convert(a.x0, a.z, y, t, 'x0', 'noise'))
+            assert torch.allclose(b.z, want, atol=1e-12)
+
+
+@pytest.mark.parametrize('rho', [0, .3, .8, 1])
+def test_randomness_by_formula(rho):
+    p, (_, y) = ResidualShift(kappa=[2., .5]), latents(3, 2, 4, 4)
+    noise = torch.randn(4, 3, 2, 4, 4, generator=gen(4), dtype=torch.float64)
+    states = list(p.chain(network, y, 4, noise=noise, randomness=rho))
+    for k, (a, b) in enumerate(zip(states, states[1:])):
+        (et, st), (es, ss) = p.levels(constant(a.t, 3), y), p.levels(constant(b.t, 3), y)
+        v, eps = ss**2*(1 - es/et), (a.z - a.x0 - et*(y - a.x0))/st
+        assert torch.allclose(b.z, a.x0 + es*(y - a.x0) + (ss**2 - rho**2*v).sqrt()*eps + rho*v.sqrt()*noise[k + 1], atol=1e-12)
+
+
+def test_one_step_is_the_direct_estimate():
+    p, (_, y) = ResidualShift(), latents(3, 2, 4, 4)
+    noise = torch.randn(1, 3, 2, 4, 4, generator=gen(4), dtype=torch.float64)
+    t = constant(14, 3)
+    direct = network(p.scale_input(p.prior(y, noise[0]), t), t, y)
+    for rho in (0, 1): assert torch.equal(p.sample(network, y, 1, noise=noise, randomness=rho), direct)
+    r = ResidualShift(predicts='residual')
+    assert torch.allclose(r.sample(network, y, 1, noise=noise), y - direct)
+    assert ResidualShift(1).sample(network, y).shape == y.shape
+
+
+def test_subsequences_are_of_the_full_schedule():
+    p = ResidualShift()
+    for k in range(1, 16):
+        ts = p.subsequence(k)
+        assert len(ts) == k and ts[0] == 14 and all(a > b >= 0 for a, b in zip(ts, ts[1:]))
+        assert [s.t for s in p.chain(network, torch.zeros(1, 1, 2, 2), k)] == ts
+        assert max(np.diff([-1, *ts[::-1]])) - min(np.diff([-1, *ts[::-1]])) <= 1                        # even
+    assert p.subsequence() == p.subsequence(15) == list(range(14, -1, -1)) and p.subsequence([14, 3]) == [14, 3] and p.subsequence((14,)) == [14]
+    for bad, says in ((0, 'steps is 0'), (16, 'expected 1 to 15'), (20, 'knows no other'), (-1, 'steps is -1'), (2.5, 'steps is 2.5'), ('4', "steps is '4'"), (True, 'steps is True'),
+                      ([], r'steps is \[\]'), ([13, 2], 'falling t from 14'), ([14, 5, 5], 'falling'), ([14, 2, 3], 'falling'), ([14, -1], 'falling'), ([14, 2.5], 'falling')):
+        with pytest.raises(ValueError, match=says): p.subsequence(bad)
+        with pytest.raises(ValueError, match=says): p.sample(network, torch.zeros(1, 1, 2, 2), bad)
+
+
+def test_an_exact_network_samples_the_distribution():
+    "Two points with 60 and 40 of 100: fifteen steps end at them, in these shares, with twice the squared error of one step."
+    p, y = ResidualShift(), torch.zeros(8000, 1, 1, 1)
+    def model(scaled, t, y):
+        eta, sigma = p.levels(t, scaled)
+        return 2*(2*(1 - eta)*scaled*(sigma**2 + 1).sqrt()/sigma**2 + math.log(1.5)).sigmoid() - 1
+    truth = torch.where(torch.rand(y.shape, generator=gen(3)) < .6, 1., -1.)
+    one, many, det = (p.sample(model, y, k, generator=gen(4), randomness=r) for k, r in ((1, 1), (15, 1), (15, 0)))
+    assert abs(one.mean() - .2) < .005 and one.std() < .02
+    for x in (many, det): assert ((x.abs() - 1).abs() < .1).float().mean() > .99 and abs((x > 0).float().mean() - .6) < .025
+    assert 1.9 < (many - truth).square().mean()/(one - truth).square().mean() < 2.1
+
+
+def orthogonal(n, seed=0): return torch.linalg.qr(torch.randn(n, n, generator=gen(seed), dtype=torch.float64))[0]
+
+
+def haar(x):
+    "One orthonormal level by slices, (b, c, h, w) to (b, 4c, h/2, w/2)."
+    a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
+    return torch.cat([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d], 1)/2
+
+
+def unhaar(u):
+    ll, lh, hl, hh = u.chunk(4, 1)
+    x = u.new_zeros(*ll.shape[:2], 2*ll.shape[2], 2*ll.shape[3])
+    x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2] = (ll + lh + hl + hh)/2, (ll + lh - hl - hh)/2, (ll - lh + hl - hh)/2, (ll - lh - hl + hh)/2
+    return x
+
+
+Q = orthogonal(3*6*8)
+BASES = {'random': (lambda x: (x.flatten(1) @ Q.T).reshape(x.shape), lambda u: (u.flatten(1) @ Q).reshape(u.shape)), 'haar': (haar, unhaar)}
+
+
+@pytest.mark.parametrize('basis', BASES)
+@pytest.mark.parametrize('predicts', PREDICTS)
+@pytest.mark.parametrize('randomness', [0, 1])
+def test_an_orthonormal_change_of_basis_leaves_the_process_unchanged(basis, predicts, randomness):
+    there, back = BASES[basis]
+    p, (x, y) = ResidualShift(predicts=predicts), latents(2, 3, 6, 8)
+    assert torch.allclose(back(there(x)), x, atol=1e-12) and torch.allclose(there(x).norm(), x.norm())
+    noise = torch.randn(5, 2, 3, 6, 8, generator=gen(4), dtype=torch.float64)
+    turned = torch.stack([there(n) for n in noise])
+    rotated_network = lambda z, t, c: there(network(back(z), t, back(c)))
+    t = torch.tensor([2, 14])
+    assert torch.allclose(back(p.shift(there(x), there(y), t, turned[0])), p.shift(x, y, t, noise[0]), atol=1e-11)
+    got = p.sample(rotated_network, there(y), 5, noise=turned, randomness=randomness)
+    want = p.sample(network, y, 5, noise=noise, randomness=randomness)
+    assert torch.allclose(back(got), want, atol=1e-9*max(1., want.abs().max().item()))
+    losses = [p.loss(m, *pair, t, noise=n).mean for m, pair, n in ((network, (x, y), noise[0]), (rotated_network, (there(x), there(y)), turned[0]))]
+    assert torch.allclose(*losses)
+
+
+def test_kappa_by_channel_is_each_channel_by_itself():
+    kappa, (_, y) = [2., 1.], latents(2, 2, 4, 4)
+    both, one = ResidualShift(kappa=kappa), ResidualShift(kappa=2.)
+    noise = torch.randn(15, 2, 2, 4, 4, generator=gen(1), dtype=torch.float64)
+    plain = lambda z, t, c: .5*c
+    scaled = y/torch.tensor(kappa, dtype=torch.float64)[:, None, None]*2      # channel 1 in units twice as small has kappa 2
+    got, want = (list(p.chain(plain, v, noise=noise)) for p, v in ((both, y), (one, scaled)))
+    for a, b in zip(got, want): assert torch.allclose(a.z*torch.tensor([1., 2.], dtype=torch.float64)[:, None, None], b.z, atol=1e-12)
+    same = ResidualShift(kappa=[2., 2.])
+    assert torch.equal(same.sample(network, y, noise=noise), one.sample(network, y, noise=noise))
+
+
+def test_seeded_and_repeatable():
+    p, (_, y) = ResidualShift(), latents(2, 3, 4, 4)
+    runs = [p.sample(network, y, 4, generator=gen(s)) for s in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    state = torch.get_rng_state()
+    p.sample(network, y, generator=gen()), p.loss(network, y, y, generator=gen()), p.training_pair(y, y, generator=gen(), stratified=True)
+    assert torch.equal(state, torch.get_rng_state())                          # a given generator leaves the global state alone
+    torch.manual_seed(3); a = p.sample(network, y, 4)
+    torch.manual_seed(3); assert torch.equal(a, p.sample(network, y, 4))
+
+
+def test_sampling_is_without_gradients_and_in_eval_mode():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.c, self.drop = nn.Conv2d(3, 3, 1), nn.Dropout(.5)
+        def forward(self, z, t, c): return self.drop(self.c(z))
+    net, (_, y), p = Net().train(), latents(1, 3, 4, 4, dtype=torch.float32), ResidualShift()
+    out = p.sample(net, y, generator=gen())
+    assert not out.requires_grad and net.training and torch.equal(out, p.sample(net, y, generator=gen()))
+    for state in p.chain(net, y, 3): assert torch.is_grad_enabled() and not state.z.requires_grad
+    assert p.sample(network, y[:0], 3).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_devices_and_types(device, dtype):
+    p, (x, y) = ResidualShift(predicts='residual'), latents(4, 3, 8, 8)
+    model = lambda z, t, c: .3*z + .1*c
+    full = p.sample(model, y, 4, generator=gen())
+    low, x, y = dict(device=device, dtype=dtype), x.to(device, dtype), y.to(device, dtype)
+    noise = p.sample(model, y, 4, generator=gen())
+    assert noise.dtype == dtype and noise.device.type == device and torch.isfinite(noise).all()
+    if dtype == torch.float64: assert torch.allclose(noise.cpu(), full, atol=1e-12)
+    pair = p.training_pair(x, y, generator=gen())
+    assert pair.z.dtype == pair.scaled.dtype == dtype and pair.z.device.type == pair.t.device.type == device
+    out = p.loss(model, x, y, generator=gen())
+    assert torch.isfinite(out.mean) and out.mean.dtype in (torch.float32, torch.float64)
+
+
+def test_any_range_is_allowed():
+    p, x = ResidualShift(), 1000*torch.randn(2, 1, 4, 4, generator=gen())
+    assert torch.isfinite(p.loss(lambda z, t, c: z, x, x).mean) and p.sample(lambda z, t, c: c, x, 3).abs().max() > 100
+
+
+# bad input -------------------------------------------------------------------------------------------------------------
+
+P, X, T = ResidualShift(), torch.zeros(2, 3, 4, 4), torch.zeros(2).long()
+NAN = X.clone(); NAN[0, 0, 0, 0] = math.nan
+
+
+@pytest.mark.parametrize('call, error, says', [
+    (lambda: P.shift(X, X, T + 15), ValueError, 't holds 15 to 15; expected 0 to 14'),
+    (lambda: P.shift(X, X, T - 1), ValueError, 't holds -1 to -1; expected 0 to 14'),
+    (lambda: P.shift(X, X, T[:1]), ValueError, r'shape \(1,\); expected int64 of shape \(2,\)'),
+    (lambda: P.shift(X, X, T.float()), ValueError, 'float32.*expected int64'),
+    (lambda: P.shift(X, X, 3), TypeError, 't is int; expected an int64 tensor'),
+    (lambda: P.loss(network, X, X, T + 99), ValueError, 'expected 0 to 14'),
+    (lambda: P.training_pair(X, X, T - 2), ValueError, 't holds -2'),
+    (lambda: P.scale_input(X, T + 15), ValueError, 'expected 0 to 14'),
+    (lambda: P.levels(T - 1, X), ValueError, 'expected 0 to 14'),
+    (lambda: P.posterior(X, X, T + 3, T + 3), ValueError, 'every s below its t'),
+    (lambda: P.posterior(X, X, T + 3, T - 2), ValueError, 's holds -2 to -2; expected -1 to 14'),
+    (lambda: P.shift(X, X[..., :2], T), ValueError, r'y has shape \(2, 3, 4, 2\), x has \(2, 3, 4, 4\); expected equal'),
+    (lambda: P.loss(network, X, X[:1]), ValueError, 'expected equal shapes'),
+    (lambda: P.posterior(X, X[:, :1], T), ValueError, 'expected equal shapes'),
+    (lambda: P.shift(X[0], X[0], T), ValueError, r'x has shape \(3, 4, 4\); expected \(b, c, h, w\)'),
+    (lambda: P.shift(X.int(), X, T), TypeError, 'x is torch.int32; expected floats'),
+    (lambda: P.prior([1.]), TypeError, 'y is list; expected a float tensor'),
+    (lambda: P.shift(NAN, X, T), ValueError, 'x holds 1 values that are NaN'),
+    (lambda: P.loss(network, X, NAN), ValueError, 'y holds 1 values'),
+    (lambda: P.sample(network, NAN), ValueError, 'y holds 1 values'),
+    (lambda: P.sample(network, NAN*0 + math.inf), ValueError, 'NaN or infinite'),
+    (lambda: P.shift(X, X, T, noise=X[:1]), ValueError, 'noise has shape'),
+    (lambda: P.sample(network, X, 3, noise=X), ValueError, r'noise has shape \(2, 3, 4, 4\); expected \(3, 2, 3, 4, 4\)'),
+    (lambda: P.sample(network, X, 3, noise=[X]), ValueError, r'noise has shape \(\)'),
+    (lambda: P.sample(network, X, randomness=1.1), ValueError, 'randomness is 1.1; expected 0 to 1'),
+    (lambda: P.sample(network, X, randomness=math.nan), ValueError, 'randomness is nan'),
+    (lambda: P.sample(lambda z, t, c: z[:, :1], X), ValueError, r'model gave \(2, 1, 4, 4\); expected a tensor \(2, 3, 4, 4\)'),
+    (lambda: P.loss(lambda z, t, c: None, X, X), ValueError, 'model gave NoneType'),
+    (lambda: P.convert(X, X, X, T, 'x', 'noise'), ValueError, "source is 'x'; expected one of x0, residual, noise"),
+    (lambda: P.convert(X, X, X, T, 'x0', 'v'), ValueError, "to is 'v'"),
+    (lambda: ResidualShift(kappa=[1., 2.]).prior(X), ValueError, 'y has 3 channels; expected 2, one for each number of kappa'),
+    (lambda: ResidualShift(latent_std=[1., 2.]).loss(network, X, X), ValueError, 'number of latent_std'),
+])
+def test_bad_input(call, error, says):
+    with pytest.raises(error, match=says): call()
