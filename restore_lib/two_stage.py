@@ -348,7 +348,7 @@ def two_stage_learner(
     return Learner(model, loss, train, valid, opt=torch.optim.AdamW(groups, betas=(0.9, 0.95)), sched=warmup_cosine(warmup),
                    cbs=[shown, *([adversary] if adversary else []), *cbs], **options)
 
-# %% ../nbs/10_two_stage.ipynb #10-057
+# %% ../nbs/10_two_stage.ipynb #10-058
 def _ramp(size, overlap):  # pixels -> (size,): 0 at the very edge, rising over the overlap, 1 inside
     edge = ((torch.arange(size) + 0.5)/max(overlap, 1) - 0.25)/0.5             # the outer quarter of the overlap counts for nothing: there a network guesses
     return torch.minimum(edge, edge.flip(0)).clamp(0, 1)
@@ -381,7 +381,7 @@ def windows(
             total[:, :, t:t + size, l:l + size] += g
     return out/total
 
-# %% ../nbs/10_two_stage.ipynb #10-059
+# %% ../nbs/10_two_stage.ipynb #10-060
 def _pixels(image):
     "A path or PIL image as (1, 1 or 3, h, w) in [0, 1], its alpha channel or None, and whether it has 16 bits."
     if isinstance(image, (str, Path)):
@@ -430,7 +430,7 @@ def restore(
     out = out.reshape(b, c, h, w) if channels == 1 or c == 3 else out.mean(1, keepdim=True)
     return _picture(out, *file) if file else out.reshape(shape)
 
-# %% ../nbs/10_two_stage.ipynb #10-060
+# %% ../nbs/10_two_stage.ipynb #10-061
 def _made_of(model):
     "What `load_restorer` needs to build the same model again."
     enc, two, sees = model.encoder, model.decoder2, model.residual_encoder
@@ -471,7 +471,7 @@ def restorers() -> dict:  # name -> path
     "The weights that come with the library."
     return {p.stem: p for p in sorted((Path(restore_lib.__file__).parent/'weights').glob('*.safetensors'))}
 
-# %% ../nbs/10_two_stage.ipynb #10-068
+# %% ../nbs/10_two_stage.ipynb #10-069
 def _weights_for(task, sigma):
     "The path of the weights for a task; ValueError says which there are."
     have = {name: load_restorer(name)[1] for name in restorers()}
