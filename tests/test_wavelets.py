@@ -122,6 +122,47 @@ def test_haars_fast_path_is_the_general_one(monkeypatch):
         assert (back - idwt2(fast, 'haar', mode)).abs().max() < 1e-12
 
 
+FEW_TAPS = ('db2', 'bior1.3', 'db3', 'rbio3.1', 'sym4', 'bior4.4')
+
+@pytest.mark.parametrize('dtype', TOL)
+@pytest.mark.parametrize('mode', MODES)
+def test_the_convolution_of_few_taps_is_the_matrix(monkeypatch, mode, dtype):
+    "Both ways, forced in either precision; also Haar, which never takes it."
+    import restore_lib.wavelets as module
+    assert module._few_taps(torch.zeros(1), module._bank('bior4.4')) and not module._few_taps(torch.zeros(1), module._bank('db6'))
+    assert not module._few_taps(torch.zeros(1).double(), module._bank('db2')) and not module._few_taps(torch.zeros(1, device='meta'), module._bank('db2'))
+    monkeypatch.setattr(module, '_is_haar', lambda bank: False)
+    def results(few, x, r, wavelet):
+        monkeypatch.setattr(module, '_few_taps', lambda x, bank: few)
+        return [*flat(dwt2(x, wavelet, mode)), idwt2((r[0], r[1:]), wavelet, mode)]
+    for wavelet in ['haar', *FEW_TAPS, 'db7']:
+        for h, w in ((16, 17), (33, 64), (3, 2), (1, 5)):
+            x = rand(2, 3, h, w, dtype=dtype)
+            r = [torch.rand_like(b) for b in flat(dwt2(x, wavelet, mode))]
+            assert all(a.shape == b.shape and (a - b).abs().max() < TOL[dtype] for a, b in zip(results(True, x, r, wavelet), results(False, x, r, wavelet))), (wavelet, h, w)
+
+@pytest.mark.parametrize('wavelet, mode', [('db2', 'symmetric'), ('db3', 'periodization'), ('bior1.3', 'reflect'), ('bior4.4', 'zero'), ('db2', 'periodization')])
+def test_gradients_of_the_convolution(monkeypatch, wavelet, mode):
+    import restore_lib.wavelets as module
+    monkeypatch.setattr(module, '_few_taps', lambda x, bank: True)
+    test_gradients(wavelet, mode)
+    x, t = rand(1, 1, 6, 8), rand(1, 1, 6, 8)
+    out, tangent = torch.func.jvp(lambda x: idwt2(dwt2(x, wavelet, mode), wavelet, mode), (x,), (t,))
+    assert torch.allclose(out, x) and torch.allclose(tangent, t)
+
+@pytest.mark.parametrize('wavelet', ['db2', 'bior1.3', 'bior4.4'])
+def test_float32_gradient_is_that_of_float64(wavelet):
+    for mode in MODES:
+        x = rand(2, 3, 20, 23, dtype=torch.float32)
+        grads = []
+        for dtype in TOL:
+            y, fixed = x.to(dtype).requires_grad_(), torch.Generator().manual_seed(0)
+            z = flat(wavedec2(y, wavelet, 2, mode))
+            (sum((b*torch.rand(b.shape, generator=fixed).to(dtype)).sum() for b in z) + waverec2([z[0], tuple(z[1:4]), tuple(z[4:])], wavelet, mode).square().sum()).backward()
+            grads.append(y.grad)
+        assert (grads[0] - grads[1]).abs().max() < 1e-4, mode
+
+
 # what a basis must hold ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('mode', MODES)
@@ -170,6 +211,20 @@ def test_forward_mode(wavelet):
     x, t = rand(1, 1, 6, 8), rand(1, 1, 6, 8)
     out, tangent = torch.func.jvp(lambda x: idwt2(dwt2(x, wavelet), wavelet), (x,), (t,))
     assert torch.allclose(out, x) and torch.allclose(tangent, t)
+
+@pytest.mark.parametrize('dtype', TOL)
+@pytest.mark.parametrize('wavelet', ['haar', 'db2', 'bior4.4', 'db10'])
+def test_vmap(wavelet, dtype):
+    x = rand(3, 1, 2, 14, 12, dtype=dtype)
+    f = lambda x: flat(wavedec2(x, wavelet, 2))
+    assert all(torch.allclose(a, torch.stack(b), atol=TOL[dtype]) for a, b in zip(torch.func.vmap(f)(x), zip(*map(f, x))))
+    assert torch.allclose(torch.func.vmap(lambda x: waverec2(wavedec2(x, wavelet, 2), wavelet), in_dims=1, out_dims=1)(x.transpose(0, 1)).transpose(0, 1)[..., :14, :12], x, atol=1e-5)
+    LL, d = dwt2(x[0], wavelet)
+    mixed = torch.func.vmap(lambda l: idwt2((l, d), wavelet))(torch.stack([LL, 2*LL]))                # some bands with a batch, some without
+    assert torch.allclose(mixed[1], idwt2((2*LL, d), wavelet), atol=1e-5)
+    assert torch.allclose(torch.func.vmap(lambda x: unpacket2(packet2(x, 1), 1))(x), x, atol=1e-5)
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: dwt2(x, wavelet)[0].square().sum()))(x)
+    assert torch.allclose(per_sample[1], torch.func.grad(lambda x: dwt2(x, wavelet)[0].square().sum())(x[1]), atol=1e-5)
 
 def test_matrices_first_made_in_inference_mode_can_be_trained_through():
     own = pywt.Wavelet('own', filter_bank=tuple(list(np.roll(f, 2)) for f in pywt.Wavelet('db3').filter_bank))    # not cached yet
@@ -277,6 +332,16 @@ OK, BAND = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
     (lambda: wavedec2(OK, 'haar', -1), ValueError, 'level is -1'),
     (lambda: wavedec2(OK, 'haar', 1.0), ValueError, 'level is 1.0'),
     (lambda: wavedec2(OK, 'haar', None), ValueError, 'level is None'),
+    (lambda: idwt2((BAND, (BAND, BAND.double(), BAND)), 'db2'), TypeError, 'LH torch.float32 on cpu, HL torch.float64'),
+    (lambda: idwt2((BAND, (BAND, BAND.half(), None))), TypeError, 'HL torch.float16'),
+    (lambda: idwt2((BAND, (BAND,)*3), 'bior4.4'), ValueError, 'at least 5'),
+    (lambda: waverec2([(BAND,)*3, BAND], 'haar'), ValueError, 'begins with a tuple'),
+    (lambda: waverec2([BAND, (BAND[..., ::2, ::2],)*3, (BAND,)*3][::-1], 'haar'), ValueError, 'begins with a tuple'),
+    (lambda: waverec2([BAND[..., ::2, ::2], (BAND,)*3, (BAND[..., ::2, ::2],)*3], 'haar'), ValueError, 'different shapes'),
+    (lambda: waverec2([BAND], 'nonsense'), ValueError, "wavelet is 'nonsense'"),
+    (lambda: waverec2([BAND], 'haar', 'edge'), ValueError, "mode is 'edge'"),
+    (lambda: waverec2([None], 'haar'), TypeError, 'LL is NoneType'),
+    (lambda: dct2(OK, True), ValueError, 'block is True'),
     (lambda: waverec2([], 'haar'), ValueError, 'coeffs'),
     (lambda: waverec2(BAND, 'haar'), ValueError, 'coeffs'),
     (lambda: waverec2([BAND, BAND], 'haar'), ValueError, 'nested'),
