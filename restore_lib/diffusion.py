@@ -15,7 +15,7 @@ import torch
 
 from .metrics import _deployed
 
-# %% ../nbs/13_diffusion.ipynb #13-014
+# %% ../nbs/13_diffusion.ipynb #13-012
 def _real(value, name, above=0., below=math.inf):
     "A finite number between two bounds (neither included), as float; ValueError names it."
     if isinstance(value, bool) or not isinstance(value, Real) or not above < value < below:
@@ -26,7 +26,8 @@ def _per_channel(value, name):
     "A positive number, or one a channel, as float64 (1,) or (c,)."
     v = value.detach().double().cpu() if isinstance(value, torch.Tensor) else None
     if v is None:
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values = value.tolist() if hasattr(value, 'tolist') else value                # a NumPy array is as good as a list
+        values = values if isinstance(values, (list, tuple)) else [values]
         v = torch.tensor([_real(u, name) for u in values], dtype=torch.float64)
     v = v.reshape(1) if v.ndim == 0 else v
     if v.ndim != 1 or not len(v) or not (torch.isfinite(v) & (v > 0)).all():
@@ -50,7 +51,7 @@ def shift_schedule(
     beta = torch.linspace(0, 1, steps, dtype=torch.float64)**power
     return (math.log(start) + beta*(math.log(end) - math.log(start))).exp()
 
-# %% ../nbs/13_diffusion.ipynb #13-022
+# %% ../nbs/13_diffusion.ipynb #13-025
 def _check(z, name, like=None):
     "A finite float tensor (b, c, h, w) of any range, of the shape of `like` = (name, tensor) if given."
     if not isinstance(z, torch.Tensor): raise TypeError(f'{name} is {type(z).__name__}; expected a float tensor (b, c, h, w)')
@@ -66,24 +67,43 @@ def _randn(like, generator=None, shape=None):
     dtype = torch.promote_types(like.dtype, torch.float32)
     return torch.randn(shape or like.shape, generator=generator, device=generator.device if generator else like.device, dtype=dtype).to(like.device)
 
+def _check_t(t, z, steps, name='t', least=0):
+    "Whole numbers (b,) from `least` to steps - 1; their values are looked at on the CPU only."
+    if not isinstance(t, torch.Tensor): raise TypeError(f'{name} is {type(t).__name__}; expected an int64 tensor ({len(z)},)')
+    if t.dtype != torch.int64 or t.shape != z.shape[:1]: raise ValueError(f'{name} is {t.dtype} of shape {tuple(t.shape)}; expected int64 of shape ({len(z)},)')
+    if t.device.type == 'cpu' and len(t) and not least <= t.min() <= t.max() < steps:
+        raise ValueError(f'{name} holds {t.min().item()} to {t.max().item()}; expected {least} to {steps - 1}')
+    return t
+
+# %% ../nbs/13_diffusion.ipynb #13-026
+PREDICTS = ('x0', 'residual', 'noise')
+
 class _Shift:
-    "Schedule and the Gaussians of the process; tables have a row 0 for eta = 0, so that t = -1 is the clean end."
-    def _tables(self):
-        eta = torch.cat([torch.zeros(1, dtype=torch.float64), self.sqrt_etas**2])[:, None]                # (T + 1, 1)
-        self._eta, self._sigma = eta, eta.sqrt()*self.kappa                                               # (T + 1, 1 or c)
+    "Knobs and tables."
+    def __init__(self,
+        steps=15,         # T
+        kappa=2.0,        # noise at eta = 1, in units of the latent: a number, or one a channel
+        min_noise=0.04,   # noise of the first step, of the loudest channel, at most
+        power=0.3,        # of the schedule
+        etas_end=0.99,    # the last sqrt(eta)
+        predicts='x0',    # what the network says: one of PREDICTS; the residual is y - x
+        latent_std=1.0,   # root mean square of the latent, for `scale_input`: a number, or one a channel
+    ):
+        if predicts not in PREDICTS: raise ValueError(f'predicts is {predicts!r}; expected one of {", ".join(PREDICTS)}')
+        self.kappa, self.latent_std, self.predicts = _per_channel(kappa, 'kappa'), _per_channel(latent_std, 'latent_std'), predicts
+        if len({1, len(self.kappa), len(self.latent_std)}) > 2: raise ValueError(f'kappa has {len(self.kappa)} channels, latent_std has {len(self.latent_std)}; expected as many')
+        self.sqrt_etas = shift_schedule(steps, self.kappa.max().item(), min_noise, power, etas_end)   # (T,) float64
+        self.steps = len(self.sqrt_etas)
+        self._eta = torch.cat([torch.zeros(1, dtype=torch.float64), self.sqrt_etas**2])[:, None]      # (T + 1, 1)
+        self._sigma = self._eta.sqrt()*self.kappa                                                     # (T + 1, 1 or c)
         self._scale = (self._sigma**2 + self.latent_std**2).rsqrt()
+
+    def __repr__(self):
+        return f'{type(self).__name__}(steps={self.steps}, kappa={self.kappa.tolist()}, sqrt_etas={self.sqrt_etas[0]:.4f} to {self.sqrt_etas[-1]:.4f}, predicts={self.predicts!r})'
 
     def _at(self, table, t, like):
         "(b, 1 or c, 1, 1) of a table at t (b,), in float32 at least."
         return table.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)[t.to(like.device) + 1][..., None, None]
-
-    def _check_t(self, t, z, name='t', least=0):
-        "Whole numbers (b,) from `least` to T - 1; their values are looked at on the CPU only."
-        if not isinstance(t, torch.Tensor): raise TypeError(f'{name} is {type(t).__name__}; expected an int64 tensor ({len(z)},)')
-        if t.dtype != torch.int64 or t.shape != z.shape[:1]: raise ValueError(f'{name} is {t.dtype} of shape {tuple(t.shape)}; expected int64 of shape ({len(z)},)')
-        if t.device.type == 'cpu' and len(t) and not least <= t.min() <= t.max() < self.steps:
-            raise ValueError(f'{name} holds {t.min().item()} to {t.max().item()}; expected {least} to {self.steps - 1}')
-        return t
 
     def _check_c(self, z, name):
         "The channels that kappa and latent_std were given for."
@@ -92,19 +112,29 @@ class _Shift:
                 raise ValueError(f'{name} has {z.shape[1]} channels; expected {len(getattr(self, what))}, one for each number of {what}')
         return z
 
-# %% ../nbs/13_diffusion.ipynb #13-023
+    def levels(self, t, like):
+        "eta and kappa sqrt(eta) at t (b,), each (b, 1 or c, 1, 1), on the device of `like` (b, c, h, w). ValueError for t or channels."
+        _check_t(t, self._check_c(like, 'like'), self.steps)
+        return self._at(self._eta, t, like), self._at(self._sigma, t, like)
+
+    def scale_input(self, z, t):
+        "What a network should see: z/sqrt(kappa^2 eta + latent_std^2), of variance about 1 at every t if latent_std is right. ValueError for t or channels."
+        _check_t(t, self._check_c(z, 'z'), self.steps)
+        return (z*self._at(self._scale, t, z)).to(z.dtype)
+
+# %% ../nbs/13_diffusion.ipynb #13-027
 class _Gaussians(_Shift):
-    "q(z_t | x, y), q(z_s | z_t, x) and the start of the way back."
+    "q(z_t | x, y), q(z_s | z_t, x), the start of the way back, and one prediction as another."
     def shift(self, x, y, t, noise=None, generator=None):
         "z_t (b, c, h, w) of clean x and degraded y at t (b,): x + eta (y - x) + kappa sqrt(eta) noise (Yue et al. 2023, eq. 2). ValueError for shapes, t or NaN."
-        self._check_c(_check(x, 'x'), 'x'), _check(y, 'y', ('x', x)), self._check_t(t, x)
+        self._check_c(_check(x, 'x'), 'x'), _check(y, 'y', ('x', x)), _check_t(t, x, self.steps)
         noise = _randn(x, generator) if noise is None else _check(noise, 'noise', ('x', x))
         return (x + self._at(self._eta, t, x)*(y - x) + self._at(self._sigma, t, x)*noise).to(x.dtype)
 
     def posterior(self, z, x, t, s=None):
         "Mean (b, c, h, w) and variance (b, 1 or c, 1, 1) of q(z_s | z_t, x) for s < t, by default t - 1; s = -1 is x itself (Yue et al. 2023, eq. 7)."
-        self._check_c(_check(z, 'z'), 'z'), _check(x, 'x', ('z', z)), self._check_t(t, z)
-        s = t - 1 if s is None else self._check_t(s, z, 's', -1)
+        self._check_c(_check(z, 'z'), 'z'), _check(x, 'x', ('z', z)), _check_t(t, z, self.steps)
+        s = t - 1 if s is None else _check_t(s, z, self.steps, 's', -1)
         if t.device.type == s.device.type == 'cpu' and not (s < t).all(): raise ValueError(f's is {s.tolist()}, t is {t.tolist()}; expected every s below its t')
         keep = self._at(self._eta, s, z)/self._at(self._eta, t, z)
         return (keep*z + (1 - keep)*x).to(z.dtype), self._at(self._sigma, s, z)**2*(1 - keep)
@@ -115,27 +145,11 @@ class _Gaussians(_Shift):
         noise = _randn(y, generator) if noise is None else _check(noise, 'noise', ('y', y))
         return (y + self._sigma[-1].to(noise.dtype).to(y.device)[:, None, None]*noise).to(y.dtype)
 
-    def levels(self, t, like):
-        "eta and kappa sqrt(eta) at t (b,), each (b, 1 or c, 1, 1), on the device of `like` (b, c, h, w). ValueError for t or channels."
-        self._check_t(t, self._check_c(like, 'like'))
-        return self._at(self._eta, t, like), self._at(self._sigma, t, like)
-
-    def scale_input(self, z, t):
-        "What a network should see: z/sqrt(kappa^2 eta + latent_std^2), of variance about 1 at every t if latent_std is right. ValueError for t or channels."
-        self._check_t(t, self._check_c(z, 'z'))
-        return (z*self._at(self._scale, t, z)).to(z.dtype)
-
-# %% ../nbs/13_diffusion.ipynb #13-027
-PREDICTS = ('x0', 'residual', 'noise')
-WEIGHTS = ('uniform', 'sigma', 'noise')
-
-class _Targets(_Gaussians):
-    "Parametrisations and loss weights."
     def convert(self, value, z, y, t, source, to):
         "A clean picture, residual y - x or noise, `source`, as another of PREDICTS, `to`; all (b, c, h, w), exact up to rounding. ValueError for a name, shapes or t."
         for name, v in (('source', source), ('to', to)):
             if v not in PREDICTS: raise ValueError(f'{name} is {v!r}; expected one of {", ".join(PREDICTS)}')
-        self._check_c(_check(z, 'z'), 'z'), _check(value, 'value', ('z', z)), _check(y, 'y', ('z', z)), self._check_t(t, z)
+        self._check_c(_check(z, 'z'), 'z'), _check(value, 'value', ('z', z)), _check(y, 'y', ('z', z)), _check_t(t, z, self.steps)
         return value if source == to else self._from_x0(self._to_x0(value, z, y, t, source), z, y, t, to).to(z.dtype)
 
     def _to_x0(self, value, z, y, t, source):
@@ -147,12 +161,33 @@ class _Targets(_Gaussians):
         if to != 'noise': return x if to == 'x0' else y - x
         return (z - x - self._at(self._eta, t, z)*(y - x))/self._at(self._sigma, t, z)
 
-    def _back(self, z, x0, y, t, s, fresh, rho):
-        "z_s from z_t and an estimate of x, with a share rho of fresh noise: the formula of the section on sampling."
-        eta_s, var_s = self._at(self._eta, s, z), self._at(self._sigma, s, z)**2
-        new = rho**2*var_s*(1 - eta_s/self._at(self._eta, t, z))
-        return x0 + eta_s*(y - x0) + (var_s - new).sqrt()*self._from_x0(x0, z, y, t, 'noise') + new.sqrt()*fresh
+# %% ../nbs/13_diffusion.ipynb #13-030
+WEIGHTS = ('uniform', 'sigma', 'noise')
 
+class Pair(NamedTuple):
+    "What a training step needs; all (b, c, h, w) but t (b,)."
+    z: torch.Tensor         # z_t
+    scaled: torch.Tensor    # z_t as the network sees it
+    t: torch.Tensor         # int64
+    target: torch.Tensor    # what the network should say
+    noise: torch.Tensor     # what was drawn
+
+class Loss(NamedTuple):
+    "A loss, sample by sample."
+    mean: torch.Tensor        # the number to minimise
+    per_sample: torch.Tensor  # (b,), weighted
+    t: torch.Tensor           # (b,) int64
+
+def _ask(model, scaled, t, cond):
+    "What the model says, of its input's shape."
+    out = model(scaled, t, cond)
+    if not isinstance(out, torch.Tensor) or out.shape != scaled.shape:
+        raise ValueError(f'model gave {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; expected a tensor {tuple(scaled.shape)}, like its input')
+    return out
+
+# %% ../nbs/13_diffusion.ipynb #13-031
+class _Training(_Gaussians):
+    "Loss weights, training pairs and losses."
     def loss_weights(self, weight='uniform'):
         "(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa sqrt(eta)), mean 1; or what makes them squared errors of the noise."
         eta, sigma = self._eta[1:], self._sigma[1:]
@@ -169,23 +204,6 @@ class _Targets(_Gaussians):
         if self.predicts == 'noise': w = w*(self._sigma[1:]/(1 - self._eta[1:]))**2
         return torch.cat([w[:1], w])
 
-# %% ../nbs/13_diffusion.ipynb #13-029
-class Pair(NamedTuple):
-    "What a training step needs; all (b, c, h, w) but t (b,)."
-    z: torch.Tensor         # z_t
-    scaled: torch.Tensor    # z_t as the network sees it
-    t: torch.Tensor         # int64
-    target: torch.Tensor    # what the network should say
-    noise: torch.Tensor     # what was drawn
-
-class Loss(NamedTuple):
-    "A loss, sample by sample."
-    mean: torch.Tensor        # the number to minimise
-    per_sample: torch.Tensor  # (b,), weighted
-    t: torch.Tensor           # (b,) int64
-
-class _Training(_Targets):
-    "Training pairs and losses."
     def draw_t(self, b, generator=None, device=None, stratified=False):
         "b steps (b,) int64, uniform; stratified: spread evenly over all steps, each still uniform by itself, in random order."
         u = torch.rand(b, generator=generator, device=generator.device if generator else device).to(device)
@@ -204,15 +222,9 @@ class _Training(_Targets):
     def loss(self, model, x, y, t=None, cond=None, weight='uniform', generator=None, noise=None, stratified=False):
         "A `Loss` of model(scaled z, t, cond), cond being y by default: squared errors of the implied x, weighted by `loss_weights(weight)`."
         p = self.training_pair(x, y, t, generator, noise, stratified)
-        said = self._ask(model, p.scaled, p.t, y if cond is None else cond)
+        said = _ask(model, p.scaled, p.t, y if cond is None else cond)
         per = (self._at(self._own_weights(weight), p.t, x)*(said - p.target).square()).flatten(1).mean(1)
         return Loss(per.mean(), per, p.t)
-
-    def _ask(self, model, scaled, t, cond):
-        out = model(scaled, t, cond)
-        if not isinstance(out, torch.Tensor) or out.shape != scaled.shape:
-            raise ValueError(f'model gave {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; expected a tensor {tuple(scaled.shape)}, like its input')
-        return out
 
     def buckets(self, values, t, n=3):
         "Means of values (b,) over n equal ranges of t (b,): a dict such as {'t 0-4': 0.1, ...}, without ranges that hold no sample."
@@ -222,18 +234,25 @@ class _Training(_Targets):
         inside = [(a, b, (t >= a) & (t < b)) for a, b in zip(ends, ends[1:])]
         return {f't {a}-{b - 1}': values[m].mean().item() for a, b, m in inside if m.any()}
 
-# %% ../nbs/13_diffusion.ipynb #13-031
+# %% ../nbs/13_diffusion.ipynb #13-033
 class State(NamedTuple):
     "A moment of the way back."
     t: int             # the step that was asked about
     z: torch.Tensor    # (b, c, h, w), z_t
     x0: torch.Tensor   # (b, c, h, w), the clean latent that the network implied there
 
-class _Sampling(_Training):
-    "The way back."
+class ResidualShift(_Training):
+    "Residual-shifting diffusion between a clean and a degraded latent (b, c, h, w) of any range (ResShift, Yue et al. 2023). ValueError names a bad knob."
+    def _back(self, z, x0, y, t, s, fresh, rho):
+        "z_s from z_t and an estimate of x, with a share rho of fresh noise."
+        eta_s, var_s = self._at(self._eta, s, z), self._at(self._sigma, s, z)**2
+        new = rho**2*var_s*(1 - eta_s/self._at(self._eta, t, z))
+        return x0 + eta_s*(y - x0) + (var_s - new).sqrt()*self._from_x0(x0, z, y, t, 'noise') + new.sqrt()*fresh
+
     def subsequence(self, steps=None):
         "The t of a way back in so many steps, falling, evenly spaced, from T - 1; a list of t is checked and passed. ValueError for more steps than T."
         if steps is None: steps = self.steps
+        if hasattr(steps, 'tolist'): steps = steps.tolist()                           # a tensor or array of t, or one number
         if isinstance(steps, Integral) and not isinstance(steps, bool):
             if not 1 <= steps <= self.steps: raise ValueError(f'steps is {steps}; expected 1 to {self.steps}: what was trained with {self.steps} knows no other noise levels')
             return [(2*k*self.steps + steps)//(2*steps) - 1 for k in range(steps, 0, -1)]
@@ -253,7 +272,7 @@ class _Sampling(_Training):
         z = self.prior(y, None if noise is None else noise[0], generator)
         for k, (t, s) in enumerate(zip(ts, [*ts[1:], -1])):
             t_all = torch.full((len(y),), t, device=y.device)
-            x0 = self._to_x0(self._ask(model, self.scale_input(z, t_all), t_all, y if cond is None else cond), z, y, t_all, self.predicts)
+            x0 = self._to_x0(_ask(model, self.scale_input(z, t_all), t_all, y if cond is None else cond), z, y, t_all, self.predicts)
             yield State(t, z, x0.to(y.dtype))
             if s < 0: return
             fresh = 0. if not rho else noise[k + 1] if noise is not None else _randn(y, generator)
@@ -264,25 +283,3 @@ class _Sampling(_Training):
         with _deployed(model):
             for state in self.chain(model, y, steps, **how): pass
         return state.x0
-
-# %% ../nbs/13_diffusion.ipynb #13-032
-class ResidualShift(_Sampling):
-    "Residual-shifting diffusion between a clean and a degraded latent (b, c, h, w) of any range (ResShift, Yue et al. 2023). ValueError names a bad knob."
-    def __init__(self,
-        steps=15,         # T
-        kappa=2.0,        # noise at eta = 1, in units of the latent: a number, or one a channel
-        min_noise=0.04,   # noise of the first step, of the loudest channel, at most
-        power=0.3,        # of the schedule
-        etas_end=0.99,    # the last sqrt(eta)
-        predicts='x0',    # what the network says: one of PREDICTS; the residual is y - x
-        latent_std=1.0,   # root mean square of the latent, for `scale_input`: a number, or one a channel
-    ):
-        if predicts not in PREDICTS: raise ValueError(f'predicts is {predicts!r}; expected one of {", ".join(PREDICTS)}')
-        self.kappa, self.latent_std, self.predicts = _per_channel(kappa, 'kappa'), _per_channel(latent_std, 'latent_std'), predicts
-        if len({1, len(self.kappa), len(self.latent_std)}) > 2: raise ValueError(f'kappa has {len(self.kappa)} channels, latent_std has {len(self.latent_std)}; expected as many')
-        self.sqrt_etas = shift_schedule(steps, self.kappa.max().item(), min_noise, power, etas_end)   # (T,) float64
-        self.steps = len(self.sqrt_etas)
-        self._tables()
-
-    def __repr__(self):
-        return f'ResidualShift(steps={self.steps}, kappa={self.kappa.tolist()}, sqrt_etas={self.sqrt_etas[0]:.4f} to {self.sqrt_etas[-1]:.4f}, predicts={self.predicts!r})'

@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .audit import load_report
-from .codecs import codec_learner, make_codec
+from .codecs import CODECS, SCALES, codec_learner, make_codec
 from .data import Crops, PairedFolder, check_images
 from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
-from .diffusion import Loss, ResidualShift
-from .learner import EMA, Callback, Learner, Metrics, seed_all, warmup_cosine
+from .diffusion import WEIGHTS, Loss, ResidualShift
+from .learner import EMA, Callback, Learner, Metrics, digest, seed_all, warmup_cosine
 from .metrics import _deployed, psnr, ssim
 from .two_stage import _picture, _pixels, windows
 from .unet import SwinUNet
@@ -81,13 +81,21 @@ class LatentSR(nn.Module):
         super().__init__()
         if process is not None and process.predicts != 'x0': raise ValueError(f"process predicts {process.predicts!r}; expected 'x0', to which the network's correction is added")
         self.codec, self.net, self.process, self.scale = codec.requires_grad_(False), net, process, scale
+        if before is not None and (before.scale, before.codec.channels) != (scale, codec.channels):
+            raise ValueError(f'before enlarges {before.codec.channels} channels {before.scale} times, the model {codec.channels} channels {scale} times; expected the same')
         self.before = before.requires_grad_(False) if before is not None else None
+        self.train()
         for name in ('sees', 'says'): self.register_buffer(name, torch.ones(codec.latent_channels))
 
     def start(self, y):
         "(b, c, h, w) -> (b, c, h*scale, w*scale) in [0, 1]: the picture that the way back begins with."
-        if self.before is None: return bicubic_up(y, self.scale)
-        with _deployed(self.before): return self.before(y).clamp(0, 1)
+        return bicubic_up(y, self.scale) if self.before is None else _enlarge(self.before, y).clamp(0, 1)
+
+    def train(self, mode=True):
+        "Of the network alone: the codec and `before` stay as they are used."
+        super().train(mode), self.codec.eval()
+        if self.before is not None: self.before.eval()
+        return self
 
     @torch.no_grad()
     def measure(self, y, x):
@@ -149,13 +157,13 @@ class SRLoss:
 class Buckets(Callback):
     "The loss by time step, in `n` equal ranges of t, into the learner's history: the mean since the last row."
     def __init__(self, loss, process, n=3): self.loss, self.process, self.n, self.seen = loss, process, n, []
-    def before_fit(self, learn): self.rows = len(learn.history)
+    def before_fit(self, learn): self.seen = []
     def after_step(self, learn):
         self.seen.append((self.loss.last.per_sample.detach(), self.loss.last.t))
-        if len(learn.history) > self.rows:
+        if learn.history and learn.history[-1]['step'] == learn.step:         # a row of this step, just written
             per, t = (torch.cat(v).cpu() for v in zip(*self.seen))
             learn.history[-1].update({f'loss {k}': v for k, v in self.process.buckets(per, t, self.n).items()})
-            self.rows, self.seen = len(learn.history), []
+            self.seen = []
 
 def _score(metric, steps, pair, model, batch):
     y, x = pair(batch)
@@ -175,7 +183,7 @@ class SRConfig:
     process: dict | None = field(default_factory=dict)  # arguments of ResidualShift; None for plain regression
     channels: int = 1
     scale: int = 4
-    crop: int = 96                 # side of the clean crop, pixels
+    crop: int = 64                 # side of the clean crop, pixels
     batch: int = 16                # of each process
     steps: int = 6000
     weight: str = 'uniform'        # of time steps in the loss: see `ResidualShift.loss_weights`
@@ -188,6 +196,14 @@ class SRConfig:
     degradation: str = 'bicubic'   # or 'real': Real-ESRGAN's chain, drawn anew for every batch
     precision: str = 'no'          # 'bf16' or 'fp16' on a GPU
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ('crop', 'batch', 'steps', 'scale'):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1: raise ValueError(f'{name} is {getattr(self, name)!r}; expected a whole number from 1')
+        for name, known in (('codec', CODECS), ('gains', SCALES), ('net', ('tiny', 'paper')), ('degradation', ('bicubic', 'real')), ('weight', WEIGHTS)):
+            if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(known)}')
+        if self.process is None and self.weight != 'uniform': raise ValueError(f'weight is {self.weight!r}, process is None; a regression has no time steps to weigh')
+        if (self.process or {}).get('predicts', 'x0') != 'x0': raise ValueError(f"process predicts {self.process['predicts']!r}; expected 'x0', to which the network's correction is added")
 
     @classmethod
     def two_cores(cls, **changes): return cls(**changes)
@@ -218,7 +234,6 @@ def make_sr(
     before=None,  # of LatentSR
 ) -> LatentSR:
     "A model as `config` says; `model.config` keeps it."
-    if config.net not in ('tiny', 'paper'): raise ValueError(f"net is {config.net!r}; expected 'tiny' or 'paper'")
     seed_all('superres', config.seed)
     codec = _trained_codec(config, pairs)
     c, std = codec.latent_channels, 1.0
@@ -246,7 +261,6 @@ def sr_learner(
     "A Learner for a LatentSR: EMA, cosine, the loss by time step; the same under `accelerate launch`."
     c = model.config
     real = c.degradation == 'real'
-    if not real and c.degradation != 'bicubic': raise ValueError(f"degradation is {c.degradation!r}; expected 'bicubic' or 'real'")
     loss = SRLoss(partial(second_order, scale=c.scale) if real else None, c.weight)
     crops = Crops(train, c.crop, n=max(c.batch*256, 1), scale=1 if real else c.scale)
     shown = {} if valid is None else {f'PSNR, {n} step' + 's'*(n > 1): partial(_score, psnr, n, SRLoss().pair) for n in (1, 4)}
@@ -291,15 +305,16 @@ def superresolve(
     if file: return _picture(out, file[0] and file[0].resize(out.shape[:1:-1], Image.Resampling.BICUBIC), file[1])
     return out.to(image).reshape(*shape[:-2], *out.shape[-2:])
 
-def _enlarge(model, x, steps, seed, window, overlap, batch, randomness):
+@torch.no_grad()
+def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomness=1.0):
     (b, c, h, w), k, s, f = x.shape, model.codec.channels, model.scale, model.codec.factor
-    planes = x.reshape(-1, 1, h, w) if k == 1 else x.expand(-1, k, -1, -1)
-    need, least = math.lcm(f, s)//s, window*f//s if max(h, w)*s > window*f else 0     # sides must be multiples of this, and fill a window if one is larger
-    low, wide = (max(-n % need, least - n) for n in (h, w))
-    planes = F.pad(planes, (0, wide, 0, low), mode='replicate').to(model.sees)
+    planes = (x.reshape(-1, 1, h, w) if k == 1 else x.expand(-1, k, -1, -1)).to(model.sees)
     how = {} if model.process is None else dict(randomness=randomness, generator=torch.Generator().manual_seed(seed))
     with _deployed(model):
-        z, side = model.codec.encode(model.start(planes))
+        large = model.start(planes)
+        least = window*f if max(h, w)*s > window*f else f                  # sides must be multiples of f, and fill a window if one of them is larger
+        low, wide = (max(-(-n//f)*f, least) - n for n in large.shape[-2:])
+        z, side = model.codec.encode(F.pad(large, (0, wide, 0, low), mode='replicate'))
         z = model.restore_latent(z, steps, _by_windows(model.correct, window, overlap, batch), **how)
         out = model.codec.decode(z, side)[..., :h*s, :w*s]
     return out.reshape(b, c, h*s, w*s) if k == 1 or c == 3 else out.mean(1, keepdim=True)
@@ -323,14 +338,15 @@ def load_sr(path):  # -> the model, in evaluation mode; what the file says of it
     try:
         with safe_open(path, 'pt') as f: info, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as error: raise ValueError(f'{path} is no safetensors file: {error}') from error
-    if 'superres' not in info: raise ValueError(f'{path} does not say how its model is built; expected a file by save_sr')
-    made = json.loads(info['superres'])
-    c = SRConfig(**made['config'])
-    if c.process is not None: c = replace(c, process={**dict(latent_std=made['latent_std']), **c.process})
-    model = make_sr(c)
-    model.latent_std = made['latent_std']
+    try:
+        made, says = json.loads(info['superres']), json.loads(info['says'])
+        c, std = SRConfig(**made['config']), made['latent_std']
+        model = make_sr(c if c.process is None else replace(c, process={**dict(latent_std=std), **c.process}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} does not say how its model is built ({error}); expected a file by save_sr') from error
     load_report(model, state, at_least=1.0)
-    return model.eval(), json.loads(info['says'])
+    model.config, model.latent_std = c, std
+    return model.eval(), says
 
 # %% ../nbs/15_superres.ipynb #15-046
 def _train_parser():
@@ -352,11 +368,12 @@ def train_superres(args=None) -> int:  # the command line's words -> the shell's
     data, valid, size, out, workers = (a.pop(k) for k in ('data', 'valid', 'config', 'out', 'workers'))
     try:
         c = getattr(SRConfig, size)(**{k: v for k, v in a.items() if v is not None})
-        if Path(out).suffix != '.safetensors': raise ValueError(f'{out} ends in {Path(out).suffix!r}; expected .safetensors')
-        pairs = list(PairedFolder(data, scale=c.scale, channels=c.channels))
+        if Path(out).suffix != '.safetensors' or Path(out).is_dir(): raise ValueError(f'{out} is no name of a file that ends in .safetensors')
+        folder = PairedFolder(data, scale=c.scale, channels=c.channels)
+        pairs, names = list(folder), digest([[p.name, p.stat().st_size] for p in folder.hr.paths])
         held = list(PairedFolder(valid, scale=c.scale, channels=c.channels)) if valid else None
         learn = sr_learner(make_sr(c, pairs), [x for _, x in pairs] if c.degradation == 'real' else pairs, held, workers=workers)
-        learn.fit_or_load('15_cli', dict(config=asdict(c), data=str(data)), c.steps, valid_every=max(1, c.steps//20))
+        learn.fit_or_load('15_cli', dict(config=asdict(c), data=names, valid=bool(valid)), c.steps, valid_every=max(1, c.steps//20))
     except (OSError, ValueError) as error:
         print(f'train_superres: {error}', file=sys.stderr)
         return 2
@@ -375,10 +392,11 @@ def superres_image(args=None) -> int:  # the command line's words -> the shell's
     try:
         out = Path(a.out)
         if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE: raise ValueError(f'{out} ends in {out.suffix!r}; expected the ending of an image format, such as .png')
+        if not out.parent.is_dir(): raise ValueError(f'{out.parent} is no folder; expected one that exists')
         if out.exists() and out.samefile(a.image): raise ValueError(f'{out} is the image itself; expected another name, so that it is not lost')
         image = superresolve(load_sr(a.weights)[0], a.image, a.steps, a.seed)
         part = out.with_name(f'.{out.stem}.part{out.suffix}')
-        image.save(part), part.replace(out)
+        image.save(part, **(dict(quality=95) if out.suffix.lower() in ('.jpg', '.jpeg', '.webp') else {})), part.replace(out)
     except (OSError, ValueError) as error:
         print(f'superres_image: {error}', file=sys.stderr)
         return 2
