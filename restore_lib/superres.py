@@ -84,6 +84,8 @@ class LatentSR(nn.Module):
         if before is not None and (before.scale, before.codec.channels) != (scale, codec.channels):
             raise ValueError(f'before enlarges {before.codec.channels} channels {before.scale} times, the model {codec.channels} channels {scale} times; expected the same')
         self.before = before.requires_grad_(False) if before is not None else None
+        for part in (codec, before):                          # what they learned before left gradients, which would count in the clipping
+            if part is not None: part.zero_grad()
         self.train()
         for name in ('sees', 'says'): self.register_buffer(name, torch.ones(codec.latent_channels))
 
@@ -139,7 +141,7 @@ def _zeros(z): return torch.zeros(len(z), dtype=torch.int64, device=z.device)
 
 # %% ../nbs/15_superres.ipynb #15-014
 class SRLoss:
-    "The loss of a LatentSR for a Learner, from pairs (y, x), or from clean x and a `degrade` that makes y; remembers the last samples' losses for `Buckets`."
+    "The loss of a LatentSR for a Learner, from pairs (y, x), or from clean x by a `degrade` that makes y; remembers the last samples' losses for `Buckets`."
     def __init__(self,
         degrade=None,      # x -> y
         weight='uniform',  # of time steps, as in `ResidualShift.loss_weights`
@@ -147,7 +149,7 @@ class SRLoss:
     def __repr__(self): return f'SRLoss({self.degrade}, {self.weight!r})'
     def pair(self, batch):
         "(y, x) of a batch."
-        if self.degrade is None: return batch
+        if self.degrade is None or isinstance(batch, (tuple, list)): return batch
         return self.degrade(batch), batch
     def __call__(self, model, batch):
         y, x = self.pair(batch)
@@ -359,20 +361,21 @@ def _train_parser():
     p.add_argument('--degradation', choices=('bicubic', 'real')), p.add_argument('--channels', type=int, choices=(1, 3))
     for name, kind in (('steps', int), ('batch', int), ('crop', int), ('lr', float), ('seed', int)): p.add_argument(f'--{name}', type=kind)
     p.add_argument('--out', required=True, help='the file to write, .safetensors'), p.add_argument('--workers', type=int, default=0, help='processes that cut crops')
+    p.add_argument('--cpu', action='store_true', help='stay on the CPU; several processes without a GPU also need ACCELERATE_USE_CPU=true')
     return p
 
 def train_superres(args=None) -> int:  # the command line's words -> the shell's exit status
     "The command `train_superres --data DIR --out FILE`, or `accelerate launch $(which train_superres) ...`; resumes where it was stopped."
     import sys
     a = vars(_train_parser().parse_args(args))
-    data, valid, size, out, workers = (a.pop(k) for k in ('data', 'valid', 'config', 'out', 'workers'))
+    data, valid, size, out, workers, cpu = (a.pop(k) for k in ('data', 'valid', 'config', 'out', 'workers', 'cpu'))
     try:
         c = getattr(SRConfig, size)(**{k: v for k, v in a.items() if v is not None})
         if Path(out).suffix != '.safetensors' or Path(out).is_dir(): raise ValueError(f'{out} is no name of a file that ends in .safetensors')
         folder = PairedFolder(data, scale=c.scale, channels=c.channels)
         pairs, names = list(folder), digest([[p.name, p.stat().st_size] for p in folder.hr.paths])
         held = list(PairedFolder(valid, scale=c.scale, channels=c.channels)) if valid else None
-        learn = sr_learner(make_sr(c, pairs), [x for _, x in pairs] if c.degradation == 'real' else pairs, held, workers=workers)
+        learn = sr_learner(make_sr(c, pairs), [x for _, x in pairs] if c.degradation == 'real' else pairs, held, workers=workers, cpu=cpu)
         learn.fit_or_load('15_cli', dict(config=asdict(c), data=names, valid=bool(valid)), c.steps, valid_every=max(1, c.steps//20))
     except (OSError, ValueError) as error:
         print(f'train_superres: {error}', file=sys.stderr)
