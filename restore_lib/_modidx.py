@@ -721,6 +721,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'restore_lib.superres.SRLoss.pair': ('superres.html#srloss.pair', 'restore_lib/superres.py'),
                                       'restore_lib.superres._by_windows': ('superres.html#_by_windows', 'restore_lib/superres.py'),
                                       'restore_lib.superres._enlarge': ('superres.html#_enlarge', 'restore_lib/superres.py'),
+                                      'restore_lib.superres._latent_loss': ('superres.html#_latent_loss', 'restore_lib/superres.py'),
                                       'restore_lib.superres._score': ('superres.html#_score', 'restore_lib/superres.py'),
                                       'restore_lib.superres._train_parser': ('superres.html#_train_parser', 'restore_lib/superres.py'),
                                       'restore_lib.superres._trained_codec': ('superres.html#_trained_codec', 'restore_lib/superres.py'),
