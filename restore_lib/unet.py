@@ -46,12 +46,12 @@ def _mirror(x, multiple):
         if len(at) > n: x = x.index_select(dim, torch.where(at < n, at, 2*n - 1 - at))
     return x
 
-# %% ../nbs/14_unet.ipynb #14-014
 def to_windows(
     x,              # (b, h, w, c), sides multiples of the window
     window,         # side of a window
 ) -> torch.Tensor:  # (b, windows, window^2, c), row by row
     "A map of tokens cut into windows, tokens last but one (Swin, Liu et al. 2021). ValueError says what to pad to."
+    if window < 1: raise ValueError(f'window is {window!r}; expected a whole number from 1')
     b, h, w, c = x.shape
     if h % window or w % window: raise ValueError(f'x is {h} x {w}, which window={window} does not divide; pad it to {-(-h//window)*window} x {-(-w//window)*window}')
     x = x.reshape(b, h//window, window, w//window, window, c).transpose(2, 3)
@@ -64,10 +64,11 @@ def from_windows(
 ) -> torch.Tensor:  # (b, h, w, c)
     "The inverse of `to_windows`. ValueError if the windows do not make up hw."
     (b, n, _, c), (h, w) = x.shape, hw
+    if window < 1: raise ValueError(f'window is {window!r}; expected a whole number from 1')
     if n*window*window != h*w or h % window or w % window: raise ValueError(f'x holds {n} windows of window={window}; hw={h} x {w} needs {h*w/window**2:g}')
     return x.reshape(b, h//window, w//window, window, window, c).transpose(2, 3).reshape(b, h, w, c)
 
-# %% ../nbs/14_unet.ipynb #14-017
+# %% ../nbs/14_unet.ipynb #14-016
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def shift_mask(
@@ -89,7 +90,7 @@ def _relative(window):
     d = lambda u: u[:, None] - u[None] + window - 1
     return (d(y)*(2*window - 1) + d(x)).flatten()
 
-# %% ../nbs/14_unet.ipynb #14-020
+# %% ../nbs/14_unet.ipynb #14-019
 class WindowAttention(nn.Module):
     "Multi-head attention inside (shifted) windows of a map (b, h, w, dim), with a learned bias for each relative position (Swin, Liu et al. 2021)."
     def __init__(self,
@@ -126,7 +127,7 @@ class WindowAttention(nn.Module):
         x = from_windows(self.proj((weights @ v).transpose(2, 3).reshape(b, m, n, d)), self.window, hw)
         return x.roll(shift, (1, 2)) if any(shift) else x
 
-# %% ../nbs/14_unet.ipynb #14-027
+# %% ../nbs/14_unet.ipynb #14-026
 def _norm(channels): return nn.GroupNorm(math.gcd(32, channels), channels)
 
 def _normed(norm, x): return norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)     # GroupNorm of (b, h, w, c)
@@ -141,6 +142,7 @@ class SwinBlock(nn.Module):
         mlp=4,    # width of the MLP, in dims
     ):
         super().__init__()
+        if int(dim*mlp) < 1: raise ValueError(f'mlp is {mlp}, dim is {dim}; expected an MLP at least 1 wide')
         self.norm1, self.attn = _norm(dim), WindowAttention(dim, heads, window, shift)
         self.norm2, self.mlp = _norm(dim), Mlp(dim, int(dim*mlp))
 
@@ -168,20 +170,22 @@ class SwinLayers(nn.Module):
         h = self.out(self.blocks(self.into(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return x + h if self.around else h
 
-# %% ../nbs/14_unet.ipynb #14-031
+# %% ../nbs/14_unet.ipynb #14-030
 def time_embedding(
     t,              # (b,) int64 steps, or floats
     dim,            # numbers a step, even
     period=10_000,  # of the slowest wave, over 2 pi
 ) -> torch.Tensor:  # (b, dim) float32: cosines, then sines
-    "Steps as waves of dim/2 frequencies, from 1 down to nearly 1/period a step (Vaswani et al. 2017; Ho et al. 2020). ValueError for an odd dim."
+    "Steps as waves of dim/2 frequencies, from 1 down to nearly 1/period a step (Vaswani et al. 2017; Ho et al. 2020). ValueError for an odd dim, TypeError for a t that is no tensor."
+    if not isinstance(t, torch.Tensor): raise TypeError(f't is {type(t).__name__}; expected a tensor (b,) of steps')
+    if t.ndim != 1: raise ValueError(f't has shape {tuple(t.shape)}; expected (b,)')
     if _count(dim, 'dim', 2) % 2: raise ValueError(f'dim is {dim}; expected an even number')
     angle = t[:, None].float()*torch.exp(-math.log(period)/(dim//2)*torch.arange(dim//2, device=t.device))
     return torch.cat([angle.cos(), angle.sin()], 1)
 
-# %% ../nbs/14_unet.ipynb #14-034
+# %% ../nbs/14_unet.ipynb #14-033
 class ResBlock(nn.Module):
-    "Norm, SiLU, convolution, twice, and a residual; time scales and shifts the second norm. It starts as the identity (Dhariwal and Nichol 2021)."
+    "Norm, SiLU, convolution, twice, and a residual; time scales and shifts the second norm. It starts as `side`: the identity, or a 1x1 convolution where widths differ (Dhariwal and Nichol 2021)."
     def __init__(self,
         channels,  # of the input
         out,       # of the output
@@ -213,7 +217,7 @@ class Stage(nn.Module):
         if self.checkpoint and torch.is_grad_enabled(): return _checkpoint(self._run, x, emb, use_reentrant=False)
         return self._run(x, emb)
 
-# %% ../nbs/14_unet.ipynb #14-037
+# %% ../nbs/14_unet.ipynb #14-036
 class _Trunk(nn.Module):
     "A UNet's body: (b, c, h, w), sides multiples of `multiple`, and an embedded step to (b, width, h, w) features; `more` is added behind the first convolution."
     def __init__(self, channels, widths, blocks, up_blocks, time, swin, swin_at, checkpoint):
@@ -246,11 +250,12 @@ class _Trunk(nn.Module):
             for stage in stages: x = stage(torch.cat([x, kept[-1 - k].pop()], 1), emb)
         return x
 
-# %% ../nbs/14_unet.ipynb #14-039
+# %% ../nbs/14_unet.ipynb #14-038
 def _plan(base, mults, blocks, up_blocks, swin_at):
     "Widths of the levels and blocks down and up; ValueError names a bad knob."
     if _count(base, 'base', 2) % 2: raise ValueError(f'base is {base}; expected an even number')
-    if not mults or not all(base*m >= 1 and base*m == int(base*m) for m in mults): raise ValueError(f'mults is {mults!r} with base={base}; expected whole numbers of channels')
+    if not hasattr(mults, '__len__') or isinstance(mults, str): raise ValueError(f'mults is {mults!r}; expected one number for each level, such as (1, 2)')
+    if not len(mults) or not all(base*m >= 1 and base*m == int(base*m) for m in mults): raise ValueError(f'mults is {mults!r} with base={base}; expected whole numbers of channels')
     down = _per_level(blocks, 'blocks', len(mults))
     up = [n + 1 for n in down] if up_blocks is None else _per_level(up_blocks, 'up_blocks', len(mults))
     if any(u > n + 1 for n, u in zip(down, up)): raise ValueError(f'up_blocks is {up_blocks}, blocks is {blocks}; expected at most one more, one for each skip')
@@ -267,6 +272,8 @@ class _Called(nn.Module):
         _check(z, 'z'), _check(cond, 'cond'), _check_t(t, z)
         if z.shape[1] != c: raise ValueError(f'z has {z.shape[1]} channels; expected {c}: in_channels={self.in_channels} counts z and cond\'s {k}')
         if cond.shape[1] != k: raise ValueError(f'cond has {cond.shape[1]} channels; expected {k}: in_channels={self.in_channels} counts z\'s {c} and cond')
+        own, came = self.time[0].weight.dtype, torch.promote_types(z.dtype, cond.dtype)
+        if came != own and not torch.is_autocast_enabled(z.device.type): raise TypeError(f'z is {z.dtype}, cond is {cond.dtype}, the network is {own}; convert them to {own}')
         if z.shape[::2] + z.shape[3:] != cond.shape[::2] + cond.shape[3:] or not z.numel():
             raise ValueError(f'cond has shape {tuple(cond.shape)}, z has {tuple(z.shape)}; expected the same b, h and w, none of them 0')
 
@@ -276,7 +283,7 @@ class _Called(nn.Module):
         out = self.last(x)[..., :z.shape[2], :z.shape[3]]
         return out + cond[:, :self.out_channels] if self.skip else out
 
-# %% ../nbs/14_unet.ipynb #14-040
+# %% ../nbs/14_unet.ipynb #14-039
 class SwinUNet(_Called):
     """model(z, t, cond): a UNet with window attention that sees the scaled noisy latent z (b, c, h, w), steps t (b,) int64 and the degraded latent cond (b, k, h, w), any size.
     Returns (b, out_channels, h, w); untrained: zeros, or with `skip` cond's first channels (after ResShift's UNetModelSwin, Yue et al. 2023; Dhariwal and Nichol 2021)."""
@@ -303,7 +310,7 @@ class SwinUNet(_Called):
         self.cond_channels, self.skip = _count(in_channels//2 if cond_channels is None else cond_channels, 'cond_channels'), skip
         if self.cond_channels >= in_channels: raise ValueError(f'cond_channels is {cond_channels}, in_channels is {in_channels}; expected fewer: in_channels counts z and cond')
         if skip and out_channels > self.cond_channels: raise ValueError(f'out_channels is {out_channels}, cond has {self.cond_channels}; skip=True needs as many in cond')
-        if embed % _count(head_channels, 'head_channels'): raise ValueError(f'embed is {embed}, head_channels is {head_channels}; expected an embed that it divides')
+        if _count(embed, 'embed', 1 if swin_depth else 0) % _count(head_channels, 'head_channels'): raise ValueError(f'embed is {embed}, head_channels is {head_channels}; expected an embed that it divides')
         (widths, down, up), time = _plan(base, mults, blocks, up_blocks, swin_at), 4*base
         swin_at = swin_at if _count(swin_depth, 'swin_depth', 0) else ()
         swin = lambda c: SwinLayers(c, embed, swin_depth, embed//head_channels, window, mlp, around)
@@ -323,7 +330,7 @@ class SwinUNet(_Called):
         "Two levels and one group of Swin blocks, 0.6 M parameters, for two CPU cores and latents from 16 x 16; `knobs` go to the constructor."
         return cls(in_channels, out_channels, **{**dict(base=48, mults=(1, 1), blocks=1, up_blocks=1, swin_at=('mid',), embed=64, head_channels=16, mlp=2, around=True), **knobs})
 
-# %% ../nbs/14_unet.ipynb #14-059
+# %% ../nbs/14_unet.ipynb #14-058
 class TwoBranchUNet(nn.Module):
     """Two UNets that exchange features: `coarse` works on bands (b, c, h, w), `fine` on bands (b, c', 2h, 2w). Coarse features enter the fine branch's stem; fine features,
     shrunk, enter the coarse result. model((z, z_fine), t, (cond, cond_fine)) returns both results, sizes as in `SwinUNet`."""

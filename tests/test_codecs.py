@@ -312,8 +312,31 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match='level is'): LLCodec(level=0)
     with pytest.raises(ValueError, match='inside is'): BandsCodec(inside=('LL', 'HH2'))
     with pytest.raises(ValueError, match='block is'): DCTCodec(block=1)
+    for level in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match='level is .*whole number from 1'): PacketCodec(level=level)
+    for name, value in (('factor', 0), ('factor', 2.0), ('latent', 0), ('codes', 0), ('width', 0)):
+        with pytest.raises(ValueError, match=f'{name} is {value}'): VQCodec(**{name: value})
     with pytest.raises(ValueError, match='wavelet is'): FullBandCodec(wavelet='haaar')
     with pytest.raises(ValueError, match='same'): ceiling(LLCodec(), torch.rand(1, 1, 16, 16), torch.rand(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize('name', LEARNED)
+def test_other_dtype_than_the_parameters(name):
+    "The message names both types and the way out; autocast, and a latent of bands alone (hybrid's encode), are no such case."
+    codec, x = make_codec(name), torch.rand(1, 1, 16, 16)
+    z, side = codec.encode(x)
+    with pytest.raises(TypeError, match=r'z is torch.float64, the parameters of .* are torch.float32: give it z.to.codec.dtype'): codec.decode(z.double(), tuple(s.double() for s in side))
+    if name == 'hybrid': assert codec.encode(x.double())[0].dtype == torch.float64
+    else:
+        with pytest.raises(TypeError, match='x is torch.float64, the parameters of'): codec.encode(x.double())
+    assert torch.allclose(codec.double()(x.double()).float(), codec.float()(x), atol=1e-3)
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert codec.decode(z.bfloat16(), tuple(s.bfloat16() for s in side)).shape == x.shape
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', list(CODECS))
+def test_fit_on_a_single_place(name):
+    "One latent vector has no spread: an error of its own, and no warning of torch's before it."
+    with pytest.raises(ValueError, match='single place'): make_codec(name).fit(torch.rand(1, 1, 4, 4))
 
 
 # devices and real pictures ---------------------------------------------------------------------------------------------

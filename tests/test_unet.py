@@ -341,6 +341,9 @@ def test_two_branches_exchange():
     (lambda z, t, c: (z.long(), t, c), TypeError, 'z is torch.int64'),
     (lambda z, t, c: (z[..., :0], t, c[..., :0]), ValueError, 'none of them 0'),
     (lambda z, t, c: (z.numpy(), t, c), TypeError, 'z is ndarray'),
+    (lambda z, t, c: (z.double(), t, c), TypeError, 'z is torch.float64, cond is torch.float32, the network is torch.float32'),
+    (lambda z, t, c: (z, t, c.double()), TypeError, 'cond is torch.float64, the network is torch.float32'),
+    (lambda z, t, c: (z.half(), t, c.half()), TypeError, 'z is torch.float16'),
 ])
 def test_bad_calls(change, error, says):
     m = SwinUNet(4, 2, **SMALL)
@@ -352,9 +355,32 @@ def test_bad_calls(change, error, says):
     (dict(out_channels=3, skip=True), 'out_channels is 3, cond has 2'), (dict(embed=20, head_channels=8), 'embed is 20, head_channels is 8'), (dict(mults=()), 'mults is'),
     (dict(mults=(1, .3)), 'mults is'), (dict(blocks=0), 'blocks is 0'), (dict(blocks=(1, 1, 1)), 'one for each level'), (dict(up_blocks=3), 'up_blocks is 3'), (dict(swin_depth=-1), 'swin_depth is -1'),
     (dict(swin_at=('top',)), 'swin_at is'), (dict(window=0), 'window is 0'), (dict(base=True), 'base is True|mults'), (dict(base=1), 'base is 1'),
+    (dict(mults=2), r'mults is 2; expected one number for each level'), (dict(mlp=0), 'mlp is 0, dim is 16'), (dict(mlp=-1), 'mlp is -1'), (dict(mlp=.01), 'mlp is 0.01'),
+    (dict(embed=0), 'embed is 0; expected a whole number from 1'), (dict(embed=-8), 'embed is -8'),
 ])
 def test_bad_knobs(kw, says):
     with pytest.raises(ValueError, match=says): SwinUNet(**{**dict(in_channels=4, out_channels=2, **SMALL), **kw})
+
+
+def test_a_mixture_of_types_that_makes_the_networks_type_is_taken():
+    m, (z, t, c) = SwinUNet(4, 2, **SMALL), call(dtype=torch.float32)
+    assert m(z.bfloat16(), t, c).dtype == torch.float32
+
+
+def test_without_attention_its_knobs_do_not_matter():
+    args = call(dtype=torch.float32)
+    assert SwinUNet(4, 2, **{**SMALL, 'swin_depth': 0, 'embed': 0, 'mlp': 0, 'window': 0})(*args).shape == args[0].shape
+
+
+@pytest.mark.parametrize('f', [lambda w: to_windows(torch.zeros(1, 8, 8, 1), w), lambda w: from_windows(torch.zeros(1, 4, 16, 1), w, (8, 8))])
+@pytest.mark.parametrize('window', [0, -4])
+def test_no_window(f, window):
+    with pytest.raises(ValueError, match=f'window is {window}; expected a whole number from 1'): f(window)
+
+
+def test_bad_steps_to_embed():
+    with pytest.raises(TypeError, match='t is int; expected a tensor'): time_embedding(3, 16)
+    with pytest.raises(ValueError, match=r't has shape \(2, 1\)'): time_embedding(torch.zeros(2, 1), 16)
 
 
 def test_bad_windows():
@@ -363,4 +389,5 @@ def test_bad_windows():
     with pytest.raises(ValueError, match='shift is 4, window is 4'): WindowAttention(8, 2, 4, 4)
     with pytest.raises(ValueError, match='dim is 9, heads is 2'): WindowAttention(9, 2, 4)
     with pytest.raises(ValueError, match='shift is -1'): WindowAttention(8, 2, 4, -1)
+    with pytest.raises(ValueError, match='mlp is 0, dim is 8'): unet.SwinBlock(8, 2, 4, mlp=0)
     assert SwinLayers(8, 16, 2, 2, 4).blocks[1].attn.shift == 2

@@ -1,6 +1,7 @@
 """Runs lessons on a real Jupyter kernel: `course` into _course/, `outputs` in place, `study` in the background."""
 import base64, html, io, os, re, shutil, subprocess, sys, time
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 from nbclient import NotebookClient
@@ -19,12 +20,28 @@ def lessons(only=''):
     return found
 
 
+class Client(NotebookClient):
+    "Looks for messages anew every few seconds: now and then a busy machine's wake-up is lost, and an endless wait would miss a reply that has come."
+    async def async_start_new_kernel_client(self):
+        kc = await super().async_start_new_kernel_client()
+        for channel in (kc.shell_channel, kc.iopub_channel): channel.get_msg = patient(channel.get_msg)
+        return kc
+
+def patient(get_msg, seconds=3):
+    "`get_msg` that waits in pieces where it would wait for ever."
+    async def get(timeout=None):
+        while timeout is None:
+            try: return await get_msg(timeout=seconds)
+            except Empty: pass
+        return await get_msg(timeout=timeout)
+    return get
+
 def execute(path):
     "The notebook at `path`, run from top to bottom; a failing cell ends the program with its traceback."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(nb, timeout=None, extra_arguments=['--log-level=ERROR'], kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+    client = Client(nb, timeout=None, extra_arguments=['--log-level=ERROR'], kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
     try: client.execute()
     except (CellExecutionError, DeadKernelError) as error:
         print('FAILED', flush=True)
