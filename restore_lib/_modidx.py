@@ -848,6 +848,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'restore_lib.two_stage.TwoStageDMAE.seen': ( 'two_stage.html#twostagedmae.seen',
                                                                                     'restore_lib/two_stage.py'),
                                        'restore_lib.two_stage._made_of': ('two_stage.html#_made_of', 'restore_lib/two_stage.py'),
+                                       'restore_lib.two_stage._opened': ('two_stage.html#_opened', 'restore_lib/two_stage.py'),
                                        'restore_lib.two_stage._picture': ('two_stage.html#_picture', 'restore_lib/two_stage.py'),
                                        'restore_lib.two_stage._pixels': ('two_stage.html#_pixels', 'restore_lib/two_stage.py'),
                                        'restore_lib.two_stage._ramp': ('two_stage.html#_ramp', 'restore_lib/two_stage.py'),

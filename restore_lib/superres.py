@@ -7,7 +7,7 @@ __all__ = ['sr_pairs', 'unsharp', 'detail_scores', 'LatentSR', 'SRLoss', 'Bucket
            'superresolve', 'save_sr', 'load_sr', 'train_superres', 'superres_image']
 
 # %% ../nbs/15_superres.ipynb #15-002
-import json, math, time
+import json, math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ from .data import Crops, PairedFolder, check_images
 from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
 from .diffusion import WEIGHTS, Loss, ResidualShift
 from .learner import EMA, Callback, Learner, Metrics, digest, seed_all, warmup_cosine
-from .metrics import _deployed, psnr, ssim
-from .two_stage import _picture, _pixels, windows
+from .metrics import _deployed, psnr
+from .two_stage import _opened, windows
 from .unet import SwinUNet
 from .wavelets import dwt2
 
@@ -168,8 +168,8 @@ class Buckets(Callback):
             learn.history[-1].update({f'loss {k}': v for k, v in self.process.buckets(per, t, self.n).items()})
             self.seen = []
 
-def _score(metric, steps, pair, model, batch):
-    y, x = pair(batch)
+def _score(metric, steps, model, batch):
+    y, x = batch
     g = torch.Generator().manual_seed(0)
     return metric(model(y, steps=steps, **({} if model.process is None else dict(generator=g))).clamp(0, 1), x)
 
@@ -265,8 +265,8 @@ def sr_learner(
     c = model.config
     real = c.degradation == 'real'
     loss = SRLoss(partial(second_order, scale=c.scale) if real else None, c.weight)
-    crops = Crops(train, c.crop, n=max(c.batch*256, 1), scale=1 if real else c.scale)
-    shown = {} if valid is None else {f'PSNR, {n} step' + 's'*(n > 1): partial(_score, psnr, n, SRLoss().pair) for n in (1, 4)}
+    crops = Crops(train, c.crop, n=c.batch*256, scale=1 if real else c.scale)
+    shown = {} if valid is None else {f'PSNR, {n} step' + 's'*(n > 1): partial(_score, psnr, n) for n in (1, 4)}
     if model.process is None: shown = dict(list(shown.items())[:1])
     batches = None if valid is None else [(y[None], x[None]) for y, x in list(valid)[:n_valid]]
     hung = [EMA(c.ema), *([Buckets(loss, model.process)] if model.process else []), *([Metrics(**shown)] if shown else []), *cbs]
@@ -298,15 +298,8 @@ def superresolve(
 ):                 # a PIL image for paths and PIL images, a tensor for tensors (not clipped), `model.scale` times as large
     """Any picture enlarged. Sides that the codec does not divide are padded and cut back; a one-channel model takes colours one by one, a three-channel model sees
     grey three times; alpha is enlarged by Pillow. ValueError or TypeError for what is no image; nothing of `image` is changed."""
-    file, shape = None, None
-    if isinstance(image, (str, Path, Image.Image)): x, *file = _pixels(image)
-    elif not isinstance(image, torch.Tensor): raise TypeError(f'image is {type(image).__name__}; expected a path, a PIL image or a float tensor')
-    elif image.ndim not in (2, 3, 4): raise ValueError(f'image has shape {tuple(image.shape)}; expected (h, w), (c, h, w) or (b, c, h, w)')
-    else: x, shape = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3)), image.shape
-    if not x.numel(): raise ValueError(f'image has shape {tuple(x.shape)}; expected at least one pixel')
-    out = _enlarge(model, x.float(), steps, seed, window, overlap, batch, randomness)
-    if file: return _picture(out, file[0] and file[0].resize(out.shape[:1:-1], Image.Resampling.BICUBIC), file[1])
-    return out.to(image).reshape(*shape[:-2], *out.shape[-2:])
+    x, back = _opened(image)
+    return back(_enlarge(model, x.float(), steps, seed, window, overlap, batch, randomness))
 
 @torch.no_grad()
 def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomness=1.0):

@@ -403,6 +403,17 @@ def _picture(x, alpha, deep):  # (1, 1 or 3, h, w) -> a PIL image of 8 bits, or 
     if alpha is not None: image.putalpha(alpha)
     return image
 
+def _opened(image):
+    "A path, PIL image or tensor as (b, 1 or 3, h, w) in [0, 1], and what turns a result, of any size, into the kind that came."
+    if isinstance(image, (str, Path, Image.Image)):
+        x, alpha, deep = _pixels(image)
+        back = lambda out: _picture(out, alpha and alpha.resize(out.shape[:1:-1], Image.Resampling.BICUBIC), deep)
+    elif not isinstance(image, torch.Tensor): raise TypeError(f'image is {type(image).__name__}; expected a path, a PIL image or a float tensor')
+    elif image.ndim not in (2, 3, 4): raise ValueError(f'image has shape {tuple(image.shape)}; expected (h, w), (c, h, w) or (b, c, h, w)')
+    else: x, back = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3)), lambda out: out.to(image).reshape(*image.shape[:-2], *out.shape[-2:])
+    if not x.numel(): raise ValueError(f'image has shape {tuple(x.shape)}; expected at least one pixel')
+    return x, back
+
 def restore(
     model,          # a TwoStageDMAE (its refined image is taken), or a module y (b, c, size, size) -> x_hat with .encoder.channels
     image,          # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in the units of [0, 1]
@@ -413,12 +424,7 @@ def restore(
 ):                  # a PIL image for paths and PIL images (8 bits, or 16 where it came so), a tensor of the same shape for tensors, not clipped
     """Any picture through the model, in overlapping windows blended without seams. Small ones are padded and cut back; alpha passes by; a grey model takes
     colours one by one, a colour model sees grey three times. ValueError or TypeError for what is no image; nothing of `image` is changed."""
-    file, shape = None, None
-    if isinstance(image, (str, Path, Image.Image)): x, *file = _pixels(image)
-    elif not isinstance(image, torch.Tensor): raise TypeError(f'image is {type(image).__name__}; expected a path, a PIL image or a float tensor')
-    elif image.ndim not in (2, 3, 4): raise ValueError(f'image has shape {tuple(image.shape)}; expected (h, w), (c, h, w) or (b, c, h, w)')
-    else: x, shape = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3)), image.shape
-    if not x.numel(): raise ValueError(f'image has shape {tuple(x.shape)}; expected at least one pixel')
+    x, back = _opened(image)
     (b, c, h, w), channels, at = x.shape, model.encoder.channels, next(model.parameters())
     planes = x.reshape(-1, 1, h, w) if channels == 1 else x.expand(-1, channels, -1, -1)
     low, wide = (max(size - s, 0) for s in (h, w))
@@ -428,7 +434,7 @@ def restore(
         return out[1] if isinstance(out, tuple) else out
     with _deployed(model): out = windows(fn, planes, size, overlap, batch, tqdm if progress else None)[..., :h, :w].to(x)
     out = out.reshape(b, c, h, w) if channels == 1 or c == 3 else out.mean(1, keepdim=True)
-    return _picture(out, *file) if file else out.reshape(shape)
+    return back(out)
 
 # %% ../nbs/10_two_stage.ipynb #10-060
 def _made_of(model):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from pathlib import Path
 
 from restore_lib.data import data_home
@@ -12,3 +13,12 @@ def real():
         if not path.exists(): pytest.skip(f'{folder} is not below data_home() (set RESTORE_DATA)')
         return path
     return find
+
+
+@pytest.fixture
+def seed():
+    "The same start for each test; one thread, for models this small are slower with more."
+    threads = torch.get_num_threads()
+    torch.manual_seed(0), torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

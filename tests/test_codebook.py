@@ -39,13 +39,7 @@ def two(started):
     assert codes == [0, 0], said()
     return [torch.load(folder/f'{rank}.pt', weights_only=True) for rank in (0, 1)]
 
-@pytest.fixture(autouse=True)
-def seed():
-    "The same start for each test; one thread, for models this small are slower with more."
-    threads = torch.get_num_threads()
-    torch.manual_seed(0), torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('seed')
 
 
 def held(module): return {k: v.clone() for k, v in module.state_dict().items()}

@@ -18,13 +18,7 @@ from restore_lib.transfer import Classifier, labelled, load_encoder
 SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    "The same start for each test; one thread, for models this small are slower with more."
-    threads = torch.get_num_threads()
-    torch.manual_seed(0), torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('seed')
 
 
 def gen(s=0): return torch.Generator().manual_seed(s)

@@ -34,13 +34,7 @@ LEARNS = [n for n in CODECS if hasattr(make_codec(n), 'loss')]
 LEVELS = (1, 2, 3)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    "The same start for each test; one thread, for models this small are slower with more."
-    threads = torch.get_num_threads()
-    torch.manual_seed(0), torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('seed')
 
 
 def gen(s=0): return torch.Generator().manual_seed(s)

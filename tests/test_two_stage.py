@@ -32,13 +32,7 @@ KINDS = ('deployed', 'truth', 'learned', 'input', 'both', 'none', 'other')
 PLACES = ('end', 'branches')
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    "The same start for each test; one thread, for models this small are slower with more."
-    threads = torch.get_num_threads()
-    torch.manual_seed(0), torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('seed')
 
 
 def gen(s=0): return torch.Generator().manual_seed(s)
