@@ -121,22 +121,29 @@ class LatentSR(nn.Module):
         x=None,          # (b, c, h*scale, w*scale), the truth: then a `Loss` comes back (a wrapped model must be trained through forward), else a picture
         steps=1,         # of the way back; a regression has one
         t=None,          # (b,) int64, for the loss; drawn if not given, spread evenly over all steps
+        decoded=False,   # with the truth: give back the loss and the picture that the network said, not clipped, through which gradients flow
         **how,           # generator, noise, randomness of `ResidualShift.chain`
     ):                   # (b, c, h*scale, w*scale), not clipped
-        "The enlarged picture; or, with the truth, the training loss: squared error of the latent. ValueError for shapes, channels or NaN."
+        "The enlarged picture; or, with the truth, the training loss, squared error of the latent, and on demand the picture behind it. ValueError for shapes, channels or NaN."
         check_images(y, 'y', channels=(self.codec.channels,))
-        if x is not None: return _latent_loss(self, y, x, t, how)
+        if x is not None: return _latent_loss(self, y, x, t, decoded, how)
         z, side = self.codec.encode(self.start(y))
         return self.codec.decode(self.restore_latent(z, steps, **how), side)
 
-def _latent_loss(model, y, x, t, how):
+def _latent_loss(model, y, x, t, decoded, how):
     check_images(x, 'x', channels=(model.codec.channels,))
     if x.shape[-2:] != (y.shape[-2]*model.scale, y.shape[-1]*model.scale) or len(x) != len(y):
         raise ValueError(f'x has shape {tuple(x.shape)}, y has {tuple(y.shape)}; expected x {model.scale} times as large, as many')
-    with torch.no_grad(): zy, zx = (model.codec.encode(v)[0] for v in (model.start(y), x))
-    if model.process is not None: return model.process.loss(model.correct, zx, zy, t, stratified=True, **how)
-    per = (model.restore_latent(zy) - zx).square().flatten(1).mean(1)
-    return Loss(per.mean(), per, _zeros(zy))
+    with torch.no_grad(): (zy, side), (zx, _) = (model.codec.encode(v) for v in (model.start(y), x))
+    said = []
+    def correct(*given):
+        said.append(model.correct(*given))
+        return said[-1]
+    if model.process is not None: loss = model.process.loss(correct, zx, zy, t, stratified=True, **how)
+    else:
+        per = (model.restore_latent(zy, correct=correct) - zx).square().flatten(1).mean(1)
+        loss = Loss(per.mean(), per, _zeros(zy))
+    return (loss, model.codec.decode(said[0], side)) if decoded else loss
 
 def _zeros(z): return torch.zeros(len(z), dtype=torch.int64, device=z.device)
 

@@ -1030,3 +1030,16 @@ NAN = torch.tensor(float('nan')).expand(1, 1, 8, 8)
     (lambda: SRConfig.paper(depth=3), TypeError, 'depth')])
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says): call()
+
+@pytest.mark.parametrize('process', [{}, None])
+def test_training_pass_gives_back_the_picture_behind_the_loss(process):
+    model = make_sr(SRConfig(process=process, steps=1), sr_pairs([torch.rand(1, 64, 64) for _ in range(3)]))
+    torch.nn.init.normal_(model.net.last[-1].weight, std=0.05)
+    y, x = (torch.stack(v) for v in zip(*sr_pairs([torch.rand(1, 64, 64) for _ in range(3)])))
+    torch.manual_seed(0); alone = model(y, x)
+    torch.manual_seed(0); loss, x_hat = model(y, x, decoded=True)
+    assert torch.equal(loss.mean, alone.mean) and x_hat.shape == x.shape
+    with torch.no_grad(): error = (model.codec.encode(x_hat)[0] - model.codec.encode(x)[0]).square().flatten(1).mean(1)
+    torch.testing.assert_close(error, loss.per_sample, atol=1e-6, rtol=1e-4)      # the packets are orthonormal: this is the picture of that very loss
+    x_hat.square().mean().backward()
+    assert model.net.last[-1].weight.grad.abs().sum() > 0
