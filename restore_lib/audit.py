@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Report', 'Headroom', 'headroom', 'Ladder', 'reads_truth', 'stateless', 'parseval', 'Break', 'GradientReport',
-           'audit_gradient', 'load_report', 'identity_check', 'compare', 'oracle_gap', 'claim', 'claims', 'claims_page']
+           'audit_gradient', 'load_report', 'identity_check', 'compare', 'oracle_gap', 'leak_probe', 'claim', 'claims',
+           'claims_page']
 
 # %% ../nbs/04_audit.ipynb #04-003
 import inspect, json, linecache, math, os, random, re, sys, threading, time, types
@@ -1210,6 +1211,55 @@ def oracle_gap(
     return Report(bool(problem), says, rows, 2 if _is_psnr(name) else 4, gap=gap, interval=interval, problem=problem)
 
 # %% ../nbs/04_audit.ipynb #04-095
+def _hidden_part(hidden, x):
+    "A function that keeps of a picture (b, c, h, w) what the input does not show; ValueError for a mask of another shape, or one that hides nothing."
+    if callable(hidden): return hidden
+    if not isinstance(hidden, torch.Tensor) or hidden.shape != (len(x), 1, *x.shape[2:]):
+        raise ValueError(f'hidden has shape {tuple(getattr(hidden, "shape", ()))}; expected {(len(x), 1, *x.shape[2:])}, or a function')
+    if not hidden.any(): raise ValueError('hidden is 0 everywhere; expected 1 where the input shows nothing')
+    return lambda v: v*hidden.to(v)
+
+def _slope_and_correlation(a, b, where):
+    "Least-squares factor of a in b, and their correlation, over values where `where` is true; 0 for a constant."
+    (a, b), covariance = (v.double()[where] for v in (a, b)), lambda p, q: ((p - p.mean())*(q - q.mean())).mean().item()
+    size = math.sqrt(covariance(a, a)*covariance(b, b))
+    return (a*b).mean().item()/max(b.square().mean().item(), 1e-30), covariance(a, b)/size if size > 1e-12 else 0.0
+
+def leak_probe(
+    model,   # model(z, t) -> the clean picture that it says at z; t (b,). For a flow: source minus velocity, as z itself holds some of the truth
+    x,       # (b, c, h, w) different truths, in the model's range
+    source,  # (b, c, h, w), where a restoration starts: made from the input alone, so that the truth can change in `hidden` without it
+    hidden,  # (b, 1, h, w), 1 where the input shows nothing; or a linear function that keeps of a picture what the input does not show
+    path=None,              # path(x, source, t) -> z as in training; default (1 - t) x + t source
+    times=(0.5, 0.9, 0.98), # rising, below 1: the start; the last is near it
+    limit=0.25,             # the largest share of a change of the truth that may come back at the last of `times`
+) -> Report:                # true if sound, false if it leaks; `.followed`, `.correlation`: t -> value (1.0 is the start), `.said`: the prediction at the start
+    """Does a flow read the truth on its training path where the input shows nothing? Two truths that differ only there must get nearly the same answer near the start.
+    The correlation with the truth is shown at each t, but honest guesses correlate, too. ValueError for shapes, times or equal truths."""
+    if x.ndim != 4 or len(x) < 2 or source.shape != x.shape: raise ValueError(f'x has shape {tuple(x.shape)}, source has {tuple(source.shape)}; expected equal (b, c, h, w) with two pictures or more')
+    if not len(times) or any(not 0 < a < b for a, b in zip(times, [*times[1:], 1.0])): raise ValueError(f'times is {times}; expected rising numbers above 0 and below 1')
+    part, path = _hidden_part(hidden, x), path or (lambda x, e, t: x + t[:, None, None, None]*(e - x))
+    change = part(x.roll(1, 0) - x)
+    where = part(torch.ones_like(x)) > 0 if not callable(hidden) else torch.ones_like(x, dtype=torch.bool)
+    if change.abs().max() == 0: raise ValueError('x holds pictures that are alike in what is hidden; expected different ones')
+    at = lambda t: torch.full((len(x),), t, device=x.device, dtype=x.dtype)
+    with _deployed(model):
+        says = {t: [model(path(truth, source, at(t)), at(t)) for truth in (x, x + change)] for t in times}
+        said = model(source, at(1.0))
+    truth, spread = part(x), part(x)[where].double().std()
+    judged = {t: (_slope_and_correlation(part(b - a), change, where)[0], *_slope_and_correlation(part(a), truth, where)[1:], (part(a)[where].double().std()/spread).item()) for t, (a, b) in says.items()}
+    judged[1.0] = 0.0, _slope_and_correlation(part(said), truth, where)[1], (part(said)[where].double().std()/spread).item()
+    return _leak_report(judged, limit, said)
+
+def _leak_report(judged, limit, said):
+    "The report of `leak_probe` from t -> (share of a change that comes back, correlation, deviation against the truth's)."
+    followed, near = {t: v[0] for t, v in judged.items()}, sorted(judged)[-2]
+    rows = [{'t': f'{t:g}' if t < 1 else 'the start', 'share of a change that comes back': v[0] if t < 1 else None, 'correlation with the truth': v[1], "deviation / truth's": v[2]} for t, v in judged.items()]
+    leaks = not followed[near] <= limit
+    says = f'{followed[near]:.0%} of what changes in the hidden truth comes back at t = {near:g}' if leaks else f'No leak: {followed[near]:.0%} of a hidden change comes back at t = {near:g}'
+    return Report(not leaks, says, rows, 3, followed=followed, correlation={t: v[1] for t, v in judged.items()}, said=said)
+
+# %% ../nbs/04_audit.ipynb #04-099
 _VERDICTS = {True: 'confirmed', False: 'refuted', None: 'out of reach here'}
 
 def _plain(v): return v.item() if hasattr(v, 'item') else v   # a number of NumPy or torch as Python's own

@@ -266,12 +266,14 @@ def sr_learner(
     n_valid=8,    # so many of them
     cbs=(),       # more callbacks
     workers=0,    # processes that cut crops
+    loss=None,    # another SRLoss, such as one with a perceptual term; default squared error as the configuration says
     **options,    # of Learner: precision, accumulate, cpu
 ) -> Learner:
     "A Learner for a LatentSR: EMA, cosine, the loss by time step; the same under `accelerate launch`."
     c = model.config
     real = c.degradation == 'real'
-    loss = SRLoss(partial(second_order, scale=c.scale) if real else None, c.weight)
+    loss = loss or SRLoss(partial(second_order, scale=c.scale) if real else None, c.weight)
+    if real and loss.degrade is None: raise ValueError("loss has degrade=None, the configuration says degradation='real'; expected a loss that degrades")
     crops = Crops(train, c.crop, n=c.batch*256, scale=1 if real else c.scale)
     shown = {} if valid is None else {f'PSNR, {n} step' + 's'*(n > 1): partial(_score, psnr, n) for n in (1, 4)}
     if model.process is None: shown = dict(list(shown.items())[:1])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from restore_lib import audit
-from restore_lib.audit import (Ladder, claim, claims, claims_page, compare, headroom, identity_check, load_report, oracle_gap, parseval, reads_truth,
+from restore_lib.audit import (Ladder, claim, claims, claims_page, compare, headroom, identity_check, leak_probe, load_report, oracle_gap, parseval, reads_truth,
                                stateless)
 from restore_lib.metrics import evaluate, psnr, ssim
 
@@ -774,3 +774,63 @@ def test_parseval_takes_an_error_in_one_band(band):
 
 def test_headroom_turns_one_minus_a_metric_round():
     assert headroom('1-SSIM', .3, .1, .2).share == pytest.approx(.5) and headroom('1 - LPIPS', .7, .9, .8).share == pytest.approx(.5)
+
+
+# leak_probe ------------------------------------------------------------------------------------------------------------
+
+def probed(side=8, b=24):
+    "Truths in [-1, 1], a hole, and a start that is grey in it."
+    x, hole = 2*rand(b, 1, side, side) - 1, torch.zeros(b, 1, side, side)
+    hole[..., 2:6, 2:6] = 1
+    return x, x*(1 - hole), hole
+
+def at(t): return t[:, None, None, None]
+
+def test_leak_probe_finds_what_divides_and_passes_what_guesses():
+    x, start, hole = probed()
+    reads = leak_probe(lambda z, t: z/(1 - at(t)).clamp(min=1e-3), x, start, hole)
+    assert not reads and reads.followed[.98] == pytest.approx(1, abs=1e-3) and reads.correlation[.5] == pytest.approx(1, abs=1e-4) and reads.correlation[1.] == 0
+    assert '100%' in repr(reads) and 'the start' in repr(reads) and torch.equal(reads.said[hole > 0], torch.zeros(int(hole.sum())))
+    known = .6*x + .4*randn(24, 1, 8, 8)                                  # an honest guess that correlates with the truth, the same at every t
+    guess = leak_probe(lambda z, t: known, x, start, hole)
+    assert guess and guess.followed == {.5: 0, .9: 0, .98: 0, 1.: 0} and guess.correlation[.98] == guess.correlation[1.] > .5
+
+def test_leak_probe_compares_answers_not_inputs():
+    "An untrained flow says v = 0, so that source - v is the source: sound, though z itself holds the truth."
+    x, start, hole = probed()
+    assert leak_probe(lambda z, t: start, x, start, hole) and not leak_probe(lambda z, t: 40*z, x, start, hole)
+
+def test_leak_probe_passes_the_best_guess_under_noise():
+    "Noise in the hole: E[x | z] of normal pixels follows the truth far from the start and not near it."
+    x, hole = randn(64, 1, 8, 8), torch.ones(64, 1, 8, 8)
+    e = randn(64, 1, 8, 8, seed=1)
+    best = lambda z, t: at((1 - t)/((1 - t)**2 + t**2))*z
+    report = leak_probe(best, x, e, hole)
+    assert report and report.followed[.5] == pytest.approx(.5, abs=.05) and report.followed[.98] == pytest.approx(.02**2/(.02**2 + .98**2), abs=.01)
+    assert not leak_probe(best, x, e, hole, times=(.1, .5), limit=.4) and leak_probe(best, x, e, hole, times=(.1, .5), limit=.6)
+
+def test_leak_probe_takes_a_path_and_a_linear_part():
+    x, low = 2*rand(16, 1, 8, 8) - 1, lambda v: F.interpolate(F.avg_pool2d(v, 2), scale_factor=2)
+    fine = lambda v: v - low(v)                                           # what a blurred picture does not show
+    reads, blind = (lambda z, t: low(z) + fine(z)/(1 - at(t)).clamp(min=1e-3)), (lambda z, t: low(z))
+    assert not leak_probe(reads, x, low(x), fine) and leak_probe(blind, x, low(x), fine)
+    noisy = lambda x, e, t: x + at(t)*(e - x) + 3*at(t)*randn(16, 1, 8, 8, seed=2)
+    report = leak_probe(blind, x, low(x), fine, noisy)
+    assert report.followed[.98] == pytest.approx(0, abs=1e-6)
+
+def test_leak_probe_runs_a_module_in_eval_mode_and_puts_it_back():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.drop, self.modes = nn.Dropout(.9), []
+        def forward(self, z, t):
+            self.modes.append(self.training)
+            return self.drop(z)*0
+    x, start, hole = probed()
+    net = Net()
+    assert leak_probe(net, x, start, hole) and net.training and not any(net.modes)
+
+@fails(dict(shape=(lambda p, x, s, h: p(None, x, s[..., :4], h), 'equal'), one=(lambda p, x, s, h: p(None, x[:1], s[:1], h[:1]), 'two pictures'), mask=(lambda p, x, s, h: p(None, x, s, h[:, 0]), 'hidden has shape'),
+            empty=(lambda p, x, s, h: p(None, x, s, 0*h), '0 everywhere'), times=(lambda p, x, s, h: p(None, x, s, h, times=(.9, .5)), 'times is'), last=(lambda p, x, s, h: p(None, x, s, h, times=(.5, 1.)), 'times is'),
+            none=(lambda p, x, s, h: p(None, x, s, h, times=()), 'times is'), alike=(lambda p, x, s, h: p(None, 0*x, s, h), 'alike')))
+def test_leak_probe_refuses(make):
+    call, says = make
+    with pytest.raises(ValueError, match=says): call(leak_probe, *probed())

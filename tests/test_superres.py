@@ -285,6 +285,23 @@ def test_running_statistics_of_before_stay():
     learner(model).fit(2)
     assert same(held(model.before), was)
 
+class Twice(SRLoss):
+    def __call__(self, model, batch): return 2*super().__call__(model, batch)
+
+def test_learner_takes_another_loss():
+    "It trains with the loss it was given, whose buckets the history holds; without one, with the configuration's."
+    loss = Twice(weight='sigma')
+    learn, own = learner(awake(), loss=loss), learner(awake(weight='sigma'))
+    assert learn.loss_fn is loss and (own.loss_fn.weight, own.loss_fn.degrade) == ('sigma', None)
+    a, b = learn.fit(1).history[-1], own.fit(1).history[-1]
+    assert a['loss'] == pytest.approx(2*b['loss'], rel=1e-6) and {k: v for k, v in a.items() if k.startswith('loss t')} == {k: v for k, v in b.items() if k.startswith('loss t')}
+
+def test_another_loss_must_degrade_where_the_configuration_does():
+    real = fresh(degradation='real')
+    with pytest.raises(ValueError, match='expected a loss that degrades'): learner(real, scenes(), loss=SRLoss())
+    kept = SRLoss(lambda x: x)
+    assert learner(real, scenes(), loss=kept).loss_fn is kept
+
 def test_training_learns():
     "A level that bicubic gets wrong on purpose: a few steps take most of the loss away."
     train = [(y, (x + .2).clamp(0, 1.2)) for y, x in pairs()]
