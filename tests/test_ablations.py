@@ -1,4 +1,5 @@
 import json, math, os, re, signal, subprocess, sys, warnings
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -383,3 +384,19 @@ def test_swapping_keeps_gains_and_takes_an_ll_codec(model):
     with pytest.raises(ValueError): swap_wavelet(ll, 'no such')
     with pytest.raises(ValueError): swap_wavelet(model, 'no such')
     with pytest.raises(TypeError, match='DCTCodec, which has no wavelet'): swap_wavelet(LatentSR(DCTCodec(), torch.nn.Identity()), 'db2')
+
+
+# what stands for a training function -----------------------------------------------------------------------------------
+
+def _bound(config, seed, lr=.1): return {'PSNR': lr}
+def _closed(rate):
+    def train(config, seed): return {'PSNR': rate}
+    return train
+
+@pytest.mark.parametrize('a, b', [(partial(_bound, lr=.1), partial(_bound, lr=.2)), (_closed(1.), _closed(2.)), (_bound, partial(_bound, lr=.1)), (_closed(_bound), _closed(_closed(1.)))])
+def test_a_version_sees_what_is_bound(a, b, tmp_path):
+    assert ablations._source(a) != ablations._source(b) and ablations._source(a) == ablations._source(a)
+
+def test_rows_of_another_bound_value_are_not_used(tmp_path):
+    figures = [ablate(partial(_bound, lr=lr), {'k': 0}, {'one': {'k': 1}}, path=tmp_path/'rows.jsonl', several=False).mean('one', 'PSNR') for lr in (.1, .2, .1)]
+    assert figures == [.1, .2, .1]
