@@ -89,7 +89,7 @@ def adaptive_weight(
     power=1.0,      # p; 0 is plain squared error
     c=1e-2,         # in the units of `error`: for means it means h*w*c_channels times as much as for sums
 ) -> torch.Tensor:  # (b,), without gradient
-    "1/(error + c)^p (Geng et al. 2025, eq. 22). With p = 1 and c small the weighted error is about 1 whatever the error is."
+    "1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is about 1 whatever the error is."
     return (error.detach() + c)**-power
 
 # %% ../nbs/20_meanflow.ipynb #20-009
@@ -163,7 +163,7 @@ class Regression(FlowMatching):
 # %% ../nbs/20_meanflow.ipynb #20-013
 class MeanFlow(FlowMatching):
     """Learns the average velocity from t to r: u = v - (t - r) du/dt, with the derivative of the network along the path, (v, 1, 0) in (z, t, r) (Geng et al. 2025).
-    One step is net(e, 1, 0). With labels, omega and kappa put guidance into the target (their eq. 19); samples whose label was dropped keep the plain velocity."""
+    One step is net(e, 1, 0). With labels, omega and kappa put guidance into the target (kappa: their appendix B); samples whose label was dropped keep the plain velocity."""
     def __init__(self,
         net,            # works under torch.func.jvp
         equal=0.5,      # share of times with r = t
