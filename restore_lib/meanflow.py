@@ -155,7 +155,7 @@ class FlowMatching(nn.Module):
         return z
 
 class Regression(FlowMatching):
-    "The same network asked once, at the start: t = 1, r = 0, squared error of x. It gives the mean of all targets that fit; `steps` are ignored."
+    "The same network asked once, at the start: t = 1, r = 0, squared error of x (with power 0), so it gives the mean of all targets that fit; `steps` are ignored."
     def times(self, b, generator=None, device=None): return torch.ones(b, device=device), torch.zeros(b, device=device)
     def velocity(self, z, t, s, label=None, cond=None): return self.net(z, torch.ones_like(t), torch.zeros_like(t), label, cond)
     def walk(self, e, steps=1, label=None, cond=None): return super().walk(e, 1, label, cond)
