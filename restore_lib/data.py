@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODES', 'PHOTOS', 'FACES', 'IMAGE_SUFFIXES', 'budget_mode', 'budget', 'project_home', 'data_home', 'runs_home',
-           'check_images', 'read_image', 'show_images', 'photos', 'digits', 'thermal', 'ImageFolder', 'PairedFolder',
-           'cifar10', 'dihedral', 'undo_dihedral', 'Crops']
+           'check_images', 'check_whole', 'check_number', 'check_interval', 'read_image', 'show_images', 'photos',
+           'digits', 'thermal', 'ImageFolder', 'PairedFolder', 'cifar10', 'dihedral', 'undo_dihedral', 'Crops']
 
 # %% ../nbs/00_data.ipynb #00-003
 import gzip, math, os
 from functools import lru_cache
 from importlib.util import find_spec
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,59 @@ def check_images(
         if not torch.isfinite(x).all(): raise ValueError(f'{name} holds {(~torch.isfinite(x)).sum()} values that are NaN or infinite')
         if x.abs().max() > 16: raise ValueError(f'{name} reaches {x.abs().max():g}; expected [0, 1] (is it 0 to 255?)')
     return x
+
+# %% ../nbs/00_data.ipynb #00-020b
+def check_whole(
+    value,       # what should be a whole number, Python's or NumPy's
+    name,        # the argument's name, for the message
+    low=None,    # the least that is allowed
+    high=None,   # the most that is allowed
+) -> int:        # `value` as a Python int
+    "Passes whole numbers through; TypeError for anything else (True and 1.5, too), ValueError outside the bounds."
+    expected = f'a whole number{_bounds(low, high)}'
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
+        raise TypeError(f'{name} is {value!r}; expected {expected}')
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f'{name} is {value!r}; expected {expected}')
+    return int(value)
+
+def check_number(
+    value,        # what should be a number, Python's or NumPy's
+    name,         # the argument's name, for the message
+    low=None,     # the least that is allowed
+    high=None,    # the most that is allowed
+    above=None,   # what it must be above
+) -> float:       # `value` as a Python float
+    "Passes finite numbers through; TypeError for anything else, ValueError for NaN, infinity and outside the bounds."
+    expected = f'a number{_bounds(low, high, above)}'
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f'{name} is {value!r}; expected {expected}')
+    value = float(value)
+    outside = (low is not None and value < low) or (high is not None and value > high)
+    if not math.isfinite(value) or outside or (above is not None and value <= above):
+        raise ValueError(f'{name} is {value!r}; expected {expected}')
+    return value
+
+def check_interval(
+    value,        # what should be a pair (low, high), or one number for both
+    name,         # the argument's name, for the message
+    low=None,     # the least that is allowed
+    high=None,    # the most that is allowed
+    above=None,   # what both must be above
+) -> tuple[float, float]:
+    "Passes intervals through, as two Python floats; ValueError for one that is upside down or outside the bounds."
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f'{name} is {value!r}; expected a number or a pair (low, high)')
+    a, b = (check_number(v, name, low, high, above) for v in pair)
+    if a > b: raise ValueError(f'{name} is {value!r}; expected the smaller number first')
+    return a, b
+
+def _bounds(low=None, high=None, above=None):
+    "The words for what is allowed: ' from 0 to 1', ' from 1', ' above 0'."
+    least = f' from {low}' if low is not None else f' above {above}' if above is not None else ''
+    most = '' if high is None else f' to {high}' if least else f' of at most {high}'
+    return least + most
 
 # %% ../nbs/00_data.ipynb #00-022
 def read_image(
