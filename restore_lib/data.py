@@ -82,10 +82,11 @@ def check_whole(
     low=None,    # the least that is allowed
     high=None,   # the most that is allowed
 ) -> int:        # `value` as a Python int
-    "Passes whole numbers through; TypeError for anything else (True and 1.5, too), ValueError outside the bounds."
+    "Passes whole numbers through; ValueError for other numbers and outside the bounds, TypeError for what is none."
     expected = f'a whole number{_bounds(low, high)}'
+    if not isinstance(value, (Real, np.bool_)): raise TypeError(f'{name} is {value!r}; expected {expected}')
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
-        raise TypeError(f'{name} is {value!r}; expected {expected}')
+        raise ValueError(f'{name} is {value!r}; expected {expected}')
     if (low is not None and value < low) or (high is not None and value > high):
         raise ValueError(f'{name} is {value!r}; expected {expected}')
     return int(value)
@@ -97,15 +98,14 @@ def check_number(
     high=None,    # the most that is allowed
     above=None,   # what it must be above
 ) -> float:       # `value` as a Python float
-    "Passes finite numbers through; TypeError for anything else, ValueError for NaN, infinity and outside the bounds."
+    "Passes finite numbers through; ValueError for NaN, infinity, True and outside the bounds, TypeError for no number."
     expected = f'a number{_bounds(low, high, above)}'
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f'{name} is {value!r}; expected {expected}')
-    value = float(value)
+    if not isinstance(value, (Real, np.bool_)): raise TypeError(f'{name} is {value!r}; expected {expected}')
     outside = (low is not None and value < low) or (high is not None and value > high)
-    if not math.isfinite(value) or outside or (above is not None and value <= above):
+    outside = outside or (above is not None and value <= above)
+    if isinstance(value, (bool, np.bool_)) or outside or not math.isfinite(value):
         raise ValueError(f'{name} is {value!r}; expected {expected}')
-    return value
+    return float(value)
 
 def check_interval(
     value,        # what should be a pair (low, high), or one number for both
