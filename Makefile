@@ -3,6 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 ONLY ?=
 
+# What make starts shares its cores. Two OpenMP threads wait for each other after every operator, in a spin of milliseconds
+# by default; beside other work that spin takes the core from the thread that is waited for. So: a short spin, then sleep.
+# Freed memory is kept instead of given back after every step, which pays for the sleep. bench/quiet.py measures both;
+# a value that you export yourself stays.
+export GOMP_SPINCOUNT ?= 1000
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 268435456
+
 .DEFAULT_GOAL := help
 .PHONY: help course lab test bench export outputs study clean
 

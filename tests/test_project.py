@@ -1,4 +1,4 @@
-import re, subprocess, sys
+import os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -76,3 +76,16 @@ def test_course_stops_at_a_failing_lesson(course, tmp_path):
     done = course('course')
     assert done.returncode != 0 and '07_try.ipynb, cell 3 of 3' in done.stderr and 'broken on purpose' in done.stderr
     assert course('course', '42').returncode != 0
+
+
+def made(**env):
+    "The environment of what make starts."
+    out = subprocess.run(['make', '--silent', '--eval=show: ; @env', 'show'], cwd=ROOT, env=dict(os.environ, **env),
+                         capture_output=True, text=True, check=True).stdout
+    return dict(line.split('=', 1) for line in out.splitlines() if '=' in line)
+
+
+def test_what_make_starts_spins_briefly(monkeypatch):
+    monkeypatch.delenv('GOMP_SPINCOUNT', raising=False)
+    assert 0 < int(made()['GOMP_SPINCOUNT']) <= 2000
+    assert made(GOMP_SPINCOUNT='7')['GOMP_SPINCOUNT'] == '7'
