@@ -1367,6 +1367,7 @@ def _compared(a, b, metric, level, power, found):
     return Report(sure and not one, says, rows, digits, **found)
 
 # %% ../nbs/04_audit.ipynb #04-090
+@random_kept()
 def oracle_gap(
     model,        # called as model(*oracle) and as model(*deployed) under one seed; a module is run in eval mode
     x,            # (b, c, h, w) truth in [0, 1]
@@ -1411,6 +1412,7 @@ def _slope_and_correlation(a, b, where):
     size = math.sqrt(covariance(a, a)*covariance(b, b))
     return (a*b).mean().item()/max(b.square().mean().item(), 1e-30), covariance(a, b)/size if size > 1e-12 else 0.0
 
+@random_kept()
 def leak_probe(
     model,   # model(z, t) -> the clean picture that it says at z; t (b,). For a flow: source minus velocity, as z itself holds some of the truth
     x,       # (b, c, h, w) different truths, in the model's range
@@ -1430,7 +1432,7 @@ def leak_probe(
     where = part(torch.ones_like(x)) > 0 if not callable(hidden) else torch.ones_like(x, dtype=torch.bool)
     if change.abs().max() == 0: raise ValueError('x holds pictures that are alike in what is hidden; expected different ones')
     at = lambda t: torch.full((len(x),), t, device=x.device, dtype=x.dtype)
-    with evaluating(model), torch.no_grad(), random_kept():
+    with evaluating(model), torch.no_grad():
         says = {t: [model(path(truth.clone(), source.clone(), at(t)), at(t)) for truth in (x, x + change)] for t in times}
         said = model(source.clone(), at(1.0))
     truth, spread = part(x), part(x)[where].double().std()
