@@ -147,7 +147,9 @@ def _grid(values, metric, name):
         if any(v.names != many[0].names for v in many): raise ValueError(f'{name} holds Scores of different images; expected the same in the same order')
         grid = torch.stack([v[metric] for v in many])
     else:
-        try: grid = torch.as_tensor(map_tensors(torch.Tensor.tolist, many if isinstance(values, (list, tuple)) else values), dtype=torch.float64)
+        listed = many if isinstance(values, (list, tuple)) else values
+        nested = map_tensors(torch.Tensor.tolist, listed)
+        try: grid = torch.as_tensor(nested, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f'{name} is no number, (images,) or (seeds, images) of numbers, nor Scores: {error}') from error
     if grid.ndim > 2 or not grid.numel(): raise ValueError(f'{name} has shape {tuple(grid.shape)}; expected a number, (images,) or (seeds, images)')
@@ -208,11 +210,12 @@ def _judged(rungs, metric, unit):
         gain, room = sign*(mean - floor), sign*(top - floor) if ceilings else math.inf
         closed = 100*headroom(metric, floor, top, mean).share if ours and ceilings and room > 0 else None
         problem = _problem(metric, gain, room, unit) if ours else ''
+        spread = seeds.std().item() if len(seeds) > 1 and seeds.isfinite().all() else None
         endless = int(r['grid'].isinf().any(0).sum())
         if 0 < endless < r['grid'].shape[1] and r['kind'] != 'ceiling':
             problem = f'infinite for {endless} of {r["grid"].shape[1]} images, and so is the mean'
         if r['kind'] == 'ceiling' and gain <= 0: problem = f'not above the best floor: {gain:.3g} {unit}'.strip()
-        rows.append({'name': r['name'], 'kind': r['kind'], 'mean': mean, 'spread': seeds.std().item() if len(seeds) > 1 and seeds.isfinite().all() else None,
+        rows.append({'name': r['name'], 'kind': r['kind'], 'mean': mean, 'spread': spread,
                      'gain': gain, share: closed, **r['extra'], 'problem': problem})
     return rows
 
@@ -277,7 +280,8 @@ def reads_truth(
     def call(f, t):
         if not fixed: x.data.copy_(t)                       # for whoever holds x itself
         held.append(t.clone())                              # for whoever is handed it: a new object, which stays alive
-        with _seeded(seed), evaluating(f), torch.no_grad(): out = f(y.clone(), held[-1]) if both else f(y.clone())
+        with _seeded(seed), evaluating(f), torch.no_grad():
+            out = f(y.clone(), held[-1]) if both else f(y.clone())
         if not _leaves(out): raise TypeError(f'the model gave {type(out).__name__}; expected a tensor, or tensors in tuples, lists, dicts')
         return copies(out)
     try:
@@ -398,12 +402,13 @@ def stateless(
     if _apart(a, b) <= tol: raise ValueError('a and b are the same images; expected different ones')
     a, b, found = a.detach().clone(), b.detach().clone(), {}
     with random_kept():
-        checks = _in_threads([lambda: _trips(encode, decode, a.clone(), b.clone(), tol, timeout)], timeout)[0]
+        start = lambda: _trips(encode, decode, a.clone(), b.clone(), tol, timeout)
+        checks = _in_threads([start], timeout)[0]
         for name, check in checks.items():
             try: found[name] = _in_threads([check], 2*timeout)[0], _HIDDEN[name]
             except TimeoutError as error: found[name] = math.inf, str(error)
             except Exception as error: found[name] = math.inf, f'{type(error).__name__}: {error}'
-            if 'no answer' in found[name][1]: break              # whatever it waits for, the next check would wait, too
+            if 'no answer' in found[name][1]: break         # the next check would wait, too
     failures = {k: v for k, v in found.items() if v[0] > tol}
     rows = [{'check': k, 'largest difference': f'{found[k][0]:.3g}' if k in found else 'not run', 'failure': failures.get(k, ('', ''))[1]} for k in checks]
     says = f'Hidden state or worse: {", ".join(failures)}' if failures else 'No hidden state'
@@ -424,14 +429,17 @@ def parseval(
     error, measured = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (latent_mse, measured_psnr))
     if not (error.isfinite().all() and (error >= 0).all()): raise ValueError(f'latent_mse is {latent_mse}; expected finite numbers from 0')
     if not measured.isfinite().all(): raise ValueError(f'measured_psnr is {measured_psnr}; expected finite numbers, in dB')
-    x, seed = check_images(_pictures() if images is None else images, 'images'), check_whole(seed, 'seed')
+    x = check_images(_pictures() if images is None else images, 'images')
+    seed = check_whole(seed, 'seed')
     with torch.no_grad(), random_kept():
         z, g = encode(x.clone()), torch.Generator().manual_seed(seed)
         size = torch.cat([t.double().flatten().cpu() for t in _leaves(z)]).square().mean().sqrt().item()
         noisy = map_tensors(lambda t: t + 0.01*size*torch.randn(t.shape, generator=g).to(t), z)
         added = torch.cat([(p - q).double().flatten().cpu() for p, q in zip(_leaves(noisy), _leaves(z))])
         clean, moved = (decode(copies(v)).double() for v in (z, noisy))
-        if clean.shape != x.shape: raise ValueError(f'codec turns {tuple(x.shape)} into {tuple(clean.shape)}; expected the same shape')
+        if clean.shape != x.shape:
+            shapes = f'{tuple(x.shape)} into {tuple(clean.shape)}'
+            raise ValueError(f'codec turns {shapes}; expected the same shape')
         gain = ((moved - clean).square().mean()/added.square().mean()).item()
         single = _channel_gains(z, decode, clean, size, g) or [gain]
     round_trip = (clean - x).square().mean().item()
@@ -495,126 +503,6 @@ class _Op:
                 if op not in seen: seen.add(op), todo.append(op)
         return sorted(seen, key=lambda op: op.index)
 
-_HOOKS = '_backward_hooks', '_post_accumulate_grad_hooks'
-
-class _Before:
-    "A tensor as a step found it: values, version, gradient, flags and hooks."
-    def __init__(self, t):
-        self.tensor, self.leaf, self.needs, self.version = t, t.is_leaf, t.requires_grad, _version(t)
-        self.learns = isinstance(t, nn.Parameter) or (t.is_leaf and t.requires_grad)
-        self.guard = None if t.is_inference() else torch.autograd._unsafe_preserve_version_counter(t)
-        self.hooks, self.grad = {k: dict(getattr(t, k) or {}) for k in _HOOKS}, t.grad if t.is_leaf else None
-        with _raw():
-            self.place = t.data                                    # the same memory, without graph and versions
-            written = _storage(t) and not any(s == 0 and k > 1 for s, k in zip(t.stride(), t.shape))   # an expanded tensor cannot be written to
-            self.value = self.place.clone() if written else None
-            self.grad_value = None if self.grad is None else self.grad.data.clone()
-
-    def holds(self):
-        "Is it still so?"
-        if self.value is None: return True
-        with _raw(): return self.version == _version(self.tensor) and not self.moved() and torch.equal(self.place, self.value)
-
-    def moved(self):
-        "Has it got other memory?"
-        t, p = self.tensor, self.place
-        return (_storage(t), t.storage_offset(), t.shape, t.stride()) != (_storage(p), p.storage_offset(), p.shape, p.stride())
-
-    def reset(self):
-        "Its values, in the memory that it had, at the version that it had."
-        if self.value is None: return
-        with _raw():
-            if self.moved(): self.tensor.data = self.place
-            self.place.copy_(self.value)
-        if self.guard: self.guard.__exit__(None, None, None)
-
-    def put_back(self):
-        "All of it."
-        t = self.tensor
-        self.reset()
-        if self.leaf and not t.is_leaf and not t._is_view(): t.detach_()
-        if t.is_leaf and t.requires_grad != self.needs: t.requires_grad_(self.needs)
-        for k, hooks in self.hooks.items():
-            if getattr(t, k) is not None: _refill(getattr(t, k), hooks)
-        if not t.is_leaf: return
-        t.grad = self.grad
-        if self.grad is not None:
-            with _raw(): self.grad.data.copy_(self.grad_value)
-
-@contextmanager
-def _raw():
-    "Plain values: no graph, no inference mode, no transform of torch.func."
-    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableFuncTorch(): yield
-
-def _refill(kept, items):
-    "A dict or a list with the entries that it had."
-    kept.clear()
-    kept.update(items) if isinstance(kept, dict) else kept.extend(items)
-
-class _Past:
-    "All that a step found before it and may have changed: tensors, modules (modes, hooks, what is registered), optimizers (groups, state)."
-    def __init__(self): self.tensors, self.owners = {}, {}
-
-    def tensor(self, t):
-        "The tensor as it is now, or as it was when it was first noted; None for the tensors inside of a torch.func transform."
-        if id(t) not in self.tensors and not torch._C._functorch.is_functorch_wrapped_tensor(t): self.tensors[id(t)] = _Before(t)
-        return self.tensors.get(id(t))
-
-    def owner(self, owner):
-        "A module with all that is in it, or an optimizer."
-        parts = owner.modules() if isinstance(owner, nn.Module) else [owner]
-        for part in parts:
-            if id(part) in self.owners: continue
-            inside = _books(part)
-            self.owners[id(part)] = part, getattr(part, 'training', None), [(book, book.copy()) for book in inside]
-            for t in _leaves([list(book.values()) if isinstance(book, dict) else book for book in inside]): self.tensor(t)
-
-    def put_back(self):
-        for part, mode, books in self.owners.values():
-            for book, entries in books: _refill(book, entries)
-            if mode is not None: part.training = mode
-        for before in reversed(list(self.tensors.values())): before.put_back()
-
-def _books(owner):
-    "The dicts and lists in which a module or an optimizer keeps tensors and hooks."
-    if isinstance(owner, nn.Module):
-        names = [k for k in vars(owner) if k in ('_parameters', '_buffers', '_modules') or k.endswith('_hooks')]
-        return [v for v in map(vars(owner).get, names) if isinstance(v, dict)]
-    groups, state = owner.param_groups, owner.state
-    return [groups, *groups, *(g['params'] for g in groups), state, *(v for v in state.values() if isinstance(v, dict))]
-
-def _reached(*roots):
-    "The modules and optimizers that functions, objects and containers lead to: by closures, defaults, attributes, and the globals that their code names."
-    seen, todo = {}, list(roots)
-    while todo:
-        v = todo.pop()
-        if id(v) in seen or isinstance(v, _NO_WAY): continue
-        seen[id(v)] = v
-        todo += _beside(v)
-    return [v for v in seen.values() if isinstance(v, (nn.Module, torch.optim.Optimizer))]
-
-_NO_WAY = (type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray, Path,
-           torch.utils.data.Dataset, torch.utils.data.DataLoader)
-
-def _beside(v):
-    "What `v` refers to by name or as a part."
-    if isinstance(v, dict): return list(v.values())
-    if isinstance(v, (list, tuple, set, frozenset)): return list(v)
-    if isinstance(v, functools.partial): return [v.func, *v.args, *v.keywords.values()]
-    if isinstance(v, types.MethodType): return [v.__self__, v.__func__]
-    if not isinstance(v, types.FunctionType): return list(vars(v).values()) if hasattr(v, '__dict__') else []
-    if v.__code__.co_filename.startswith(_HERE[0]): return []
-    cells = [c.cell_contents for c in v.__closure__ or () if not _is_empty(c)]
-    names = {n for code in _codes(v) for n in code.co_names}
-    used = [v.__globals__[n] for n in names if n in v.__globals__]
-    inside = [vars(m)[n] for m in used if isinstance(m, types.ModuleType) for n in names if n in vars(m)]
-    return [*cells, *(v.__defaults__ or ()), *(v.__kwdefaults__ or {}).values(), *used, *inside]
-
-def _is_empty(cell):
-    try: cell.cell_contents
-    except ValueError: return True
-    return False
-
 class _Trace(TorchFunctionMode):
     "Writes down each torch call of a step that runs under it; the frames count on `_Rehearsal` to pass the calls on."
     def __init__(self):
@@ -672,9 +560,10 @@ class _Rehearsal(_Trace):
     "A trace of a training step whose backward, updates and schedules are noted and not done."
     def __init__(self, past):
         super().__init__()
-        self.past, self.asked, self.standing, self.homes = past, [], {}, {}   # standing: parameters as they were at the backward, by id; homes: by memory
-        self.losses, self.optimizers, self.cleared = [], [], ''
-        self.fresh, self.wiped = set(), {}                     # parameters whose gradient is new, or was cleared before a step: where
+        self.past, self.losses, self.optimizers, self.cleared = past, [], [], ''
+        self.asked = []                            # what torch.autograd.grad was called on
+        self.standing, self.homes = {}, {}         # parameters at the backward, by id; ids by memory
+        self.fresh, self.wiped = set(), {}         # whose gradient is new, or was cleared early: where
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not self.paused:
@@ -692,9 +581,9 @@ class _Rehearsal(_Trace):
     def touch(self, tensors):
         "Notes how tensors are that the step has not made, before it does anything to them."
         for t in tensors:
-            if id(t) in self.last: continue
-            before = self.past.tensor(t)
-            if self.standing and before and before.learns and id(t) not in self.standing: self.stand(before)
+            before = None if id(t) in self.last else self.past.tensor(t)
+            late = self.standing and id(t) not in self.standing
+            if before and before.learns and late: self.stand(before)
 
     def touch_owner(self, owner, *args):
         "Notes how a module is before it is called."
@@ -704,23 +593,30 @@ class _Rehearsal(_Trace):
 
     def stand(self, before):
         self.standing[id(before.tensor)] = before
-        if home := _storage(before.tensor): self.homes.setdefault(home, []).append(id(before.tensor))
+        home = _storage(before.tensor)
+        if home: self.homes.setdefault(home, []).append(id(before.tensor))
 
     def fix(self):
-        "From here on, at the first backward, parameters stand still: writing into them is an update, which belongs to no term."
+        """At the first backward: from here on parameters stand still. What writes into them is an
+        update, which belongs to no term."""
         if self.standing: return
         for before in list(self.past.tensors.values()):
             if before.learns: self.stand(before if before.holds() else _Before(before.tensor))
 
     def lasting(self, written):
-        "What stays written of `written`: writes into parameters that stand are taken back, whatever operator made them."
-        ids = {id(t): [i for i in [*self.homes.get(_storage(t), ()), id(t)] if i in self.standing] for t in written}
-        for i in {i for found in ids.values() for i in found}: self.standing[i].reset()
-        return [t for t in written if not ids[id(t)]]
+        "`written` without parameters that stand: those get their values back, whatever wrote."
+        stays = []
+        for t in written:
+            ids = [i for i in (*self.homes.get(_storage(t), ()), id(t)) if i in self.standing]
+            for i in ids: self.standing[i].reset()
+            if not ids: stays.append(t)
+        return stays
 
     def without_backward(self, outputs, inputs, **kwargs):
-        "torch.autograd.grad is done, as its gradients are asked for, and leaves the graph; if it asks for those of parameters, an update may follow."
-        if not kwargs.get('create_graph') and any(isinstance(t, nn.Parameter) for t in _leaves(inputs)):
+        """torch.autograd.grad is done, since its gradients are asked for, but leaves the graph.
+        If it asks for those of parameters, an update may follow."""
+        updates = any(isinstance(t, nn.Parameter) for t in _leaves(inputs))
+        if updates and not kwargs.get('create_graph'):
             self.asked += [t for t in _leaves(outputs) if not any(t is a for a in self.asked)]
             self.fix()
         return kwargs | dict(retain_graph=True)
@@ -777,6 +673,140 @@ def _cut(name, ins, t, written, grad_asked):
     if not (t.is_floating_point() or t.is_complex()): return 'integer cast' if name in _CASTS else 'zero slope'
     return 'no gradient'
 
+# %% ../nbs/04_audit.ipynb #04-041a
+_HOOKS = '_backward_hooks', '_post_accumulate_grad_hooks'
+
+@contextmanager
+def _raw():
+    "Plain values: no graph, no inference mode, no transform of torch.func."
+    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableFuncTorch(): yield
+
+class _Before:
+    "A tensor as a step found it: values, version, gradient, flags and hooks."
+    def __init__(self, t):
+        self.tensor, self.leaf, self.needs = t, t.is_leaf, t.requires_grad
+        self.learns = isinstance(t, nn.Parameter) or (t.is_leaf and t.requires_grad)
+        self.version = _version(t)
+        self.guard = None
+        if not t.is_inference(): self.guard = torch.autograd._unsafe_preserve_version_counter(t)
+        self.hooks = {k: dict(getattr(t, k) or {}) for k in _HOOKS}
+        self.grad = t.grad if t.is_leaf else None
+        fixed = not _storage(t) or any(s == 0 and k > 1 for s, k in zip(t.stride(), t.shape))
+        with _raw():
+            self.place = t.data                                # the same memory, no graph, no version
+            self.value = None if fixed else self.place.clone()
+            self.grad_value = None if self.grad is None else self.grad.data.clone()
+
+    def holds(self):
+        "Is it still so?"
+        if self.value is None: return True
+        if self.version != _version(self.tensor) or self.moved(): return False
+        with _raw(): return torch.equal(self.place, self.value)
+
+    def moved(self):
+        "Has it got other memory?"
+        where = lambda t: (_storage(t), t.storage_offset(), t.shape, t.stride())
+        return where(self.tensor) != where(self.place)
+
+    def reset(self):
+        "Its values, in the memory that it had, at the version that it had."
+        if self.value is None: return
+        with _raw():
+            if self.moved(): self.tensor.data = self.place
+            self.place.copy_(self.value)
+        if self.guard: self.guard.__exit__(None, None, None)
+
+    def put_back(self):
+        "All of it."
+        t = self.tensor
+        self.reset()
+        if self.leaf and not t.is_leaf and not t._is_view(): t.detach_()
+        if t.is_leaf and t.requires_grad != self.needs: t.requires_grad_(self.needs)
+        for k, hooks in self.hooks.items():
+            if getattr(t, k) is not None: _refill(getattr(t, k), hooks)
+        if not t.is_leaf: return
+        t.grad = self.grad
+        if self.grad is not None:
+            with _raw(): self.grad.data.copy_(self.grad_value)
+
+def _refill(kept, items):
+    "A dict or a list with the entries that it had."
+    kept.clear()
+    if isinstance(kept, dict): kept.update(items)
+    else: kept.extend(items)
+
+class _Past:
+    """All that a step found before it and may change: tensors, modules (modes, hooks, what is
+    registered), optimizers (groups, state)."""
+    def __init__(self): self.tensors, self.owners = {}, {}
+
+    def tensor(self, t):
+        "How the tensor was when it was first noted, which may be now; None within torch.func."
+        if id(t) not in self.tensors:
+            if torch._C._functorch.is_functorch_wrapped_tensor(t): return None
+            self.tensors[id(t)] = _Before(t)
+        return self.tensors[id(t)]
+
+    def owner(self, owner):
+        "A module with all that is in it, or an optimizer."
+        for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
+            if id(part) in self.owners: continue
+            books = [(book, book.copy()) for book in _books(part)]
+            self.owners[id(part)] = part, getattr(part, 'training', None), books
+            for _, entries in books:
+                for t in _leaves(list(entries.values()) if isinstance(entries, dict) else entries):
+                    self.tensor(t)
+
+    def put_back(self):
+        for part, mode, books in self.owners.values():
+            for book, entries in books: _refill(book, entries)
+            if mode is not None: part.training = mode
+        for before in reversed(list(self.tensors.values())): before.put_back()
+
+def _books(owner):
+    "The dicts and lists in which a module or an optimizer keeps tensors and hooks."
+    if isinstance(owner, nn.Module):
+        kinds = ('_parameters', '_buffers', '_modules')
+        named = [v for k, v in vars(owner).items() if k in kinds or k.endswith('_hooks')]
+        return [v for v in named if isinstance(v, dict)]
+    groups, state = owner.param_groups, owner.state
+    entries = [v for v in state.values() if isinstance(v, dict)]
+    return [groups, *groups, *(g['params'] for g in groups), state, *entries]
+
+_NO_WAY = (type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.Tensor,
+           np.ndarray, Path, torch.utils.data.Dataset, torch.utils.data.DataLoader)
+
+def _reached(*roots):
+    """The modules and optimizers that functions, objects and containers lead to: by closures,
+    defaults, attributes, and the globals that their code names."""
+    seen, todo = {}, list(roots)
+    while todo:
+        v = todo.pop()
+        if id(v) in seen or isinstance(v, _NO_WAY): continue
+        seen[id(v)] = v
+        todo += _beside(v)
+    return [v for v in seen.values() if isinstance(v, (nn.Module, torch.optim.Optimizer))]
+
+def _beside(v):
+    "What `v` refers to by name or as a part."
+    if isinstance(v, dict): return list(v.values())
+    if isinstance(v, (list, tuple, set, frozenset)): return list(v)
+    if isinstance(v, functools.partial): return [v.func, *v.args, *v.keywords.values()]
+    if isinstance(v, types.MethodType): return [v.__self__, v.__func__]
+    if not isinstance(v, types.FunctionType): return list(getattr(v, '__dict__', {}).values())
+    if v.__code__.co_filename.startswith(_HERE[0]): return []                 # torch's own
+    cells = [c.cell_contents for c in v.__closure__ or () if not _is_empty(c)]
+    names = {name for code in _codes(v) for name in code.co_names}
+    used = [v.__globals__[name] for name in names if name in v.__globals__]
+    packages = [vars(m) for m in used if isinstance(m, types.ModuleType)]
+    inside = [m[name] for m in packages for name in names if name in m]
+    return [*cells, *(v.__defaults__ or ()), *(v.__kwdefaults__ or {}).values(), *used, *inside]
+
+def _is_empty(cell):
+    try: cell.cell_contents
+    except ValueError: return True
+    return False
+
 # %% ../nbs/04_audit.ipynb #04-042
 _ENDS = {'detach': 'detached by {}', 'numpy': 'its values went through numpy ({})', 'number': 'it became a Python number ({})', 'no_grad': '{} ran under no_grad',
          'inference mode': '{} ran in inference mode', 'integer cast': '{} made integers of it', 'zero slope': '{} has no gradient',
@@ -812,7 +842,8 @@ def _traced(names, past):
     "Runs what is inside under a trace; backward, scalers, optimizers and schedules are noted and do nothing. Yields it and the named local variables."
     trace, found, roots = _Rehearsal(past), {}, {n.split('.')[0] for n in names}
     own = [f for c in (_Trace, _Rehearsal, _Past, _Before) for f in vars(c).values()]
-    ours = _codes(*own, _leaves, _place, _storage, _version, _cut, _raw.__wrapped__, _books, _refill)
+    own += [_raw.__wrapped__, _leaves, _place, _storage, _version, _cut, _books, _refill]
+    ours = _codes(*own)
     def on_return(frame, event, arg):
         code = frame.f_code
         if event != 'return' or code in ours or code.co_filename.startswith(_HERE[0]): return
@@ -821,13 +852,16 @@ def _traced(names, past):
     def output_of(module, args, out): trace.outputs.setdefault(id(module), []).extend(_leaves(out))
     with ExitStack() as stack:
         for target, name, new in trace.replacements(): stack.enter_context(mock.patch.object(target, name, new))
-        for handle in (nn.modules.module.register_module_forward_pre_hook(trace.touch_owner), nn.modules.module.register_module_forward_hook(output_of),
-                       register_optimizer_step_pre_hook(trace.no_step)): stack.callback(handle.remove)
+        hooks = nn.modules.module
+        for handle in (hooks.register_module_forward_pre_hook(trace.touch_owner),
+                       hooks.register_module_forward_hook(output_of),
+                       register_optimizer_step_pre_hook(trace.no_step)):
+            stack.callback(handle.remove)
         if roots:
             stack.callback(sys.setprofile, sys.getprofile())
             sys.setprofile(on_return)
         with trace: yield trace, found
-        for before in trace.standing.values(): before.reset()      # what was written through NumPy, say
+        for before in trace.standing.values(): before.reset()  # what was written through NumPy, say
 
 # %% ../nbs/04_audit.ipynb #04-044
 _PRODUCTS = ('mul', 'mm', 'addmm', 'bmm', 'baddbmm', 'convolution', 'linear', 'div', 'dot', 'mv', 'lerp', 'addcmul')
@@ -852,11 +886,16 @@ class _Flow:
         for node in nodes:
             for child, _ in node.next_functions: self.into.setdefault(child, []).append(node)
         self.accumulators = {id(n.variable): n for n in nodes if hasattr(n, 'variable')}
-        edges = {i: torch.autograd.graph.GradientEdge(n, 0) for i, n in self.accumulators.items()}      # the leaf itself may have been frozen or replaced since
+        edge = torch.autograd.graph.GradientEdge             # the leaf may have been frozen since
+        edges = {i: edge(n, 0) for i, n in self.accumulators.items()}
         inputs = {id(t): t for t in tensors if t.requires_grad} | edges
         note = lambda node: lambda ins, outs: self.edges.update({node: [g is not None and bool((g != 0).any()) for g in ins]})
         handles = [n.register_hook(note(n)) for n in nodes if not hasattr(n, 'variable')]
-        try: found = torch.autograd.grad(term, list(inputs.values()), torch.ones_like(term), retain_graph=True, allow_unused=True) if term.requires_grad else [None]*len(inputs)
+        how = dict(retain_graph=True, allow_unused=True)
+        found = [None]*len(inputs)
+        try:
+            if term.requires_grad:
+                found = torch.autograd.grad(term, list(inputs.values()), torch.ones_like(term), **how)
         except RuntimeError as error:
             if 'inplace' not in str(error): raise ValueError(_NO_GRADIENT.get('second time' in str(error), str(error))) from error
             self.error, found = str(error).split(';')[0].split('[')[0], [None]*len(inputs)
@@ -942,7 +981,8 @@ class _Audit:
     def __init__(self, terms, watch, trace, frozen, optimizers):
         self.terms, self.watch, self.trace, self.frozen = terms, watch, trace, set(frozen)
         self.held = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}
-        self.used = {id(n.variable) for t in terms.values() for n in _nodes(t.grad_fn) if hasattr(n, 'variable')}
+        nodes = [n for t in terms.values() for n in _nodes(t.grad_fn)]
+        self.used = {id(n.variable) for n in nodes if hasattr(n, 'variable')}
         tensors = [t for s in watch for t in self.probes(s)]
         self.flows = {name: _Flow(t, tensors) for name, t in terms.items()}
 
@@ -970,7 +1010,8 @@ class _Audit:
     def cell(self, term, station):
         s, probes = self.watch[station], self.probes(station)
         has_params = isinstance(s, nn.Module) and any(True for _ in s.parameters())
-        idle = (has_params and not any(map(self.needs, s.parameters()))) or isinstance(s, nn.Parameter) and not s.requires_grad
+        idle = has_params and not any(map(self.needs, s.parameters()))
+        idle |= isinstance(s, nn.Parameter) and not self.needs(s)
         if idle and station not in self.frozen: return _Cell('frozen', None, 'frozen', '', 'none of its parameters has requires_grad')
         if self.flows[term].error: return _Cell('none', None, 'in-place', '', self.flows[term].error)
         norm = self.flows[term].of(probes)
@@ -1073,7 +1114,8 @@ def _terms(result, trace):
     "{name: scalar} of what a step returned, or else called backward on."
     if isinstance(result, (tuple, list)) and result: result = result[0]
     noted = trace.losses if trace else []
-    if trace and not noted and not any(t.requires_grad for t in _leaves(result)): noted = trace.asked
+    graph = any(t.requires_grad for t in _leaves(result))
+    if trace and not noted and not graph: noted = trace.asked
     parts = [t for t in (result.values() if isinstance(result, dict) else []) if isinstance(t, torch.Tensor) and t.numel() == 1]
     if noted and not (parts and any(t.requires_grad for t in parts) and math.isclose(sum(t.item() for t in parts), sum(t.item() for t in noted), rel_tol=1e-4)):
         result = {'loss' if k == 0 else f'loss {k + 1}': t for k, t in enumerate(noted)}       # what went backward, whatever was returned
@@ -1100,8 +1142,9 @@ def audit_gradient(
     frozen=(),       # names of modules that must not learn and must let the gradient through
 ) -> GradientReport:
     """Follows the gradient of each loss term to each station and says where and how it ends. Updates of the step are not made (optimizers, schedules,
-    scalers, whatever writes into parameters after backward or autograd.grad). What the step touches or leads to is put back, after an error too: tensors
-    with their gradients and flags, modules with their modes and hooks, optimizers with their state, random states. Counters and attributes are not."""
+    scalers, whatever writes into parameters after backward or autograd.grad). What the step touches or leads to is
+    put back, after an error too: tensors with their gradients and flags, modules with their modes and hooks, optimizers
+    with their state, random states. Counters and attributes are not."""
     names = [v for v in (watch.values() if isinstance(watch, dict) else watch) if isinstance(v, str)]
     if not watch: raise ValueError(f'watch is {watch!r}; expected at least one name')
     trace, found, result, step = None, {}, loss, callable(loss) and not isinstance(loss, torch.Tensor)
@@ -1165,7 +1208,8 @@ def _new_name(name, rename):
 
 def _memory(t):
     "Where all values of `t` lie: equal for tensors that are tied."
-    return (t.device, _storage(t), t.storage_offset(), t.shape, t.stride(), t.dtype) if _storage(t) else id(t)
+    if not _storage(t): return id(t)
+    return t.device, _storage(t), t.storage_offset(), t.shape, t.stride(), t.dtype
 
 def _fitting(own, state): return [k for k, t in state.items() if k in own and own[k].shape == t.shape]
 
@@ -1196,9 +1240,10 @@ def load_report(
     state = _renamed(_flat_state(state_dict), rename)
     copied = _fitting(own, state)
     place = {k: _memory(p) for k, p in own.items()}
-    filled = {place[k] for k in copied}                     # a tied weight is filled under either of its names, and counts once
+    filled = {place[k] for k in copied}      # a tied weight is filled by either name, counts once
     sizes = {place[k]: p.numel() for k, p in own.items()}
-    found = dict(copied=copied, missing=[k for k in own if k not in state and place[k] not in filled],
+    missing = [k for k in own if k not in state and place[k] not in filled]
+    found = dict(copied=copied, missing=missing,
                  extra=[k for k in state if k not in own],
                  mismatched={k: (tuple(own[k].shape), tuple(t.shape)) for k, t in state.items() if k in own and k not in copied},
                  cast={k: f'{state[k].dtype} to {own[k].dtype}'.replace('torch.', '') for k in copied if state[k].dtype != own[k].dtype})
@@ -1208,7 +1253,8 @@ def load_report(
     ready = _ready(own, state, copied)
     before = _checksum(own)
     _fill(own, ready)
-    found |= dict(bytes=sum({place[k]: own[k].nbytes for k in copied}.values()), share=share, before=before, after=_checksum(own))
+    nbytes = sum({place[k]: own[k].nbytes for k in copied}.values())
+    found |= dict(bytes=nbytes, share=share, before=before, after=_checksum(own))
     rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in ('copied', 'cast', 'missing', 'extra', 'mismatched')]
     rows += [{'what': 'checksum', 'first': f'{before} before, {found["after"]} after'}]
     says = f'{counts}, {found["bytes"]:,} bytes' + (f'; {len(found["extra"])} of the file were not wanted' if found['extra'] else '') + (', but every value was there already' if before == found['after'] else '')
@@ -1221,14 +1267,14 @@ def _ready(own, state, names):
         if state[k].is_meta or own[k].is_meta or state[k].layout is not torch.strided: raise ValueError(f'{k!r} is {state[k].device}, {state[k].layout}; expected values in memory')
         if state[k].is_complex() and not own[k].is_complex(): raise ValueError(f'{k!r} is {state[k].dtype}; the model holds {own[k].dtype}')
         out[k] = state[k].to(own[k].dtype)
-        if _storage(out[k]) in held: out[k] = out[k].clone()      # it would change while the model is filled
+        if _storage(out[k]) in held: out[k] = out[k].clone()  # it would change with the model
         if out[k].is_floating_point() and not torch.isfinite(out[k]).all():
             raise ValueError(f'{k!r} holds values that are NaN or infinite' + (f' as {own[k].dtype}' if torch.isfinite(state[k]).all() else ''))
     return out
 
 @torch.no_grad()
 def _fill(own, ready):
-    "Copies `ready` into the model; ValueError, and the model as it was, if one memory should hold two different values."
+    "Copies `ready` into the model; ValueError, and no change, if one memory should hold two."
     users = Counter(_storage(p) for p in own.values())
     shared = [k for k in ready if users[_storage(own[k])] > 1]
     old = [own[k].detach().clone() for k in shared]
@@ -1237,7 +1283,8 @@ def _fill(own, ready):
     if lost:
         for k, value in zip(shared, old): own[k].copy_(value)
         others = [k for k in shared if k != lost[0] and _storage(own[k]) == _storage(own[lost[0]])]
-        raise ValueError(f'{lost[0]!r} shares its memory in the model with {others[0]!r}, and state_dict holds other values for it; drop one of them with rename')
+        raise ValueError(f'{lost[0]!r} shares its memory in the model with {others[0]!r}, and '
+                         'state_dict holds other values for it; drop one of them with rename')
     for k in ready.keys() - set(shared): own[k].copy_(ready[k])
 
 def _entry(found):
@@ -1384,9 +1431,10 @@ def oracle_gap(
         with _seeded(seed), evaluating(model), torch.no_grad(): out = model(*copies(inputs))
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             raise ValueError(f'{label}: the model gave {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; expected {tuple(x.shape)}')
-        found = torch.as_tensor(metric(out.clamp(0, 1), x.clone())).detach().double().cpu().reshape(-1)
-        scores.append(torch.where(found == math.inf, 100, found))
-        if not scores[-1].isfinite().all(): raise ValueError(f'{label}: metric gave {found.tolist()}; expected numbers')
+        found = torch.as_tensor(metric(out.clamp(0, 1), x.clone())).detach().double().cpu()
+        scores.append(torch.where(found == math.inf, 100, found).reshape(-1))
+        if not scores[-1].isfinite().all():
+            raise ValueError(f'{label}: metric gave {found.tolist()}; expected numbers')
         if len(scores[-1]) != len(x): raise ValueError(f'metric gave {len(scores[-1])} values; expected one for each of {len(x)} images')
     sign, many = _sign(name), len(x) > 1
     report = compare(scores[0]*sign, scores[1]*sign, seed=seed, metric=name) if many else None
@@ -1420,7 +1468,7 @@ def leak_probe(
     hidden,  # (b, 1, h, w), 1 where the input shows nothing; or a linear function that keeps of a picture what the input does not show
     path=None,              # path(x, source, t) -> z as in training; default (1 - t) x + t source
     times=(0.5, 0.9, 0.98), # rising, below 1: the start; the last is near it
-    limit=0.25,             # the largest share of a change of the truth that may come back at the last of `times`, in either direction
+    limit=0.25,             # the largest share of a change, of either sign, that may come back at the last of `times`
 ) -> Report:                # true if sound, false if it leaks; `.followed`, `.correlation`: t -> value (1.0 is the start), `.said`: the prediction at the start
     """Does a flow read the truth on its training path where the input shows nothing? Two truths that differ only there must get nearly the same answer near the start.
     The correlation with the truth is shown at each t, but honest guesses correlate, too. ValueError for shapes, times or equal truths."""
@@ -1433,7 +1481,8 @@ def leak_probe(
     if change.abs().max() == 0: raise ValueError('x holds pictures that are alike in what is hidden; expected different ones')
     at = lambda t: torch.full((len(x),), t, device=x.device, dtype=x.dtype)
     with evaluating(model), torch.no_grad():
-        says = {t: [model(path(truth.clone(), source.clone(), at(t)), at(t)) for truth in (x, x + change)] for t in times}
+        z = lambda truth, t: path(truth.clone(), source.clone(), at(t))
+        says = {t: [model(z(truth, t), at(t)) for truth in (x, x + change)] for t in times}
         said = model(source.clone(), at(1.0))
     truth, spread = part(x), part(x)[where].double().std()
     judged = {t: (_slope_and_correlation(part(b - a), change, where)[0], *_slope_and_correlation(part(a), truth, where)[1:], (part(a)[where].double().std()/spread).item()) for t, (a, b) in says.items()}
@@ -1444,7 +1493,7 @@ def _leak_report(judged, limit, said):
     "The report of `leak_probe` from t -> (share of a change that comes back, correlation, deviation against the truth's)."
     followed, near = {t: v[0] for t, v in judged.items()}, sorted(judged)[-2]
     rows = [{'t': f'{t:g}' if t < 1 else 'the start', 'share of a change that comes back': v[0] if t < 1 else None, 'correlation with the truth': v[1], "deviation / truth's": v[2]} for t, v in judged.items()]
-    leaks = not abs(followed[near]) <= limit                # an answer that moves against the truth has read it, too
+    leaks = not abs(followed[near]) <= limit  # what moves against the truth has read it, too
     says = f'{followed[near]:.0%} of what changes in the hidden truth comes back at t = {near:g}' if leaks else f'No leak: {followed[near]:.0%} of a hidden change comes back at t = {near:g}'
     if followed[near] < -limit: says += ', with its sign turned round'
     return Report(not leaks, says, rows, 3, followed=followed, correlation={t: v[1] for t, v in judged.items()}, said=said)
@@ -1471,8 +1520,10 @@ def claim(
     if not (holds is None or isinstance(holds, bool)): raise TypeError(f'holds is {holds!r}; expected True, False or None')
     if not isinstance(measured, (str, dict)) or not measured: raise ValueError(f'measured is {measured!r}; expected text or a dict name -> number')
     if isinstance(measured, dict):
-        many = [k for k, v in measured.items() if getattr(v, 'shape', None) and math.prod(v.shape) != 1]
-        if many: raise ValueError(f'measured[{many[0]!r}] has shape {tuple(measured[many[0]].shape)}; expected one number')
+        for k, v in measured.items():
+            shape = tuple(getattr(v, 'shape', ()))
+            if math.prod(shape) != 1:
+                raise ValueError(f'measured[{k!r}] has shape {shape}; expected one number')
         measured = {str(k): _plain(v) for k, v in measured.items()}
         odd = [k for k, v in measured.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)]
         if odd: raise ValueError(f'measured[{odd[0]!r}] is {measured[odd[0]]!r}; expected a finite number')

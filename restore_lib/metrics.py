@@ -21,21 +21,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from .data import check_images, check_number, check_whole
 
 # %% ../nbs/02_metrics.ipynb #02-017
-_SLACK = 0.01   # of the range: how far a ground truth may leave it, since resampling overshoots; as in PerceptualLoss
+_SLACK = 0.01   # of the range: how far a truth may leave it, as in PerceptualLoss
 
 def check_truth(
     x,               # a tensor that should be a ground truth
     name='x',        # the argument's name, for the message
     data_range=1.0,  # the distance from black to white
 ) -> torch.Tensor:   # `x` itself
-    "Passes a truth in [0, data_range] through, for a range of 2 in [-1, 1] too; ValueError says how far another one reaches."
+    "Passes a truth in [0, data_range] through, for a range of 2 in [-1, 1] too; else a ValueError."
     if not x.numel(): return x
     low, high = (v.item() for v in x.detach().aminmax())
     slack = _SLACK*data_range
     spans = [(0, data_range)] + [(-1, 1)]*(data_range == 2)
     if any(a - slack <= low and high <= b + slack for a, b in spans): return x
     wanted = ' or '.join(f'[{a}, {b:g}]' for a, b in spans)
-    hint = ' (is it in [-1, 1]?)' if data_range == 1 and -1 - slack <= low < 0 and high <= 1 + slack else ''
+    signed = data_range == 1 and -1 - slack <= low < 0 and high <= 1 + slack
+    hint = ' (is it in [-1, 1]?)' if signed else ''
     raise ValueError(f'{name} spans {low:.3g} to {high:.3g}; expected {wanted}{hint}')
 
 def _pair(a, b, data_range):
@@ -46,7 +47,7 @@ def _pair(a, b, data_range):
         check_images(im/data_range if floats else im, name)
     if a.shape != b.shape: raise ValueError(f'a has shape {tuple(a.shape)}, b has shape {tuple(b.shape)}; expected the same')
     if not a.numel(): raise ValueError(f'a has shape {tuple(a.shape)}; expected at least one pixel')
-    if b.device.type == 'cpu': check_truth(b, 'b', data_range)  # on a GPU the program would have to wait
+    if b.device.type == 'cpu': check_truth(b, 'b', data_range)    # it would wait for a GPU
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype)/data_range, b.to(dtype)/data_range
 
@@ -72,10 +73,10 @@ def _gauss_valid(x, dim, sigma=1.5):
     return out
 
 def _ssim_map(a, b):
-    "SSIM at every pixel whose window fits, for images of range 1: (b, c, h - 10, w - 10), from -1 to 1."
+    "SSIM where the window fits, for images of range 1: (b, c, h - 10, w - 10), from -1 to 1."
     c1, c2 = 0.01**2, 0.03**2
     level_a, level_b = (im.detach().mean((-2, -1), keepdim=True) for im in (a, b))
-    a, b = a - level_a, b - level_b                               # variances do not move, and lose less to rounding
+    a, b = a - level_a, b - level_b                               # less is lost to rounding
     maps = torch.stack([a, b, (a - b).square(), a*a + b*b])       # (4, b, c, h, w)
     mu_a, mu_b, difference, squares = _gauss_valid(_gauss_valid(maps, -2), -1)
     both = (squares - mu_a*mu_a - mu_b*mu_b).clamp(min=0)         # var(a) + var(b)
@@ -86,7 +87,7 @@ def _ssim_map(a, b):
     return light*(1 - apart/(both + c2))
 
 def ssim(
-    a,               # (b, c, h, w) images, any channel count, at least 11 pixels on each side; they may overshoot
+    a,               # (b, c, h, w) images, at least 11 pixels a side; they may overshoot
     b,               # their ground truth, same shape; it may not
     data_range=1.0,  # the distance from black to white: 1 in this course, 2 for images in [-1, 1]
 ) -> torch.Tensor:   # (b,) one per image, from -1 to 1, which identical images have
@@ -98,7 +99,7 @@ def ssim(
 # %% ../nbs/02_metrics.ipynb #02-035a
 @contextmanager
 def random_kept():
-    "Whatever is drawn inside, the caller's random states (torch on all devices, NumPy, Python) are as before at the end."
+    "Whatever is drawn inside, the random states of torch, NumPy and Python come back at the end."
     python, array = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
@@ -149,12 +150,12 @@ class LPIPS(nn.Module):
         if min(a.shape[-2:]) < self.smallest:
             raise ValueError(f'a has shape {tuple(a.shape)}; {self.name} needs at least {self.smallest} pixels on each side')
         self.to(a.device)
-        with torch.autocast(a.device.type, enabled=False):       # squares of small features are 0 in half precision
+        with torch.autocast(a.device.type, enabled=False):        # half precision loses squares
             pairs = zip(self.model.lins, self.features(a), self.features(b))
             return sum(lin((p - q).square()).mean((2, 3)) for lin, p, q in pairs).flatten()
 
 def _length(maps):
-    "The length at each place, (b, 1, h, w); its gradient is 0 where it is 0, not NaN as that of a root."
+    "The length at each place, (b, 1, h, w); where it is 0, so is its gradient (a root's is NaN)."
     squares = maps.square().sum(1, keepdim=True)
     dead = squares == 0
     return torch.where(dead, 1, squares).sqrt().masked_fill(dead, 0)
@@ -167,14 +168,15 @@ def lpips_distance(
     seed=0,                # of the random trunk
 ) -> LPIPS:                # a callable (a, b) -> (b,), lower is closer; its `.name` says net and weights
     "LPIPS v0.1 on [0, 1] images through the `lpips` package; FileNotFoundError says how to get missing weights (Zhang et al. 2018)."
-    if not isinstance(net, str) or net not in _TRUNKS: raise ValueError(f'net is {net!r}; expected one of {", ".join(map(repr, _TRUNKS))}')
+    if not isinstance(net, str) or net not in _TRUNKS:
+        raise ValueError(f'net is {net!r}; expected one of {", ".join(map(repr, _TRUNKS))}')
     if weights not in ('pretrained', 'random'): raise ValueError(f"weights is {weights!r}; expected 'pretrained' or 'random'")
     seed = check_whole(seed, 'seed')
     path = _trunk_file(net, download) if weights == 'pretrained' else None
     import lpips
     with random_kept(), warnings.catch_warnings():
         warnings.simplefilter('ignore')                           # the package uses an old torchvision argument
-        torch.default_generator.manual_seed(seed)                 # torch.manual_seed would reseed a GPU that wakes up later
+        torch.default_generator.manual_seed(seed)                 # not that of GPUs
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     if path: _fill_trunk(model.net, torch.load(path, map_location='cpu', weights_only=True))
     return LPIPS(model, f'LPIPS-{net}' + ('' if path else ' (random weights)'), _TRUNKS[net][2])
@@ -240,12 +242,13 @@ class Scores:
     @property
     def endless(self):
         "metric -> the images that make its mean infinite: a perfect restoration has a PSNR of inf."
-        found = {m: [n for n, v in zip(self.names, values.tolist()) if math.isinf(v)] for m, values in self.values.items()}
-        return {m: names for m, names in found.items() if names}
+        named = lambda values: [n for n, v in zip(self.names, values.tolist()) if math.isinf(v)]
+        return {m: named(values) for m, values in self.values.items() if values.isinf().any()}
 
     def remark(self):
         "Which means are infinite, because of which images; '' if none is."
-        return '; '.join(f'{m} is infinite for {", ".join(names)}, and so is its mean' for m, names in self.endless.items())
+        says = '{} is infinite for {}, and so is its mean'
+        return '; '.join(says.format(m, ', '.join(names)) for m, names in self.endless.items())
 
     @property
     def mean(self):
@@ -258,7 +261,7 @@ class Scores:
     def __getitem__(self, metric): return self.values[metric]
 
     def table(self):
-        "A `Table`: PSNR with 2 decimals, everything else with 4; its caption names what is infinite."
+        "A `Table`: PSNR with 2 decimals, the rest with 4; its caption names what is infinite."
         rows = [dict(image=n, **{m: v[i].item() for m, v in self.values.items()}) for i, n in enumerate(self.names)]
         rows.append(dict(image='mean', **self._mean()))
         caption = '; '.join(filter(None, [self.caption, self.remark()]))
@@ -283,18 +286,19 @@ def map_tensors(
 def copies(
     nested,  # a tensor, or tensors in tuples, lists and dicts
 ):
-    "The same with tensors of their own, for functions that may write into what they are handed; graphs are not kept."
+    "The same with other tensors, for functions that may write into them; graphs are not kept."
     return map_tensors(lambda t: t.detach().clone().requires_grad_(t.requires_grad), nested)
 
-_EVALUATED = weakref.WeakKeyDictionary()    # module -> [how many are inside, the mode that the first one found]
+_EVALUATED = weakref.WeakKeyDictionary()    # module -> [how many are inside, mode before]
 _DOOR = threading.RLock()
 
 @contextmanager
 def evaluating(
     model,  # a module; any other callable is left alone
 ):
-    """Evaluation mode inside; at the end every module has its own mode again, after an error too. May be nested and overlap in threads:
-    the last one out puts back what the first one in found. Gradients stay as they are: add torch.no_grad()."""
+    """Evaluation mode inside; then every module has its own mode again, after an error too.
+    May be nested and overlap in threads: the last one out puts back what the first one in found.
+    Gradients stay as they are: add torch.no_grad()."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with _DOOR:
         for m in modules: _EVALUATED.setdefault(m, [0, m.training])[0] += 1
@@ -317,7 +321,9 @@ def _deployed(model):
 def _named_pairs(pairs, names):
     "(name, (y, x)) of a dict, a data set or an iterable of pairs."
     if isinstance(names, str): raise TypeError(f'names is {names!r}; expected a list of names')
-    if isinstance(pairs, dict): names, pairs = pairs.keys() if names is None else names, list(pairs.values())
+    if isinstance(pairs, dict):
+        names = pairs.keys() if names is None else names
+        pairs = list(pairs.values())
     names = None if names is None else list(map(str, names))
     sized = hasattr(pairs, '__len__') and hasattr(pairs, '__getitem__')   # a data set need not end by itself
     if sized and names is not None and len(names) != len(pairs):
@@ -328,10 +334,11 @@ def _named_pairs(pairs, names):
         name = str(i) if names is None else names[i]
         if not isinstance(pair, (tuple, list)) or len(pair) != 2: raise ValueError(f'{name} is {type(pair).__name__}; expected a pair (y, x)')
         yield name, pair
-    if names is not None and 0 <= i < len(names) - 1: raise ValueError(f'names holds {len(names)}; pairs holds {i + 1}')
+    if names is not None and 0 <= i < len(names) - 1:
+        raise ValueError(f'names holds {len(names)}; pairs holds {i + 1}')
 
 def _labels(metrics):
-    "name of a metric -> what its column is called: by the metric's own name where that says that its weights are random."
+    "name of a metric -> its column: the metric's own name where that says that weights are random."
     if not isinstance(metrics, dict) or not metrics:
         raise TypeError(f'metrics is {metrics!r}; expected a dict name -> function, at least one')
     own = {k: getattr(f, 'name', '') for k, f in metrics.items()}
@@ -341,10 +348,11 @@ def _labels(metrics):
 
 def _one_value(value, what):
     "The one number that a metric gave for one image, as a float32 tensor on the CPU."
+    wanted = 'expected one number for each image'
     try: value = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f'{what} gave {type(value).__name__}; expected one number for each image') from error
-    if value.numel() != 1: raise ValueError(f'{what} gave shape {tuple(value.shape)}; expected one number for each image')
+        raise TypeError(f'{what} gave {type(value).__name__}; {wanted}') from error
+    if value.numel() != 1: raise ValueError(f'{what} gave shape {tuple(value.shape)}; {wanted}')
     if value.isnan().any(): raise ValueError(f'{what} gave NaN; expected a number')
     return value.reshape(()).float().cpu()
 
@@ -352,7 +360,7 @@ def _cut(x, border): return x[..., border:x.shape[-2] - border, border:x.shape[-
 
 def evaluate(
     model,         # a callable y -> x_hat on batches of one, (1, c, h, w); a module is run in eval mode, which is restored
-    pairs,         # an iterable of (y, x), each (c, h, w) of any size, or a dict name -> (y, x); nothing writes into them
+    pairs,         # an iterable of (y, x), each (c, h, w) of any size, or a dict name -> (y, x)
     metrics=None,  # name -> fn(x_hat, x), one number for each image; default PSNR and SSIM
     names=None,    # of the images; default the dict's keys, or 0, 1, 2, ...
     border=0,      # pixels cut from each side before measuring (super-resolution: the scale)
@@ -370,9 +378,9 @@ def evaluate(
             check_truth(x, f'x of {name}')
             channels = channels or (len(y), len(x))
             if channels != (len(y), len(x)):
-                raise ValueError(f'{name}: y and x have {len(y)} and {len(x)} channels, those of {seen[0]} have {channels[0]} and {channels[1]}; '
-                                 'expected the same in all pairs')
-            y, x = (t.detach().to(device, copy=True)[None] for t in (y, x))   # whoever writes into them writes into copies
+                raise ValueError(f'{name}: y and x have {len(y)} and {len(x)} channels, those of '
+                                 f'{seen[0]} have {channels[0]} and {channels[1]}; expected the same')
+            y, x = (t.detach().to(device, copy=True)[None] for t in (y, x))   # models may write into them
             x_hat = model(y)
             if not isinstance(x_hat, torch.Tensor): raise TypeError(f'{name}: the model gave {type(x_hat).__name__}; expected a tensor')
             if x_hat.shape != x.shape: raise ValueError(f'{name}: the model gave shape {tuple(x_hat.shape)}; expected {tuple(x.shape)}, as x')
@@ -419,8 +427,9 @@ def count_macs(
     model,     # a module or any callable on tensors
     *inputs,   # what it is called with; the count is for this batch and these sizes
 ) -> int:
-    """Multiply-accumulates of one forward pass in eval mode, from the operators that really run (FLOPs of torch's FlopCounterMode, halved); inputs, buffers and random states stay.
-    Counted: convolutions, matrix products, attention, recurrent layers, distances. Not: element-wise work, norms, FFT, resampling."""
+    """Multiply-accumulates of one forward pass in eval mode, from the operators that really run (FLOPs of torch's FlopCounterMode, halved).
+    Counted: convolutions, matrix products, attention, recurrent layers, distances. Not: element-wise work, norms, FFT, resampling.
+    Inputs, buffers and random states stay as they are."""
     formulas = {getattr(torch.ops.aten, k): f for k, f in _FORMULAS.items() if hasattr(torch.ops.aten, k)}
     fused, inputs = torch.backends.mha.get_fastpath_enabled(), copies(inputs)
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
@@ -449,7 +458,7 @@ def latency(
     repeats=20,  # timed calls
     warmup=3,    # calls before them that are not counted
 ) -> float:      # seconds
-    """Median time of one call, in eval mode without gradients, the device synchronised before and after each call.
+    """Median time of one call, in eval mode without gradients, between synchronisations of the device.
     Inputs, buffers and random states stay; each call gets fresh copies of its inputs."""
     repeats, warmup = check_whole(repeats, 'repeats', 1), check_whole(warmup, 'warmup', 0)
     times = []
@@ -477,7 +486,7 @@ def peak_memory(
 ) -> int:      # bytes above what was allocated before
     """The most additional memory at any moment while `fn` runs: CUDA's allocator maximum, or on a CPU the highest running sum of
     the profiler's allocation events (PyTorch's allocator, temporaries of operators included; not the buffers of foreign libraries).
-    A module keeps its mode, so dropout and BatchNorm run as they are; its buffers, the inputs and the random states come back."""
+    A module keeps its mode. Its buffers, the inputs and the random states come back."""
     tensors = [*inputs, *(fn.parameters() if isinstance(fn, nn.Module) else ())]
     cuda = next((t.device for t in tensors if isinstance(t, torch.Tensor) and t.device.type == 'cuda'), None)
     inputs = copies(inputs)
@@ -488,7 +497,7 @@ def _peak_on_cuda(fn, inputs, device):
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    out = fn(*inputs)                                             # kept, so that the result is not freed too early
+    out = fn(*inputs)                                             # kept: not freed too early
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
