@@ -8,7 +8,7 @@ __all__ = ['Report', 'Headroom', 'headroom', 'Ladder', 'reads_truth', 'stateless
            'claims_page']
 
 # %% ../nbs/04_audit.ipynb #04-003
-import inspect, json, linecache, math, os, random, re, sys, threading, time, types
+import functools, inspect, json, linecache, math, os, random, re, sys, threading, time, types
 from collections import Counter, deque
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -25,9 +25,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 
-from .data import budget_mode, check_images, project_home
+from .data import budget_mode, check_images, check_number, check_whole, project_home
 from .learner import seed_all
-from .metrics import Scores, Table, _deployed, psnr
+from .metrics import Scores, Table, check_truth, copies, evaluating, map_tensors, psnr, random_kept
 
 # %% ../nbs/04_audit.ipynb #04-011
 class Report:
@@ -50,15 +50,6 @@ class Report:
     def __repr__(self): return repr(self.table())
     def _repr_markdown_(self): return self.table().markdown()
 
-def _map(fn, nested):
-    "`fn` of every tensor in tuples, lists and dicts; anything else stays as it is."
-    if isinstance(nested, torch.Tensor): return fn(nested)
-    if isinstance(nested, dict): return {k: _map(fn, v) for k, v in nested.items()}
-    if isinstance(nested, (tuple, list)):
-        parts = [_map(fn, v) for v in nested]
-        return type(nested)(*parts) if hasattr(nested, '_fields') else type(nested)(parts)
-    return nested
-
 def _leaves(nested):
     "All tensors in tuples, lists and dicts, in order."
     if isinstance(nested, torch.Tensor): return [nested]
@@ -75,17 +66,12 @@ def _apart(a, b):
         worst = max(worst, d.max().item() if d.numel() else 0.0)
     return worst
 
-def _clones(nested): return _map(lambda t: t.detach().clone(), nested)
-
 @contextmanager
 def _seeded(seed):
     "The same random numbers inside at each use (torch on all devices, NumPy, Python); what was there before comes back."
-    kept = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
-            seed_all(seed)
-            yield
-    finally: random.setstate(kept[0]), np.random.set_state(kept[1])
+    with random_kept():
+        seed_all(seed)
+        yield
 
 def _pictures(n=8, size=64, seed=0):
     "Smooth ramps and blobs with a little texture: (n, 1, size, size) in [0.1, 0.9]."
@@ -161,7 +147,9 @@ def _grid(values, metric, name):
         if any(v.names != many[0].names for v in many): raise ValueError(f'{name} holds Scores of different images; expected the same in the same order')
         grid = torch.stack([v[metric] for v in many])
     else:
-        try: grid = torch.as_tensor(_map(torch.Tensor.tolist, many if isinstance(values, (list, tuple)) else values), dtype=torch.float64)
+        listed = many if isinstance(values, (list, tuple)) else values
+        nested = map_tensors(torch.Tensor.tolist, listed)
+        try: grid = torch.as_tensor(nested, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f'{name} is no number, (images,) or (seeds, images) of numbers, nor Scores: {error}') from error
     if grid.ndim > 2 or not grid.numel(): raise ValueError(f'{name} has shape {tuple(grid.shape)}; expected a number, (images,) or (seeds, images)')
@@ -222,8 +210,12 @@ def _judged(rungs, metric, unit):
         gain, room = sign*(mean - floor), sign*(top - floor) if ceilings else math.inf
         closed = 100*headroom(metric, floor, top, mean).share if ours and ceilings and room > 0 else None
         problem = _problem(metric, gain, room, unit) if ours else ''
+        spread = seeds.std().item() if len(seeds) > 1 and seeds.isfinite().all() else None
+        endless = int(r['grid'].isinf().any(0).sum())
+        if 0 < endless < r['grid'].shape[1] and r['kind'] != 'ceiling':
+            problem = f'infinite for {endless} of {r["grid"].shape[1]} images, and so is the mean'
         if r['kind'] == 'ceiling' and gain <= 0: problem = f'not above the best floor: {gain:.3g} {unit}'.strip()
-        rows.append({'name': r['name'], 'kind': r['kind'], 'mean': mean, 'spread': seeds.std().item() if len(seeds) > 1 else None,
+        rows.append({'name': r['name'], 'kind': r['kind'], 'mean': mean, 'spread': spread,
                      'gain': gain, share: closed, **r['extra'], 'problem': problem})
     return rows
 
@@ -281,15 +273,17 @@ def reads_truth(
     (by what can be copied before it). Not found: what had been copied from the truth before. ValueError if two equal calls differ under one seed."""
     for t, name in ((y, 'y'), (x, 'x')):
         if not isinstance(t, torch.Tensor) or not t.is_floating_point(): raise TypeError(f'{name} is {getattr(t, "dtype", type(t).__name__)}; expected a float tensor')
+    seed = check_whole(seed, 'seed')
     if not callable(model): raise TypeError(f'model is {type(model).__name__}; expected a function of (y, x) or a module')
     y, truth, both, held = y.detach().clone(), x.detach().clone(), _takes_two(model), []
     fixed = x.is_inference() or any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape))   # such a tensor cannot be written to
     def call(f, t):
         if not fixed: x.data.copy_(t)                       # for whoever holds x itself
         held.append(t.clone())                              # for whoever is handed it: a new object, which stays alive
-        with _seeded(seed), _deployed(f): out = f(y.clone(), held[-1]) if both else f(y.clone())
+        with _seeded(seed), evaluating(f), torch.no_grad():
+            out = f(y.clone(), held[-1]) if both else f(y.clone())
         if not _leaves(out): raise TypeError(f'the model gave {type(out).__name__}; expected a tensor, or tensors in tuples, lists, dicts')
-        return _clones(out)
+        return copies(out)
     try:
         fresh = _copied(model)
         base = [call(model, truth) for _ in range(3)][1:]                                   # the first call may build something
@@ -357,7 +351,7 @@ def _trips(encode, decode, a, b, tol, timeout):
     first, second = trip(a).clone(), trip(b).clone()
     def interleaved():
         za, zb = encode(a.clone()), encode(b.clone())
-        kept = _clones(zb)
+        kept = copies(zb)
         ob, oa, again = decode(zb), decode(za), decode(kept)
         return max(_apart(oa, first), _apart(ob, second), _apart(again, second))
     def order():
@@ -379,16 +373,16 @@ def _trips(encode, decode, a, b, tol, timeout):
     def changes():
         im = a.clone()
         z = encode(im)
-        kept = _clones(z)
+        kept = copies(z)
         decode(z)
         return max(_apart(im, a), _apart(z, kept))
     def ignores():
-        zb = _clones(encode(b.clone()))
+        zb = copies(encode(b.clone()))
         encode(a.clone())
         return _apart(a, b) if _apart(decode(zb), first) <= tol else 0.0
     def hair():
-        z = _clones(encode(a.clone()))
-        moved = _map(lambda t: t*(1 + 1e-6) + 1e-12 if t.is_floating_point() else t, z)
+        z = copies(encode(a.clone()))
+        moved = map_tensors(lambda t: t*(1 + 1e-6) + 1e-12 if t.is_floating_point() else t, z)
         return d if (d := _apart(decode(moved), first)) > max(100*tol, 1e-3*first.abs().max().item()) else 0.0
     return dict(zip(_HIDDEN, (lambda: max(_apart(trip(a), first), _apart(trip(a), first)), order, interleaved, batch_order,
                               lambda: _apart(trip(a, b)[:n], first), threads, changes, ignores, hair)))
@@ -403,15 +397,18 @@ def stateless(
 ) -> Report:     # true if sound; `.failures`: name -> (largest difference, what it means)
     "Does a codec keep what its inverse needs in the latent, and nowhere else? Nine checks, each a named failure."
     for im, name in ((a, 'a'), (b, 'b')): check_images(im, name)
+    tol, timeout = check_number(tol, 'tol', 0), check_number(timeout, 'timeout', above=0)
     if a.shape != b.shape: raise ValueError(f'a has shape {tuple(a.shape)}, b has shape {tuple(b.shape)}; expected the same')
     if _apart(a, b) <= tol: raise ValueError('a and b are the same images; expected different ones')
     a, b, found = a.detach().clone(), b.detach().clone(), {}
-    with torch.random.fork_rng(devices=[]): checks = _in_threads([lambda: _trips(encode, decode, a.clone(), b.clone(), tol, timeout)], timeout)[0]
-    for name, check in checks.items():
-        try: found[name] = _in_threads([check], 2*timeout)[0], _HIDDEN[name]
-        except TimeoutError as error: found[name] = math.inf, str(error)
-        except Exception as error: found[name] = math.inf, f'{type(error).__name__}: {error}'
-        if 'no answer' in found[name][1]: break              # whatever it waits for, the next check would wait, too
+    with random_kept():
+        start = lambda: _trips(encode, decode, a.clone(), b.clone(), tol, timeout)
+        checks = _in_threads([start], timeout)[0]
+        for name, check in checks.items():
+            try: found[name] = _in_threads([check], 2*timeout)[0], _HIDDEN[name]
+            except TimeoutError as error: found[name] = math.inf, str(error)
+            except Exception as error: found[name] = math.inf, f'{type(error).__name__}: {error}'
+            if 'no answer' in found[name][1]: break         # the next check would wait, too
     failures = {k: v for k, v in found.items() if v[0] > tol}
     rows = [{'check': k, 'largest difference': f'{found[k][0]:.3g}' if k in found else 'not run', 'failure': failures.get(k, ('', ''))[1]} for k in checks]
     says = f'Hidden state or worse: {", ".join(failures)}' if failures else 'No hidden state'
@@ -433,15 +430,18 @@ def parseval(
     if not (error.isfinite().all() and (error >= 0).all()): raise ValueError(f'latent_mse is {latent_mse}; expected finite numbers from 0')
     if not measured.isfinite().all(): raise ValueError(f'measured_psnr is {measured_psnr}; expected finite numbers, in dB')
     x = check_images(_pictures() if images is None else images, 'images')
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        z, g = encode(x), torch.Generator().manual_seed(seed)
+    seed = check_whole(seed, 'seed')
+    with torch.no_grad(), random_kept():
+        z, g = encode(x.clone()), torch.Generator().manual_seed(seed)
         size = torch.cat([t.double().flatten().cpu() for t in _leaves(z)]).square().mean().sqrt().item()
-        noisy = _map(lambda t: t + 0.01*size*torch.randn(t.shape, generator=g).to(t), z)
+        noisy = map_tensors(lambda t: t + 0.01*size*torch.randn(t.shape, generator=g).to(t), z)
         added = torch.cat([(p - q).double().flatten().cpu() for p, q in zip(_leaves(noisy), _leaves(z))])
-        clean, moved = (decode(v).double() for v in (z, noisy))
-    if clean.shape != x.shape: raise ValueError(f'codec turns {tuple(x.shape)} into {tuple(clean.shape)}; expected the same shape')
-    gain = ((moved - clean).square().mean()/added.square().mean()).item()
-    single = _channel_gains(z, decode, clean, size, g) or [gain]
+        clean, moved = (decode(copies(v)).double() for v in (z, noisy))
+        if clean.shape != x.shape:
+            shapes = f'{tuple(x.shape)} into {tuple(clean.shape)}'
+            raise ValueError(f'codec turns {shapes}; expected the same shape')
+        gain = ((moved - clean).square().mean()/added.square().mean()).item()
+        single = _channel_gains(z, decode, clean, size, g) or [gain]
     round_trip = (clean - x).square().mean().item()
     from_gain = lambda k: (-10*(k*error + round_trip).log10()).mean().item()
     implied, low, high = from_gain(gain), from_gain(max(single + [gain])), from_gain(min(single + [gain]))
@@ -511,6 +511,8 @@ class _Trace(TorchFunctionMode):
         self.exports, self.outputs, self.paused, self.frame = [], {}, False, None
         self.grad_asked = torch.is_grad_enabled()
 
+    def lasting(self, written): return written
+
     def op(self, t):
         "The call that made what `t` holds now."
         made = [op for op in (self.last.get(id(t)), self.writes.get(_storage(t) or None)) if op]
@@ -543,6 +545,7 @@ class _Trace(TorchFunctionMode):
         finally: self.paused = False
         written = [t for t, v in zip(ins, before) if _version(t) != v]
         if name == 'detach_' or func.__name__ == '__set__': written = [args[0]] if ins and ins[0] is args[0] else []
+        written = self.lasting(written)
         if name in _EXPORTS: self.exports.append(self.add(name, None, sources, _left_torch(name) if any(t for _, t in sources) else ''))
         if name in _BLANKS: sources = []                              # they take a shape, no values
         if name in _CREATES: sources = sources + [(op, False) for op in self.exports]
@@ -555,24 +558,75 @@ class _Trace(TorchFunctionMode):
 
 class _Rehearsal(_Trace):
     "A trace of a training step whose backward, updates and schedules are noted and not done."
-    def __init__(self):
+    def __init__(self, past):
         super().__init__()
-        self.losses, self.optimizers, self.grads, self.cleared = [], [], {}, ''
-        self.fresh, self.wiped = set(), {}                     # parameters whose gradient is new, or was cleared before a step: where
+        self.past, self.losses, self.optimizers, self.cleared = past, [], [], ''
+        self.asked = []                            # what torch.autograd.grad was called on
+        self.standing, self.homes = {}, {}         # parameters at the backward, by id; ids by memory
+        self.fresh, self.wiped = set(), {}         # whose gradient is new, or was cleared early: where
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if not self.paused:
             if func.__name__ == '__set__' and func.__self__.__name__ != 'data':
-                if func.__self__.__name__ == 'grad': self.grads.setdefault(id(args[0]), (args[0], args[0].grad))
+                self.touch(args[:1])
                 return func(*args)
             if func.__name__ == 'backward': return self.note([args[0]])
-            writes = func.__name__ in ('__iadd__', '__isub__', '__imul__', '__itruediv__') or func.__name__.endswith('_') and not func.__name__.startswith('__')
-            if self.losses and writes and not torch.is_grad_enabled() and isinstance(args[0], nn.Parameter): return args[0]
         return super().__torch_function__(func, types, args, kwargs)
+
+    def record(self, name, func, args, kwargs):
+        self.touch(_leaves((args, kwargs)))
+        if func is torch.autograd.grad: kwargs = self.without_backward(*args, **kwargs)
+        return super().record(name, func, args, kwargs)
+
+    def touch(self, tensors):
+        "Notes how tensors are that the step has not made, before it does anything to them."
+        for t in tensors:
+            before = None if id(t) in self.last else self.past.tensor(t)
+            late = self.standing and id(t) not in self.standing
+            if before and before.learns and late: self.stand(before)
+
+    def touch_owner(self, owner, *args):
+        "Notes how a module is before it is called."
+        self.paused, was = True, self.paused
+        self.past.owner(owner)
+        self.paused = was
+
+    def stand(self, before):
+        self.standing[id(before.tensor)] = before
+        home = _storage(before.tensor)
+        if home: self.homes.setdefault(home, []).append(id(before.tensor))
+
+    def fix(self):
+        """At the first backward: from here on parameters stand still. What writes into them is an
+        update, which belongs to no term."""
+        if self.standing: return
+        for before in list(self.past.tensors.values()):
+            if before.learns: self.stand(before if before.holds() else _Before(before.tensor))
+
+    def lasting(self, written):
+        "`written` without parameters that stand: those get their values back, whatever wrote."
+        stays = []
+        for t in written:
+            ids = [i for i in (*self.homes.get(_storage(t), ()), id(t)) if i in self.standing]
+            for i in ids: self.standing[i].reset()
+            if not ids: stays.append(t)
+        return stays
+
+    def without_backward(self, outputs, inputs, **kwargs):
+        """torch.autograd.grad is done, since its gradients are asked for, but leaves the graph.
+        If it asks for those of parameters, an update may follow."""
+        updates = any(isinstance(t, nn.Parameter) for t in _leaves(inputs))
+        if updates and not kwargs.get('create_graph'):
+            self.asked += [t for t in _leaves(outputs) if not any(t is a for a in self.asked)]
+            self.fix()
+        return kwargs | dict(retain_graph=True)
 
     def note(self, losses, *args, **kwargs):
         "A backward pass, not done: parameters get gradients of zero, so that what follows it runs."
         self.losses += (losses := _leaves([losses]))
+        self.paused, was = True, self.paused
+        self.fix()
+        self.paused = was
         for loss in losses:
             for node in _nodes(loss.grad_fn):
                 if hasattr(node, 'variable'):
@@ -580,7 +634,7 @@ class _Rehearsal(_Trace):
 
     def set_grad(self, p, value):
         self.paused, was = True, self.paused
-        self.grads.setdefault(id(p), (p, p.grad))              # what it was, for the end
+        self.touch([p])
         p.grad, self.paused = value, was
 
     def no_step(self, optimizer, args, kwargs):
@@ -619,6 +673,140 @@ def _cut(name, ins, t, written, grad_asked):
     if not (t.is_floating_point() or t.is_complex()): return 'integer cast' if name in _CASTS else 'zero slope'
     return 'no gradient'
 
+# %% ../nbs/04_audit.ipynb #04-041a
+_HOOKS = '_backward_hooks', '_post_accumulate_grad_hooks'
+
+@contextmanager
+def _raw():
+    "Plain values: no graph, no inference mode, no transform of torch.func."
+    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableFuncTorch(): yield
+
+class _Before:
+    "A tensor as a step found it: values, version, gradient, flags and hooks."
+    def __init__(self, t):
+        self.tensor, self.leaf, self.needs = t, t.is_leaf, t.requires_grad
+        self.learns = isinstance(t, nn.Parameter) or (t.is_leaf and t.requires_grad)
+        self.version = _version(t)
+        self.guard = None
+        if not t.is_inference(): self.guard = torch.autograd._unsafe_preserve_version_counter(t)
+        self.hooks = {k: dict(getattr(t, k) or {}) for k in _HOOKS}
+        self.grad = t.grad if t.is_leaf else None
+        fixed = not _storage(t) or any(s == 0 and k > 1 for s, k in zip(t.stride(), t.shape))
+        with _raw():
+            self.place = t.data                                # the same memory, no graph, no version
+            self.value = None if fixed else self.place.clone()
+            self.grad_value = None if self.grad is None else self.grad.data.clone()
+
+    def holds(self):
+        "Is it still so?"
+        if self.value is None: return True
+        if self.version != _version(self.tensor) or self.moved(): return False
+        with _raw(): return torch.equal(self.place, self.value)
+
+    def moved(self):
+        "Has it got other memory?"
+        where = lambda t: (_storage(t), t.storage_offset(), t.shape, t.stride())
+        return where(self.tensor) != where(self.place)
+
+    def reset(self):
+        "Its values, in the memory that it had, at the version that it had."
+        if self.value is None: return
+        with _raw():
+            if self.moved(): self.tensor.data = self.place
+            self.place.copy_(self.value)
+        if self.guard: self.guard.__exit__(None, None, None)
+
+    def put_back(self):
+        "All of it."
+        t = self.tensor
+        self.reset()
+        if self.leaf and not t.is_leaf and not t._is_view(): t.detach_()
+        if t.is_leaf and t.requires_grad != self.needs: t.requires_grad_(self.needs)
+        for k, hooks in self.hooks.items():
+            if getattr(t, k) is not None: _refill(getattr(t, k), hooks)
+        if not t.is_leaf: return
+        t.grad = self.grad
+        if self.grad is not None:
+            with _raw(): self.grad.data.copy_(self.grad_value)
+
+def _refill(kept, items):
+    "A dict or a list with the entries that it had."
+    kept.clear()
+    if isinstance(kept, dict): kept.update(items)
+    else: kept.extend(items)
+
+class _Past:
+    """All that a step found before it and may change: tensors, modules (modes, hooks, what is
+    registered), optimizers (groups, state)."""
+    def __init__(self): self.tensors, self.owners = {}, {}
+
+    def tensor(self, t):
+        "How the tensor was when it was first noted, which may be now; None within torch.func."
+        if id(t) not in self.tensors:
+            if torch._C._functorch.is_functorch_wrapped_tensor(t): return None
+            self.tensors[id(t)] = _Before(t)
+        return self.tensors[id(t)]
+
+    def owner(self, owner):
+        "A module with all that is in it, or an optimizer."
+        for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
+            if id(part) in self.owners: continue
+            books = [(book, book.copy()) for book in _books(part)]
+            self.owners[id(part)] = part, getattr(part, 'training', None), books
+            for _, entries in books:
+                for t in _leaves(list(entries.values()) if isinstance(entries, dict) else entries):
+                    self.tensor(t)
+
+    def put_back(self):
+        for part, mode, books in self.owners.values():
+            for book, entries in books: _refill(book, entries)
+            if mode is not None: part.training = mode
+        for before in reversed(list(self.tensors.values())): before.put_back()
+
+def _books(owner):
+    "The dicts and lists in which a module or an optimizer keeps tensors and hooks."
+    if isinstance(owner, nn.Module):
+        kinds = ('_parameters', '_buffers', '_modules')
+        named = [v for k, v in vars(owner).items() if k in kinds or k.endswith('_hooks')]
+        return [v for v in named if isinstance(v, dict)]
+    groups, state = owner.param_groups, owner.state
+    entries = [v for v in state.values() if isinstance(v, dict)]
+    return [groups, *groups, *(g['params'] for g in groups), state, *entries]
+
+_NO_WAY = (type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.Tensor,
+           np.ndarray, Path, torch.utils.data.Dataset, torch.utils.data.DataLoader)
+
+def _reached(*roots):
+    """The modules and optimizers that functions, objects and containers lead to: by closures,
+    defaults, attributes, and the globals that their code names."""
+    seen, todo = {}, list(roots)
+    while todo:
+        v = todo.pop()
+        if id(v) in seen or isinstance(v, _NO_WAY): continue
+        seen[id(v)] = v
+        todo += _beside(v)
+    return [v for v in seen.values() if isinstance(v, (nn.Module, torch.optim.Optimizer))]
+
+def _beside(v):
+    "What `v` refers to by name or as a part."
+    if isinstance(v, dict): return list(v.values())
+    if isinstance(v, (list, tuple, set, frozenset)): return list(v)
+    if isinstance(v, functools.partial): return [v.func, *v.args, *v.keywords.values()]
+    if isinstance(v, types.MethodType): return [v.__self__, v.__func__]
+    if not isinstance(v, types.FunctionType): return list(getattr(v, '__dict__', {}).values())
+    if v.__code__.co_filename.startswith(_HERE[0]): return []                 # torch's own
+    cells = [c.cell_contents for c in v.__closure__ or () if not _is_empty(c)]
+    names = {name for code in _codes(v) for name in code.co_names}
+    used = [v.__globals__[name] for name in names if name in v.__globals__]
+    packages = [vars(m) for m in used if isinstance(m, types.ModuleType)]
+    inside = [m[name] for m in packages for name in names if name in m]
+    return [*cells, *(v.__defaults__ or ()), *(v.__kwdefaults__ or {}).values(), *used, *inside]
+
+def _is_empty(cell):
+    try: cell.cell_contents
+    except ValueError: return True
+    return False
+
 # %% ../nbs/04_audit.ipynb #04-042
 _ENDS = {'detach': 'detached by {}', 'numpy': 'its values went through numpy ({})', 'number': 'it became a Python number ({})', 'no_grad': '{} ran under no_grad',
          'inference mode': '{} ran in inference mode', 'integer cast': '{} made integers of it', 'zero slope': '{} has no gradient',
@@ -650,9 +838,12 @@ def _codes(*functions):
     return set(todo)
 
 @contextmanager
-def _traced(names):
+def _traced(names, past):
     "Runs what is inside under a trace; backward, scalers, optimizers and schedules are noted and do nothing. Yields it and the named local variables."
-    trace, found, roots, ours = _Rehearsal(), {}, {n.split('.')[0] for n in names}, _codes(*vars(_Trace).values(), *vars(_Rehearsal).values(), _leaves, _place, _storage, _version, _cut)
+    trace, found, roots = _Rehearsal(past), {}, {n.split('.')[0] for n in names}
+    own = [f for c in (_Trace, _Rehearsal, _Past, _Before) for f in vars(c).values()]
+    own += [_raw.__wrapped__, _leaves, _place, _storage, _version, _cut, _books, _refill]
+    ours = _codes(*own)
     def on_return(frame, event, arg):
         code = frame.f_code
         if event != 'return' or code in ours or code.co_filename.startswith(_HERE[0]): return
@@ -661,15 +852,16 @@ def _traced(names):
     def output_of(module, args, out): trace.outputs.setdefault(id(module), []).extend(_leaves(out))
     with ExitStack() as stack:
         for target, name, new in trace.replacements(): stack.enter_context(mock.patch.object(target, name, new))
-        for handle in (nn.modules.module.register_module_forward_hook(output_of), register_optimizer_step_pre_hook(trace.no_step)): stack.callback(handle.remove)
+        hooks = nn.modules.module
+        for handle in (hooks.register_module_forward_pre_hook(trace.touch_owner),
+                       hooks.register_module_forward_hook(output_of),
+                       register_optimizer_step_pre_hook(trace.no_step)):
+            stack.callback(handle.remove)
         if roots:
             stack.callback(sys.setprofile, sys.getprofile())
             sys.setprofile(on_return)
-        stack.enter_context(torch.random.fork_rng())
-        try:
-            with trace: yield trace, found
-        finally:
-            for p, grad in trace.grads.values(): p.grad = grad
+        with trace: yield trace, found
+        for before in trace.standing.values(): before.reset()  # what was written through NumPy, say
 
 # %% ../nbs/04_audit.ipynb #04-044
 _PRODUCTS = ('mul', 'mm', 'addmm', 'bmm', 'baddbmm', 'convolution', 'linear', 'div', 'dot', 'mv', 'lerp', 'addcmul')
@@ -694,16 +886,22 @@ class _Flow:
         for node in nodes:
             for child, _ in node.next_functions: self.into.setdefault(child, []).append(node)
         self.accumulators = {id(n.variable): n for n in nodes if hasattr(n, 'variable')}
-        inputs = list({id(t): t for t in [*(n.variable for n in self.accumulators.values()), *tensors] if t.requires_grad}.values())
+        edge = torch.autograd.graph.GradientEdge             # the leaf may have been frozen since
+        edges = {i: edge(n, 0) for i, n in self.accumulators.items()}
+        inputs = {id(t): t for t in tensors if t.requires_grad} | edges
         note = lambda node: lambda ins, outs: self.edges.update({node: [g is not None and bool((g != 0).any()) for g in ins]})
         handles = [n.register_hook(note(n)) for n in nodes if not hasattr(n, 'variable')]
-        try: found = torch.autograd.grad(term, inputs, torch.ones_like(term), retain_graph=True, allow_unused=True) if term.requires_grad else [None]*len(inputs)
+        how = dict(retain_graph=True, allow_unused=True)
+        found = [None]*len(inputs)
+        try:
+            if term.requires_grad:
+                found = torch.autograd.grad(term, list(inputs.values()), torch.ones_like(term), **how)
         except RuntimeError as error:
             if 'inplace' not in str(error): raise ValueError(_NO_GRADIENT.get('second time' in str(error), str(error))) from error
             self.error, found = str(error).split(';')[0].split('[')[0], [None]*len(inputs)
         finally:
             for h in handles: h.remove()
-        self.grads = {id(t): g for t, g in zip(inputs, found) if g is not None}
+        self.grads = {i: g for i, g in zip(inputs, found) if g is not None}
 
     def of(self, tensors):
         "Norm over `tensors`; None if the graph leads to none of them."
@@ -783,6 +981,8 @@ class _Audit:
     def __init__(self, terms, watch, trace, frozen, optimizers):
         self.terms, self.watch, self.trace, self.frozen = terms, watch, trace, set(frozen)
         self.held = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}
+        nodes = [n for t in terms.values() for n in _nodes(t.grad_fn)]
+        self.used = {id(n.variable) for n in nodes if hasattr(n, 'variable')}
         tensors = [t for s in watch for t in self.probes(s)]
         self.flows = {name: _Flow(t, tensors) for name, t in terms.items()}
 
@@ -795,8 +995,12 @@ class _Audit:
         "The tensors at which a station's gradient is read: its learning parameters, or else its outputs, or itself."
         s = self.watch[station]
         if isinstance(s, torch.Tensor): return [s]
-        learning = [p for p in s.parameters() if p.requires_grad]
+        learning = [p for p in s.parameters() if self.needs(p)]
         return learning or (self.trace.outputs.get(id(s), []) if self.trace else [])
+
+    def needs(self, p):
+        "Does a parameter ask for gradients, or did it when a term was computed?"
+        return p.requires_grad or id(p) in self.used
 
     def learns(self, variable):
         "Will this leaf be updated? It was there before the step, and an optimizer has it, if any is known."
@@ -806,7 +1010,8 @@ class _Audit:
     def cell(self, term, station):
         s, probes = self.watch[station], self.probes(station)
         has_params = isinstance(s, nn.Module) and any(True for _ in s.parameters())
-        idle = (has_params and not any(p.requires_grad for p in s.parameters())) or isinstance(s, nn.Parameter) and not s.requires_grad
+        idle = has_params and not any(map(self.needs, s.parameters()))
+        idle |= isinstance(s, nn.Parameter) and not self.needs(s)
         if idle and station not in self.frozen: return _Cell('frozen', None, 'frozen', '', 'none of its parameters has requires_grad')
         if self.flows[term].error: return _Cell('none', None, 'in-place', '', self.flows[term].error)
         norm = self.flows[term].of(probes)
@@ -894,8 +1099,6 @@ def _not_held(audit):
 # %% ../nbs/04_audit.ipynb #04-048
 def _listed(value): return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
-def _modules(watch): return [m for m in (watch.values() if isinstance(watch, dict) else []) if isinstance(m, nn.Module)]
-
 def _named(value, found):
     "A module or tensor, or what the step called by this name."
     if isinstance(value, str):
@@ -911,6 +1114,8 @@ def _terms(result, trace):
     "{name: scalar} of what a step returned, or else called backward on."
     if isinstance(result, (tuple, list)) and result: result = result[0]
     noted = trace.losses if trace else []
+    graph = any(t.requires_grad for t in _leaves(result))
+    if trace and not noted and not graph: noted = trace.asked
     parts = [t for t in (result.values() if isinstance(result, dict) else []) if isinstance(t, torch.Tensor) and t.numel() == 1]
     if noted and not (parts and any(t.requires_grad for t in parts) and math.isclose(sum(t.item() for t in parts), sum(t.item() for t in noted), rel_tol=1e-4)):
         result = {'loss' if k == 0 else f'loss {k + 1}': t for k, t in enumerate(noted)}       # what went backward, whatever was returned
@@ -937,15 +1142,18 @@ def audit_gradient(
     frozen=(),       # names of modules that must not learn and must let the gradient through
 ) -> GradientReport:
     """Follows the gradient of each loss term to each station and says where and how it ends. Updates of the step are not made (optimizers, schedules,
-    scalers, in-place writes to parameters after backward); gradients, random state and buffers of modules in `watch` are put back; counters are not."""
+    scalers, whatever writes into parameters after backward or autograd.grad). What the step touches or leads to is
+    put back, after an error too: tensors with their gradients and flags, modules with their modes and hooks, optimizers
+    with their state, random states. Counters and attributes are not."""
     names = [v for v in (watch.values() if isinstance(watch, dict) else watch) if isinstance(v, str)]
     if not watch: raise ValueError(f'watch is {watch!r}; expected at least one name')
     trace, found, result, step = None, {}, loss, callable(loss) and not isinstance(loss, torch.Tensor)
     if names and not step: raise ValueError(f'watch names {names}; names of variables need the step as a function')
-    kept = [(b, b.clone()) for m in _modules(watch) for b in m.buffers()] if step else []
+    past = _Past()
     try:
         if step:
-            with _traced(names) as (trace, found): result = loss()
+            for owner in _reached(loss, watch, _listed(optimizer)): past.owner(owner)
+            with random_kept(), _traced(names, past) as (trace, found): result = loss()
         terms = _terms(result, trace)
         stations = {n: _named(watch[n] if isinstance(watch, dict) else n, found) for n in watch}
         _check_names(stations, terms, expect or {}, frozen)
@@ -955,9 +1163,7 @@ def audit_gradient(
     except RuntimeError as error:
         if 'leaf Variable' not in str(error): raise
         return GradientReport([], [], {}, [Break('loss', 'in-place on a leaf', _place(trace.frame), str(error))])
-    finally:
-        with torch.no_grad():
-            for b, value in kept: b.copy_(value)
+    finally: past.put_back()
 
 # %% ../nbs/04_audit.ipynb #04-069
 def _checksum(tensors):
@@ -1000,6 +1206,11 @@ def _new_name(name, rename):
     if fits is None: return name
     return None if rename[fits] is None else rename[fits] + name[len(fits):]
 
+def _memory(t):
+    "Where all values of `t` lie: equal for tensors that are tied."
+    if not _storage(t): return id(t)
+    return t.device, _storage(t), t.storage_offset(), t.shape, t.stride(), t.dtype
+
 def _fitting(own, state): return [k for k, t in state.items() if k in own and own[k].shape == t.shape]
 
 def _suggestion(own, state):
@@ -1023,14 +1234,16 @@ def load_report(
                     # `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model); true if nothing of the model is left out
     "Copies tensors whose name and shape fit, and says what was not: load_state_dict(strict=False) says nothing to those who do not ask."
     if not isinstance(model, nn.Module): raise TypeError(f'model is {type(model).__name__}; expected a module')
-    if not 0 <= at_least <= 1: raise ValueError(f'at_least is {at_least}; expected 0 to 1')
+    at_least = check_number(at_least, 'at_least', 0, 1)
     own = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
     if not own: raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
     state = _renamed(_flat_state(state_dict), rename)
     copied = _fitting(own, state)
-    filled = {id(own[k]) for k in copied}                   # a tied weight is filled under either of its names
-    sizes = {id(p): p.numel() for p in own.values()}
-    found = dict(copied=copied, missing=[k for k, p in own.items() if k not in state and id(p) not in filled],
+    place = {k: _memory(p) for k, p in own.items()}
+    filled = {place[k] for k in copied}      # a tied weight is filled by either name, counts once
+    sizes = {place[k]: p.numel() for k, p in own.items()}
+    missing = [k for k in own if k not in state and place[k] not in filled]
+    found = dict(copied=copied, missing=missing,
                  extra=[k for k in state if k not in own],
                  mismatched={k: (tuple(own[k].shape), tuple(t.shape)) for k, t in state.items() if k in own and k not in copied},
                  cast={k: f'{state[k].dtype} to {own[k].dtype}'.replace('torch.', '') for k in copied if state[k].dtype != own[k].dtype})
@@ -1039,9 +1252,9 @@ def load_report(
     if share < at_least: raise ValueError(f'{counts}; expected at least {at_least:.0%}{_first(found)}{_suggestion(own, state)}')
     ready = _ready(own, state, copied)
     before = _checksum(own)
-    with torch.no_grad():
-        for k in copied: own[k].copy_(ready[k])
-    found |= dict(bytes=sum(own[k].nbytes for k in copied), share=share, before=before, after=_checksum(own))
+    _fill(own, ready)
+    nbytes = sum({place[k]: own[k].nbytes for k in copied}.values())
+    found |= dict(bytes=nbytes, share=share, before=before, after=_checksum(own))
     rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in ('copied', 'cast', 'missing', 'extra', 'mismatched')]
     rows += [{'what': 'checksum', 'first': f'{before} before, {found["after"]} after'}]
     says = f'{counts}, {found["bytes"]:,} bytes' + (f'; {len(found["extra"])} of the file were not wanted' if found['extra'] else '') + (', but every value was there already' if before == found['after'] else '')
@@ -1049,14 +1262,30 @@ def load_report(
 
 def _ready(own, state, names):
     "The tensors as the model will hold them; ValueError, before anything is copied, for values that are lost on the way or are no numbers."
-    out = {}
+    out, held = {}, {_storage(p) for p in own.values()}
     for k in names:
         if state[k].is_meta or own[k].is_meta or state[k].layout is not torch.strided: raise ValueError(f'{k!r} is {state[k].device}, {state[k].layout}; expected values in memory')
         if state[k].is_complex() and not own[k].is_complex(): raise ValueError(f'{k!r} is {state[k].dtype}; the model holds {own[k].dtype}')
         out[k] = state[k].to(own[k].dtype)
+        if _storage(out[k]) in held: out[k] = out[k].clone()  # it would change with the model
         if out[k].is_floating_point() and not torch.isfinite(out[k]).all():
             raise ValueError(f'{k!r} holds values that are NaN or infinite' + (f' as {own[k].dtype}' if torch.isfinite(state[k]).all() else ''))
     return out
+
+@torch.no_grad()
+def _fill(own, ready):
+    "Copies `ready` into the model; ValueError, and no change, if one memory should hold two."
+    users = Counter(_storage(p) for p in own.values())
+    shared = [k for k in ready if users[_storage(own[k])] > 1]
+    old = [own[k].detach().clone() for k in shared]
+    for k in shared: own[k].copy_(ready[k])
+    lost = [k for k in shared if not torch.equal(own[k], ready[k].to(own[k].device))]
+    if lost:
+        for k, value in zip(shared, old): own[k].copy_(value)
+        others = [k for k in shared if k != lost[0] and _storage(own[k]) == _storage(own[lost[0]])]
+        raise ValueError(f'{lost[0]!r} shares its memory in the model with {others[0]!r}, and '
+                         'state_dict holds other values for it; drop one of them with rename')
+    for k in ready.keys() - set(shared): own[k].copy_(ready[k])
 
 def _entry(found):
     "The first of a list or a dict, as text."
@@ -1078,10 +1307,10 @@ def identity_check(
     at_least=90.0,          # dB that a PSNR must reach; about 58 for a chain through 8 bits
 ) -> Report:                # true if sound; `.failures`: name -> what it means, `.scores`, `.ranges`: station -> (min, max)
     "A perfect restoration must score perfect through the whole chain of ranges, a known error its known score, and another image badly."
-    x = check_images(_pictures() if images is None else images, 'images')
-    if x.min() < -1e-3 or x.max() > 1 + 1e-3: raise ValueError(f'images span {x.min().item():.2f} to {x.max().item():.2f}; expected [0, 1]')
-    score = lambda a: torch.as_tensor(metric(a, x)).double().mean().item()
-    with torch.no_grad():
+    x = check_truth(check_images(_pictures() if images is None else images, 'images'), 'images')
+    at_least = check_number(at_least, 'at_least')
+    score = lambda a: torch.as_tensor(metric(a.clone(), x.clone())).double().mean().item()
+    with torch.no_grad(), random_kept():
         inside = preprocess(x.clone())
         out = postprocess(inside.clone() if isinstance(inside, torch.Tensor) else inside)
         stations = {'input': x, 'model side': inside, 'output': out}
@@ -1155,6 +1384,8 @@ def compare(
         if not grid.isfinite().all(): raise ValueError(f'{name} holds values that are infinite; expected finite ones')
     if a.shape[1] != b.shape[1]: raise ValueError(f'runs_a holds {a.shape[1]} images, runs_b {b.shape[1]}; expected the same images')
     if paired_seeds and len(a) != len(b): raise ValueError(f'runs_a holds {len(a)} seeds, runs_b {len(b)}; paired_seeds needs as many')
+    level, power = check_number(level, 'level', 0), check_number(power, 'power', 0)
+    n_boot, seed = check_whole(n_boot, 'n_boot', 2), check_whole(seed, 'seed')
     if not (0 < level < 1 and 0.5 <= power < 1): raise ValueError(f'level is {level}, power is {power}; expected 0 to 1, and 0.5 to 1')
     if max(len(a), len(b)) == 1 == a.shape[1]: raise ValueError('runs_a and runs_b hold one image and one seed; that says nothing about any other')
     g = torch.Generator().manual_seed(seed)
@@ -1183,6 +1414,7 @@ def _compared(a, b, metric, level, power, found):
     return Report(sure and not one, says, rows, digits, **found)
 
 # %% ../nbs/04_audit.ipynb #04-090
+@random_kept()
 def oracle_gap(
     model,        # called as model(*oracle) and as model(*deployed) under one seed; a module is run in eval mode
     x,            # (b, c, h, w) truth in [0, 1]
@@ -1192,14 +1424,17 @@ def oracle_gap(
     seed=0,       # of both calls and of the bootstrap
 ) -> Report:      # true if the oracle is better by more than chance; `.gap`: how much better the oracle is, `.interval`: 95 % over images, `.problem`
     "The metric with the training-time input against the deployment-time one: what a second stage fed with the truth hides (exposure bias)."
-    check_images(x, 'x')
-    scores, name = [], _metric_name(metric)
+    check_truth(check_images(x, 'x'), 'x')
+    scores, name, seed = [], _metric_name(metric), check_whole(seed, 'seed')
     for inputs, label in ((oracle, 'oracle'), (deployed, 'deployed')):
         if not isinstance(inputs, (tuple, list)): raise TypeError(f'{label} is {type(inputs).__name__}; expected a tuple of inputs')
-        with _seeded(seed), _deployed(model): out = model(*inputs)
+        with _seeded(seed), evaluating(model), torch.no_grad(): out = model(*copies(inputs))
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             raise ValueError(f'{label}: the model gave {tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__}; expected {tuple(x.shape)}')
-        scores.append(torch.as_tensor(metric(out.clamp(0, 1), x)).detach().double().cpu().reshape(-1).nan_to_num(math.nan, 100))
+        found = torch.as_tensor(metric(out.clamp(0, 1), x.clone())).detach().double().cpu()
+        scores.append(torch.where(found == math.inf, 100, found).reshape(-1))
+        if not scores[-1].isfinite().all():
+            raise ValueError(f'{label}: metric gave {found.tolist()}; expected numbers')
         if len(scores[-1]) != len(x): raise ValueError(f'metric gave {len(scores[-1])} values; expected one for each of {len(x)} images')
     sign, many = _sign(name), len(x) > 1
     report = compare(scores[0]*sign, scores[1]*sign, seed=seed, metric=name) if many else None
@@ -1213,7 +1448,7 @@ def oracle_gap(
 # %% ../nbs/04_audit.ipynb #04-095
 def _hidden_part(hidden, x):
     "A function that keeps of a picture (b, c, h, w) what the input does not show; ValueError for a mask of another shape, or one that hides nothing."
-    if callable(hidden): return hidden
+    if callable(hidden): return lambda v: hidden(v.clone())
     if not isinstance(hidden, torch.Tensor) or hidden.shape != (len(x), 1, *x.shape[2:]):
         raise ValueError(f'hidden has shape {tuple(getattr(hidden, "shape", ()))}; expected {(len(x), 1, *x.shape[2:])}, or a function')
     if not hidden.any(): raise ValueError('hidden is 0 everywhere; expected 1 where the input shows nothing')
@@ -1225,6 +1460,7 @@ def _slope_and_correlation(a, b, where):
     size = math.sqrt(covariance(a, a)*covariance(b, b))
     return (a*b).mean().item()/max(b.square().mean().item(), 1e-30), covariance(a, b)/size if size > 1e-12 else 0.0
 
+@random_kept()
 def leak_probe(
     model,   # model(z, t) -> the clean picture that it says at z; t (b,). For a flow: source minus velocity, as z itself holds some of the truth
     x,       # (b, c, h, w) different truths, in the model's range
@@ -1232,20 +1468,22 @@ def leak_probe(
     hidden,  # (b, 1, h, w), 1 where the input shows nothing; or a linear function that keeps of a picture what the input does not show
     path=None,              # path(x, source, t) -> z as in training; default (1 - t) x + t source
     times=(0.5, 0.9, 0.98), # rising, below 1: the start; the last is near it
-    limit=0.25,             # the largest share of a change of the truth that may come back at the last of `times`
+    limit=0.25,             # the largest share of a change, of either sign, that may come back at the last of `times`
 ) -> Report:                # true if sound, false if it leaks; `.followed`, `.correlation`: t -> value (1.0 is the start), `.said`: the prediction at the start
     """Does a flow read the truth on its training path where the input shows nothing? Two truths that differ only there must get nearly the same answer near the start.
     The correlation with the truth is shown at each t, but honest guesses correlate, too. ValueError for shapes, times or equal truths."""
     if x.ndim != 4 or len(x) < 2 or source.shape != x.shape: raise ValueError(f'x has shape {tuple(x.shape)}, source has {tuple(source.shape)}; expected equal (b, c, h, w) with two pictures or more')
+    times, limit = [check_number(t, 'times') for t in times], check_number(limit, 'limit', 0)
     if not len(times) or any(not 0 < a < b for a, b in zip(times, [*times[1:], 1.0])): raise ValueError(f'times is {times}; expected rising numbers above 0 and below 1')
     part, path = _hidden_part(hidden, x), path or (lambda x, e, t: x + t[:, None, None, None]*(e - x))
     change = part(x.roll(1, 0) - x)
     where = part(torch.ones_like(x)) > 0 if not callable(hidden) else torch.ones_like(x, dtype=torch.bool)
     if change.abs().max() == 0: raise ValueError('x holds pictures that are alike in what is hidden; expected different ones')
     at = lambda t: torch.full((len(x),), t, device=x.device, dtype=x.dtype)
-    with _deployed(model):
-        says = {t: [model(path(truth, source, at(t)), at(t)) for truth in (x, x + change)] for t in times}
-        said = model(source, at(1.0))
+    with evaluating(model), torch.no_grad():
+        z = lambda truth, t: path(truth.clone(), source.clone(), at(t))
+        says = {t: [model(z(truth, t), at(t)) for truth in (x, x + change)] for t in times}
+        said = model(source.clone(), at(1.0))
     truth, spread = part(x), part(x)[where].double().std()
     judged = {t: (_slope_and_correlation(part(b - a), change, where)[0], *_slope_and_correlation(part(a), truth, where)[1:], (part(a)[where].double().std()/spread).item()) for t, (a, b) in says.items()}
     judged[1.0] = 0.0, _slope_and_correlation(part(said), truth, where)[1], (part(said)[where].double().std()/spread).item()
@@ -1255,8 +1493,9 @@ def _leak_report(judged, limit, said):
     "The report of `leak_probe` from t -> (share of a change that comes back, correlation, deviation against the truth's)."
     followed, near = {t: v[0] for t, v in judged.items()}, sorted(judged)[-2]
     rows = [{'t': f'{t:g}' if t < 1 else 'the start', 'share of a change that comes back': v[0] if t < 1 else None, 'correlation with the truth': v[1], "deviation / truth's": v[2]} for t, v in judged.items()]
-    leaks = not followed[near] <= limit
+    leaks = not abs(followed[near]) <= limit  # what moves against the truth has read it, too
     says = f'{followed[near]:.0%} of what changes in the hidden truth comes back at t = {near:g}' if leaks else f'No leak: {followed[near]:.0%} of a hidden change comes back at t = {near:g}'
+    if followed[near] < -limit: says += ', with its sign turned round'
     return Report(not leaks, says, rows, 3, followed=followed, correlation={t: v[1] for t, v in judged.items()}, said=said)
 
 # %% ../nbs/04_audit.ipynb #04-099
@@ -1276,11 +1515,15 @@ def claim(
     for text, name in ((id, 'id'), (says, 'says'), (source, 'source'), (note, 'note')):
         if not isinstance(text, str): raise TypeError(f'{name} is {type(text).__name__}; expected text')
         if not text.strip() and name != 'note': raise ValueError(f'{name} is empty; expected text')
-    if not re.fullmatch(r'\d\d_[a-z0-9_]+\.[a-z0-9-]+', id): raise ValueError(f'id is {id!r}; expected such as "12_codecs.ll-ceiling"')
+    if not re.fullmatch(r'[0-9]{2}_[a-z0-9_]+\.[a-z0-9-]+', id): raise ValueError(f'id is {id!r}; expected such as "12_codecs.ll-ceiling"')
     holds = _plain(holds)
     if not (holds is None or isinstance(holds, bool)): raise TypeError(f'holds is {holds!r}; expected True, False or None')
     if not isinstance(measured, (str, dict)) or not measured: raise ValueError(f'measured is {measured!r}; expected text or a dict name -> number')
     if isinstance(measured, dict):
+        for k, v in measured.items():
+            shape = tuple(getattr(v, 'shape', ()))
+            if math.prod(shape) != 1:
+                raise ValueError(f'measured[{k!r}] has shape {shape}; expected one number')
         measured = {str(k): _plain(v) for k, v in measured.items()}
         odd = [k for k, v in measured.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)]
         if odd: raise ValueError(f'measured[{odd[0]!r}] is {measured[odd[0]]!r}; expected a finite number')

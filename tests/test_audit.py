@@ -1,5 +1,5 @@
 """What lesson 04 does not teach of the audit tools: broken and sound examples of each, bad input, coverage of the intervals."""
-import json, math, threading, time
+import json, math, random, threading, time
 
 import numpy as np
 import pytest
@@ -478,7 +478,7 @@ def test_parseval_agrees_with_a_real_latent_error(codec, gain, error):
     encode, decode = codec if isinstance(codec, tuple) else (codec.encode, codec.decode)
     x = audit._pictures()
     z = encode(x)
-    measured = -10*(decode(audit._map(lambda t: t + error**.5*randn(*t.shape, seed=7), z)) - x).square().mean().log10()
+    measured = -10*(decode(torch.utils._pytree.tree_map(lambda t: t + error**.5*randn(*t.shape, seed=7), z)) - x).square().mean().log10()
     report = parseval(error, codec, measured)
     assert report and report.problem == '' and report.gain == pytest.approx(gain, rel=1e-3) and abs(report.gap) < .3
     assert 'implied PSNR' in repr(report)
@@ -515,11 +515,12 @@ def test_parseval_bad_input():
 to_signed, from_signed, to_bits = lambda x: 2*x - 1, lambda z: (z + 1)/2, lambda x: (x*255).round()
 def signed(metric, data_range): return lambda a, b: metric(2*a - 1, 2*b - 1, data_range)
 def named(metric, name): metric.__name__ = name; return metric
+def naive_psnr(a, b, data_range): return 10*(data_range**2/(a - b).square().mean((1, 2, 3))).log10()   # looks at no range
 
 BAD_CHAINS = {
     'not taken back': ((psnr, to_signed), {'identity'}), 'taken back twice': ((psnr, to_signed, lambda z: from_signed(from_signed(z))), {'identity'}),
     'clamped on the model side': ((psnr, lambda x: to_signed(x).clamp(0, 1), from_signed), {'identity'}), 'truncated to bytes': ((psnr, lambda x: (x*255).floor(), lambda z: z/255), {'identity'}),
-    'range of 1 for [-1, 1]': ((signed(psnr, 1),), {'known error'}), 'range of 255 for [0, 1]': ((lambda a, b: psnr(a, b, 255),), {'known error', 'blind'}),
+    'range of 1 for [-1, 1]': ((named(signed(naive_psnr, 1), 'psnr'),), {'known error'}), 'range of 255 for [0, 1]': ((lambda a, b: psnr(a, b, 255),), {'known error', 'blind'}),
     'SSIM with 255': ((lambda a, b: ssim(a, b, 255),), {'blind'}), 'SSIM not taken back': ((ssim, to_signed), {'identity'}),
     'a constant': ((lambda a, b: torch.ones(len(a)),), {'blind'}), 'PSNR with a wrong factor': ((named(lambda a, b: psnr(a, b).clamp(max=200)/2, 'psnr_half'),), {'known error'}),
     'NaN': ((lambda a, b: torch.full((len(a),), math.nan),), {'identity', 'blind'})}
@@ -545,7 +546,7 @@ def test_identity_check_through_bytes_and_its_figures():
     assert not identity_check(psnr, to_bits, lambda z: z/255) and identity_check(psnr, to_bits, lambda z: z/255, at_least=55)
     report = identity_check(psnr, to_signed, from_signed)
     assert report.ranges['model side'] == pytest.approx((-.8, .8), abs=1e-4) and 'model side' in repr(report) and report.scores['known error'] == pytest.approx(20, abs=.01)
-    assert 'factor of 0.5' in identity_check(signed(psnr, 1)).failures['known error']
+    assert 'factor of 0.5' in identity_check(signed(naive_psnr, 1)).failures['known error']
 
 
 def test_identity_check_bad_input():
@@ -834,3 +835,114 @@ def test_leak_probe_runs_a_module_in_eval_mode_and_puts_it_back():
 def test_leak_probe_refuses(make):
     call, says = make
     with pytest.raises(ValueError, match=says): call(leak_probe, *probed())
+
+
+# what once was wrong without a word --------------------------------------------------------------------------------------
+
+def test_leak_probe_judges_a_share_by_its_size():
+    x, start, hole = probed()
+    turned = leak_probe(lambda z, t: -50*z, x, start, hole)
+    assert not turned and turned.followed[.98] == pytest.approx(-1, abs=1e-3) and '-100% of what changes' in turned.says and 'sign turned round' in turned.says
+    for share, sound in ((-.03, True), (-.2, True), (-.3, False), (.2, True), (.3, False)):
+        report = leak_probe(lambda z, t: share*z/(1 - at(t)), x, start, hole)
+        assert bool(report) == sound and report.followed[.98] == pytest.approx(share, abs=1e-4) and ('turned' in report.says) == (share < -.25)
+    assert leak_probe(lambda z, t: 0*z, x, start, hole, times=np.array([.5, .9]), limit=np.float32(.5))
+    for kw in (dict(limit=-1), dict(limit=math.nan), dict(times=(math.nan, .5))):
+        with pytest.raises(ValueError, match=next(iter(kw))): leak_probe(lambda z, t: z, x, start, hole, **kw)
+
+
+def test_load_report_swaps_two_weights_of_one_model():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    a, b = (model[k].weight.detach().clone() for k in (0, 1))
+    own = model.state_dict()
+    assert load_report(model, {'0.weight': own['1.weight'], '1.weight': own['0.weight']}, at_least=0).share == .75
+    assert torch.equal(model[0].weight, b) and torch.equal(model[1].weight, a)
+    load_report(model, model.state_dict(), rename=lambda k: {'0': '1', '1': '0'}[k[0]] + k[1:])
+    assert torch.equal(model[0].weight, a) and torch.equal(model[1].weight, b)
+
+
+def test_load_report_counts_shared_memory_once_and_refuses_two_values_for_it():
+    tied, w = Tied(), torch.ones(5, 3)
+    report = load_report(tied, {'embed.weight': w, 'head.weight': w.clone()})
+    assert report and report.bytes == w.nbytes and report.share == 1
+    twin = nn.ModuleList([nn.Linear(3, 5, bias=False), nn.Linear(3, 5, bias=False), nn.Linear(3, 5, bias=False)])
+    twin[1].weight = nn.Parameter(twin[0].weight.data)                     # another parameter, the same memory
+    before = [m.weight.detach().clone() for m in twin]
+    with pytest.raises(ValueError, match=r"'0.weight' shares its memory in the model with '1.weight'.*other values"):
+        load_report(twin, {'0.weight': w, '1.weight': 2*w, '2.weight': w})
+    assert all(torch.equal(m.weight, v) for m, v in zip(twin, before))
+    report = load_report(twin, {'0.weight': w, '2.weight': 3*w})
+    assert report and report.missing == [] and report.share == 1 and report.bytes == 2*w.nbytes and torch.equal(twin[1].weight, w)
+    assert load_report(twin, {'0.weight': w}, at_least=np.float32(.5)).share == .5 and not load_report(twin, {}, at_least=0)
+
+
+class Scribbler(nn.Module):
+    "Writes into whatever it is handed, and draws from every random state."
+    def forward(self, *inputs):
+        out = inputs[0].clone()
+        for t in inputs: t.zero_()
+        random.random(), np.random.rand(), torch.rand(1)
+        return out
+
+def scribbled(f): return lambda *a: (f(*a), [t.zero_() for t in a], random.random(), np.random.rand(), torch.rand(1))[0]
+
+SCRIBBLERS = dict(
+    oracle_gap=lambda x, y: oracle_gap(Scribbler(), x, (x,), (y,), named(scribbled(lambda a, b: psnr(a, b)), 'psnr')),
+    leak_probe=lambda x, y: leak_probe(scribbled(lambda z, t: z.clone()), 2*x - 1, y, scribbled(lambda v: v.clone()), lambda x, e, t: e, times=(.5, .9)),
+    identity_check=lambda x, y: identity_check(named(scribbled(lambda a, b: psnr(a, b)), 'psnr'), scribbled(lambda v: v.clone()), scribbled(lambda v: v.clone()), images=x),
+    parseval=lambda x, y: parseval(1e-3, (scribbled(lambda v: v.clone()), scribbled(lambda z: z.clone())), 30., images=x),
+    stateless=lambda x, y: stateless(scribbled(lambda v: v.clone()), scribbled(lambda z: z.clone()), x, y),
+    reads_truth=lambda x, y: reads_truth(scribbled(lambda y, x: y.clone()), y, x))
+
+@pytest.mark.parametrize('name', SCRIBBLERS)
+def test_checks_hand_out_copies_and_keep_the_random_states(name):
+    x, y = X.clone(), Y.clone()
+    states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    before = states()
+    SCRIBBLERS[name](x, y)
+    assert torch.equal(x, X) and torch.equal(y, Y) and before == states()
+
+
+def test_checks_that_write_find_the_same():
+    assert oracle_gap(Scribbler(), X, (X*.99,), (Y,), psnr).gap == pytest.approx(oracle_gap(lambda v: v, X, (X*.99,), (Y,), psnr).gap)
+    shares = [leak_probe(f, 2*X - 1, 0*X, torch.ones(8, 1, 24, 24)).followed[.98] for f in (Scribbler(), lambda z, t: z)]
+    assert shares[0] == pytest.approx(shares[1]) == pytest.approx(.02, abs=1e-4)
+    codecs = [parseval(1e-3, (haar, f), 30.).gain for f in (unhaar, scribbled(unhaar))]
+    assert codecs[0] == codecs[1] == pytest.approx(1, abs=.05)
+
+
+def test_numbers_of_numpy_and_numbers_that_are_none():
+    a, b = randn(3, 5), randn(4, 5, seed=1)
+    plain = compare(a, b, seed=3, n_boot=500)
+    assert compare(a.numpy(), b.numpy(), seed=np.int64(3), n_boot=np.int32(500), level=np.float64(.95)).interval == plain.interval
+    for kw in (dict(n_boot=1), dict(n_boot=0), dict(n_boot=-5), dict(n_boot=2.5), dict(seed=.5), dict(seed=math.nan), dict(level=math.nan), dict(power=math.nan)):
+        with pytest.raises(ValueError, match=next(iter(kw)) + ' is'): compare(a, b, **kw)
+    for call, name in ((lambda: reads_truth(lambda y: y, Y, X, seed=.5), 'seed'), (lambda: parseval(1e-3, (haar, unhaar), 30., seed=math.nan), 'seed'), (lambda: oracle_gap(lambda y: y, X, (X,), (Y,), seed=.5), 'seed'),
+                       (lambda: stateless(haar, unhaar, A, B, tol=-1), 'tol'), (lambda: stateless(haar, unhaar, A, B, tol=math.nan), 'tol'), (lambda: stateless(haar, unhaar, A, B, timeout=0), 'timeout'),
+                       (lambda: identity_check(psnr, at_least=math.nan), 'at_least'), (lambda: load_report(small(), {}, at_least=math.nan), 'at_least')):
+        with pytest.raises(ValueError, match=name + ' is'): call()
+    assert reads_truth(lambda y, x: y + x, Y, X, seed=np.int64(0)) and stateless(haar, unhaar, A, B, tol=np.float32(1e-5), timeout=np.int64(60))
+
+
+def test_oracle_gap_refuses_a_truth_out_of_range_and_scores_that_are_none():
+    with pytest.raises(ValueError, match=r'x spans.*\[-1, 1\]'): oracle_gap(lambda y: y, 2*X - 1, (X,), (Y,))
+    for value in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match='oracle: metric gave'): oracle_gap(lambda y: y, X, (X,), (Y,), named(lambda a, b: torch.full((len(a),), value), 'm'))
+        with pytest.raises(ValueError, match='oracle: metric gave'): oracle_gap(lambda y: y, X[:1], (X[:1],), (Y[:1],), named(lambda a, b: torch.full((len(a),), value), 'm'))
+
+
+def test_a_ladder_names_a_mean_that_one_perfect_image_makes_infinite():
+    ladder = Ladder().floor('y', [20., 25., 30.]).add('ours', [[31., math.inf, 33.], [31., 32., 33.]]).ceiling('top', [math.inf, 40., 41.])
+    assert ladder.problems == ['ours: infinite for 1 of 3 images, and so is the mean'] and ladder.table().rows[1]['spread'] is None
+    assert Ladder().floor('y', [20., math.inf]).add('ours', 30.).problems[0] == 'y: infinite for 1 of 2 images, and so is the mean'
+    assert Ladder().floor('y', [20., 25.]).add('ours', [math.inf, math.inf]).ceiling('top', math.inf).problems == []
+
+
+def test_claims_keep_to_their_folder_and_to_one_number(folder):
+    for bad in ('../04_audit.x', '04_audit/../../x.y', '٠٤_audit.x', '04_audit.x\n', '04_audit./x'):
+        with pytest.raises(ValueError, match='id is'): claim(**GOOD | dict(id=bad))
+    for many in (np.ones(2), torch.ones(2, 2), torch.ones(0)):
+        with pytest.raises(ValueError, match=r"measured\['dB'\] has shape"): claim(**GOOD | dict(measured={'dB': many}))
+    row = claim(**GOOD | dict(measured={'a': np.float32(.5), 'b': np.int64(3), 'c': torch.tensor([2.])}, holds=np.bool_(True)))
+    assert row['measured'] == dict(a=.5, b=3, c=2.) and row['verdict'] == 'confirmed'
+    assert [p.name for p in folder.parent.rglob('*.json')] == [f'{row["id"].split(".")[0]}.json']

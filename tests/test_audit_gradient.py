@@ -1,5 +1,8 @@
 "Broken and sound training steps: audit_gradient names each break and raises no false alarm."
 import copy
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -551,3 +554,137 @@ def test_broken_on_a_gpu(name):
     if name == 'by_numpy': step = p.through(lambda z: torch.from_numpy(z.detach().cpu().numpy()).cuda())
     with torch.autocast('cuda', torch.float16): report = audit_gradient(step, watch, **options)
     assert {b.name: b.how for b in report.breaks} == expected
+
+
+# ------------------------------------------------------------- updates that no operator's name gives away
+class Plain:
+    "An optimizer that is none of torch's."
+    def __init__(self, params): self.params = list(params)
+    def step(self): torch._foreach_sub_([p.data for p in self.params], 0.1)
+
+def each(write):
+    def update(params, grads):
+        with torch.no_grad():
+            for q, g in zip(params, grads): write(q, g)
+    return update
+
+def by_vector(params, grads):
+    flat = nn.utils.parameters_to_vector(params)
+    nn.utils.vector_to_parameters(flat - 0.1*nn.utils.parameters_to_vector(grads) - 0.01, params)
+
+def fill(q, g): q[:] = q - 0.1*g - 0.01
+def fill_data(q, g): q.data[...] = 0.5
+def assign(q, g): q.data = q.data - 0.1*g - 0.01
+def by_numpy_memory(q, g): q.detach().numpy()[...] -= 0.1
+
+UPDATES = dict(
+    data=each(lambda q, g: q.data.sub_(0.1*g + 0.01)), plain=each(lambda q, g: q.sub_(0.1*g + 0.01)), copy=each(lambda q, g: q.copy_(q - 0.1*g - 0.01)),
+    slices=each(fill), slices_of_data=each(fill_data), data_assigned=each(assign), other_memory=each(lambda q, g: q.set_(torch.zeros_like(q))),
+    out=each(lambda q, g: torch.sub(q, 0.1, out=q)), init=each(lambda q, g: nn.init.normal_(q)), numpy_memory=each(by_numpy_memory),
+    foreach=torch.no_grad()(lambda params, grads: torch._foreach_add_(params, [g + 0.1 for g in grads], alpha=-0.1)),
+    foreach_of_data=lambda params, grads: torch._foreach_mul_([q.data for q in params], 0.9), vector=by_vector, own_optimizer=lambda params, grads: Plain(params).step(),
+    sgd_foreach=lambda params, grads: torch.optim.SGD(params, lr=0.1, weight_decay=0.1, foreach=True).step(),
+    adam_fused=lambda params, grads: torch.optim.AdamW(params, lr=0.1, fused=True).step())
+
+def image_of(tensors): return [(id(t), t.data_ptr(), t._version, t.requires_grad, t.detach().clone(), t.grad, None if t.grad is None else t.grad.clone()) for t in tensors]
+
+def same(a, b):
+    return all(p[:4] == q[:4] and torch.equal(p[4], q[4]) and p[5] is q[5] and (p[6] is None or torch.equal(p[6], q[6])) for p, q in zip(a, b, strict=True))
+
+@pytest.mark.parametrize('broken', [False, True])
+@pytest.mark.parametrize('way', ['backward', 'autograd.grad'])
+@pytest.mark.parametrize('name', UPDATES)
+def test_no_update_is_made_and_the_report_is_that_of_the_bare_step(name, way, broken):
+    p = Parts()
+    params = [*p.enc.parameters(), *p.dec.parameters()]
+    for k, q in enumerate(params): q.grad = torch.full_like(q, float(k))
+    cut = (lambda z: z.round()) if broken else (lambda z: z)
+    def step():
+        loss = p.through(cut)()
+        if way == 'backward':
+            loss.backward()
+            grads = [q.grad for q in params]
+        else: grads = [torch.zeros_like(q) if g is None else g for q, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True))]
+        UPDATES[name](params, grads)
+        return loss.item()
+    before, bare = image_of(params), audit_gradient(p.through(cut), p.watch)
+    report = audit_gradient(step, p.watch)
+    assert same(before, image_of(params))
+    assert [(b.name, b.how) for b in report.breaks] == [(b.name, b.how) for b in bare.breaks] and bool(report) != broken
+    assert {k: (c.state, c.norm) for k, c in report.cells.items()} == {k: (c.state, c.norm) for k, c in bare.cells.items()}
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_all_that_a_step_leads_to_comes_back(fails):
+    p = Parts()
+    bn, teacher, table = nn.BatchNorm2d(2), copy.deepcopy(p.enc).requires_grad_(False), dict(mean=torch.ones(2))
+    net = nn.Sequential(p.enc, bn, p.dec)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    F.mse_loss(net(p.x), p.x).backward()
+    opt.step()
+    old = torch.zeros(3)
+    def step():
+        loss = F.mse_loss(net(p.x), p.x) + teacher(p.x).mean()
+        loss.backward()
+        torch._foreach_lerp_(list(teacher.parameters()), list(p.enc.parameters()), 0.5)
+        table['mean'].mul_(2)
+        old.add_(1)
+        for entry in opt.state.values(): entry['momentum_buffer'].zero_()
+        opt.param_groups[0]['lr'] *= 0.5
+        opt.state.clear()
+        bn.weight.requires_grad_(False), net.eval()
+        p.enc.weight.grad.zero_(), p.enc.weight.register_hook(lambda g: g)
+        net.register_forward_hook(lambda *a: None)
+        p.dec.bias = nn.Parameter(torch.zeros(1))
+        np.random.rand(), random.random(), torch.rand(1)
+        if fails: raise KeyError('mine')
+    everything = [*net.parameters(), *net.buffers(), *teacher.parameters(), table['mean'], old]
+    before, state = image_of(everything), {q: s['momentum_buffer'].clone() for q, s in opt.state.items()}
+    seeds = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    if fails:
+        with pytest.raises(KeyError): audit_gradient(step, ['net'])
+    else: assert isinstance(audit_gradient(step, ['net']).breaks, list)
+    assert same(before, image_of([*net.parameters(), *net.buffers(), *teacher.parameters(), table['mean'], old]))
+    assert opt.param_groups[0]['lr'] == 0.1 and len(opt.state) == len(state) and all(torch.equal(opt.state[q]['momentum_buffer'], v) for q, v in state.items())
+    assert all(m.training for m in net.modules()) and not net._forward_hooks and not p.enc.weight._backward_hooks
+    assert torch.equal(seeds[0], torch.get_rng_state()) and (seeds[1] == np.random.get_state()[1]).all() and seeds[2] == random.getstate()
+
+def test_a_list_of_names_restores_the_statistics():
+    bn, x = nn.BatchNorm2d(1), torch.rand(4, 1, 8, 8)
+    before = {k: v.clone() for k, v in bn.state_dict().items()}
+    assert audit_gradient(lambda: bn(x).square().mean() + bn(x).sum(), ['bn'])
+    assert all(torch.equal(v, before[k]) for k, v in bn.state_dict().items())
+
+def test_two_phases_see_the_weights_that_there_were():
+    "A second loss after an update of the first: its gradient is that at the weights as they were."
+    p = Parts()
+    first, second = p.through(torch.tanh), lambda: p.dec(p.enc(p.x)).square().mean()
+    def step():
+        first().backward()
+        with torch.no_grad():
+            for q in p.enc.parameters(): q.mul_(3.0)
+        second().backward()
+    report = audit_gradient(step, p.watch)
+    assert report and report.cells['loss 2', 'enc'].norm == pytest.approx(audit_gradient(second, p.watch).cells['loss', 'enc'].norm)
+
+def test_a_step_by_autograd_grad_is_named_like_one_by_backward():
+    p = Parts()
+    def step():
+        loss = F.mse_loss(p.dec(p.enc(p.x).detach()), p.x)
+        grads = torch.autograd.grad(loss, list(p.dec.parameters()))
+        for q, g in zip(p.dec.parameters(), grads): q.data.sub_(0.1*g)
+    b, = audit_gradient(step, p.watch).breaks
+    assert (b.name, b.how) == ('enc', 'detach') and 'detach()' in b.where
+    def weighted():                                                # an adaptive weight asks for gradients, too, and is no loss
+        out = p.dec(p.enc(p.x))
+        mse, l1 = F.mse_loss(out, p.x), F.l1_loss(out, p.x)
+        weight = torch.autograd.grad(mse, p.dec.weight, retain_graph=True)[0].norm()/torch.autograd.grad(l1, p.dec.weight, retain_graph=True)[0].norm()
+        return dict(mse=mse, l1=weight*l1)
+    report = audit_gradient(weighted, p.watch)
+    assert report and set(report.cells) == {(t, s) for t in ('mse', 'l1') for s in p.watch}
+
+def test_a_network_that_is_frozen_for_the_next_phase_had_its_gradient():
+    p = Parts()
+    def step():
+        F.mse_loss(p.dec(p.enc(p.x)), p.x).backward()
+        p.enc.requires_grad_(False)
+    assert audit_gradient(step, p.watch).breaks == [] and all(q.requires_grad for q in p.enc.parameters())

@@ -1,5 +1,5 @@
 """What lesson 02 does not teach: parity with the reference libraries, hand counts, devices and dtypes, bad input."""
-import math, urllib.error, warnings
+import gc, math, random, threading, urllib.error, warnings, weakref
 from hashlib import sha256
 
 import numpy as np
@@ -36,13 +36,13 @@ def test_ssim_equals_skimage(channels, size):
     g = torch.Generator().manual_seed(channels)
     a = torch.rand(3, channels, *size, generator=g)
     b = noisy(a, .2)
-    assert np.allclose(ssim(a, b), [sk_ssim(p, q) for p, q in zip(a, b)], atol=1e-6)
+    assert np.allclose(ssim(b, a), [sk_ssim(p, q) for p, q in zip(a, b)], atol=1e-6)
 
 
 def test_ssim_on_photographs(photo):
     worst = 0
     for b in (noisy(photo, .02), photo*.5, photo.roll(3, -1), 1 - photo, torch.full_like(photo, .7), photo + 1e-3):
-        worst = max(worst, abs(ssim(photo, b).item() - sk_ssim(photo[0], b[0])))
+        worst = max(worst, abs(ssim(b, photo).item() - sk_ssim(photo[0], b[0])))
     assert worst < 5e-6
     flat = torch.full_like(photo, .8)                                        # the hard case for E[x^2] - E[x]^2
     assert abs(ssim(flat, noisy(flat, 1e-3)).item() - sk_ssim(flat[0], noisy(flat, 1e-3)[0])) < 2e-5
@@ -51,23 +51,23 @@ def test_ssim_on_photographs(photo):
 def test_ssim_equals_torchmetrics(photo):
     from torchmetrics.functional.image import structural_similarity_index_measure as theirs
     b = noisy(photo)
-    mean, full = theirs(photo, b, data_range=1., gaussian_kernel=True, sigma=1.5, return_full_image=True)
-    assert abs(ssim(photo, b).item() - full[..., 5:-5, 5:-5].mean().item()) < 1e-5    # where the whole window fits
-    assert abs(ssim(photo, b).item() - mean.item()) < 5e-3                            # its own mean includes a reflected rim
+    mean, full = theirs(b, photo, data_range=1., gaussian_kernel=True, sigma=1.5, return_full_image=True)
+    assert abs(ssim(b, photo).item() - full[..., 5:-5, 5:-5].mean().item()) < 1e-5    # where the whole window fits
+    assert abs(ssim(b, photo).item() - mean.item()) < 5e-3                            # its own mean includes a reflected rim
 
 
 @pytest.mark.parametrize('data_range', [1, 2, 255.])
 def test_data_range_is_a_unit(photo, data_range):
     b = noisy(photo)
-    assert torch.allclose(psnr(photo*data_range, b*data_range, data_range), psnr(photo, b), atol=1e-3)
-    assert torch.allclose(ssim(photo*data_range, b*data_range, data_range), ssim(photo, b), atol=1e-5)
-    assert abs(ssim(photo*data_range, b*data_range, data_range).item() - sk_ssim(photo[0]*data_range, b[0]*data_range, data_range)) < 1e-5
+    assert torch.allclose(psnr(b*data_range, photo*data_range, data_range), psnr(b, photo), atol=1e-3)
+    assert torch.allclose(ssim(b*data_range, photo*data_range, data_range), ssim(b, photo), atol=1e-5)
+    assert abs(ssim(b*data_range, photo*data_range, data_range).item() - sk_ssim(photo[0]*data_range, b[0]*data_range, data_range)) < 1e-5
 
 
 def test_psnr_equals_skimage_and_is_inf_for_identical(photo):
     batch = torch.cat([photo, photo.flip(-1), photo])
     other = torch.cat([noisy(photo, .001), noisy(photo, .5).flip(-1), photo])
-    got = psnr(batch, other)
+    got = psnr(other, batch)
     for k in range(2):
         assert abs(got[k].item() - peak_signal_noise_ratio(batch[k].double().numpy(), other[k].double().numpy(), data_range=1)) < 1e-4
     assert got[2] == math.inf and ssim(photo, photo).item() == pytest.approx(1, abs=1e-6)
@@ -82,21 +82,21 @@ def test_psnr_sum_is_accurate():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(fn, dtype, photo):
     a, b = photo.to(dtype), noisy(photo).to(dtype)
-    out = fn(a, b)
+    out = fn(b, a)
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.allclose(out.double(), fn(a.double(), b.double()), atol=1e-4)
+    assert torch.allclose(out.double(), fn(b.double(), a.double()), atol=1e-4)
 
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_devices(device, photo):
     b = noisy(photo)
-    for fn in (psnr, ssim): assert torch.allclose(fn(photo.to(device), b.to(device)).cpu(), fn(photo, b), atol=1e-5)
+    for fn in (psnr, ssim): assert torch.allclose(fn(b.to(device), photo.to(device)).cpu(), fn(b, photo), atol=1e-5)
 
 
 def test_autocast_does_not_lower_the_precision(photo):
     b = noisy(photo)
-    with torch.autocast('cpu', dtype=torch.bfloat16): inside = ssim(photo, b), psnr(photo, b)
-    assert torch.equal(inside[0], ssim(photo, b)) and torch.equal(inside[1], psnr(photo, b))
+    with torch.autocast('cpu', dtype=torch.bfloat16): inside = ssim(b, photo), psnr(b, photo)
+    assert torch.equal(inside[0], ssim(b, photo)) and torch.equal(inside[1], psnr(b, photo))
 
 
 def test_gradients():
@@ -124,8 +124,8 @@ def test_bad_images(fn, photo):
     with pytest.raises(TypeError, match='ndarray'): fn(x, x.numpy())
     with pytest.raises(ValueError, match='0 to 255'): fn(x, x*255)
     with pytest.raises(ValueError, match='at least one pixel'): fn(x[..., :0], x[..., :0])
-    for bad in (0, -1, float('nan'), '1', None):
-        with pytest.raises(ValueError, match='data_range'): fn(x, x, data_range=bad)
+    for bad, error in ((0, ValueError), (-1, ValueError), (float('nan'), ValueError), ('1', TypeError), (None, TypeError)):
+        with pytest.raises(error, match='data_range'): fn(x, x, data_range=bad)
 
 
 def test_too_small_for_ssim():
@@ -134,7 +134,7 @@ def test_too_small_for_ssim():
 
 def test_half_normalised_perfect_restoration():
     x, _ = digits(500)
-    assert psnr(x, 2*x - 1).mean() < 1.5
+    assert psnr(2*x - 1, x).mean() < 1.5
 
 
 @pytest.mark.skipif(not (data_home()/'mnist').is_dir(), reason='MNIST is not in data_home()')
@@ -162,9 +162,9 @@ def squeeze(): return lpips_distance('squeeze', weights='random')
 def test_random_lpips(squeeze, photo):
     assert squeeze.name == 'LPIPS-squeeze (random weights)'
     b = noisy(photo)
-    d = squeeze(torch.cat([photo, photo]), torch.cat([b, photo]))
+    d = squeeze(torch.cat([b, photo]), torch.cat([photo, photo]))
     assert d.shape == (2,) and d[0] > 0 and d[1] == 0
-    assert torch.allclose(d[:1], squeeze.model(photo, b, normalize=True).flatten(), atol=1e-6)   # the package's own [0, 1]
+    assert torch.allclose(d[:1], squeeze.model(b, photo, normalize=True).flatten(), atol=1e-6)   # the package's own [0, 1]
     grey = photo.mean(1, keepdim=True)
     assert torch.allclose(squeeze(grey, grey*.5), squeeze(grey.repeat(1, 3, 1, 1), grey.repeat(1, 3, 1, 1)*.5))
 
@@ -175,7 +175,7 @@ def test_random_lpips_is_seeded_and_leaves_the_generator_alone(squeeze, photo):
     again, other = lpips_distance('squeeze', weights='random'), lpips_distance('squeeze', weights='random', seed=1)
     assert torch.equal(state, torch.get_rng_state())
     b = noisy(photo)
-    assert torch.equal(again(photo, b), squeeze(photo, b)) and not torch.equal(other(photo, b), squeeze(photo, b))
+    assert torch.equal(again(b, photo), squeeze(b, photo)) and not torch.equal(other(b, photo), squeeze(b, photo))
 
 
 def test_lpips_stays_in_eval_without_parameter_gradients(squeeze, photo):
@@ -441,3 +441,205 @@ def test_import_is_light():
     import subprocess, sys
     code = 'import sys, restore_lib.metrics; print([m for m in ("lpips", "torchvision", "matplotlib", "skimage", "accelerate") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+# what once was wrong without a word --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('value', [.01, .5, .91, 1.])
+@pytest.mark.parametrize('move', [1e-7, 3e-5, 1e-3, 0.])
+def test_ssim_of_flat_images_is_at_most_1_and_right(value, move):
+    a = torch.full((1, 1, 16, 16), value)
+    got, b = ssim(a, a + move), (a + move).double()
+    light = (2*value*b[0, 0, 0, 0] + 1e-4)/(value**2 + b[0, 0, 0, 0]**2 + 1e-4)         # by hand: there is no variance
+    assert got.item() <= 1 and got.item() == pytest.approx(light.item(), abs=2e-7)
+    from restore_lib.metrics import _ssim_map
+    assert _ssim_map(a + move, a).max() <= 1
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_ssim_keeps_to_its_range_with_finite_gradients(dtype):
+    g = torch.Generator().manual_seed(0)
+    waves = .5 + .5*torch.sin(torch.arange(24.)*2)[None, None, :, None].expand(1, 1, 24, 24)
+    flats = torch.full((1, 1, 24, 24), .91)
+    for a, b in ((flats, flats), (waves, waves), (waves, 1 - waves), (flats, waves), (-waves, waves), (flats*0, flats), (flats + 1e-4*torch.rand(flats.shape, generator=g), flats)):
+        a, b = a.to(dtype), b.to(dtype).clone().requires_grad_()
+        out = ssim(a, b)
+        out.sum().backward()
+        assert -1 <= out.item() <= 1 and b.grad.isfinite().all()
+        ours, theirs = out.item(), sk_ssim(a[0], b[0].detach())
+        assert ours == pytest.approx(theirs, abs=2e-6)
+
+
+def test_a_truth_out_of_its_range_is_refused(squeeze, photo):
+    x, y = photo[..., :64, :64], noisy(photo[..., :64, :64])
+    for fn in (psnr, ssim, squeeze):
+        with pytest.raises(ValueError, match=r'b spans -1 to 0\.9\d+; expected \[0, 1\] \(is it in \[-1, 1\]'): fn(2*y - 1, 2*x - 1)
+        for wrong in (x + .2, x - .3, 2*x):
+            with pytest.raises(ValueError, match='b spans'): fn(x, wrong)
+        assert fn(y + .5, x).isfinite().all() and fn(y, 1.005*x/x.max()).isfinite().all()      # predictions overshoot; what was resampled, a little
+    for fn in (psnr, ssim):
+        signed, shifted = fn(2*y - 1, 2*x - 1, 2), fn(2*y, 2*x, 2)                             # a range of 2 lies either way
+        assert signed.isfinite().all() and (fn is ssim or torch.allclose(signed, shifted, atol=1e-4))
+        with pytest.raises(ValueError, match=r'b spans -1 to 2; expected \[0, 2\] or \[-1, 1\]'): fn(x, torch.linspace(-1, 2, 64).expand_as(x), 2)
+        with pytest.raises(ValueError, match=r'expected \[0, 255\]'): fn(x, -255*x, 255)
+
+
+def test_evaluate_hands_out_copies(pairs):
+    y, x = (t.clone() for t in pairs['a'])
+    before, seen = (y.clone(), x.clone()), y - .5
+    y.sub_(.5)
+    evaluate(nn.Sequential(nn.ReLU(inplace=True)), [(y, x)])
+    assert torch.equal(y, seen) and torch.equal(x, before[1])
+    scores = evaluate(lambda im: im.mul_(0), [(x, x)])
+    assert torch.equal(x, before[1]) and scores['PSNR'][0] == psnr(0*x[None], x[None])[0]
+    def writes(a, b): return psnr(a.mul_(0), b.fill_(1))
+    scores = evaluate(lambda im: im, [(y, x)], {'first': writes, 'PSNR': psnr})
+    assert torch.equal(x, before[1]) and scores['PSNR'][0] == psnr(y[None].clamp(0, 1), x[None])[0]
+
+
+class Slow(nn.Module):
+    "Waits at a gate, so that two evaluations overlap for certain."
+    def __init__(self):
+        super().__init__()
+        self.drop, self.conv, self.modes, self.gates = nn.Dropout(.5), nn.Conv2d(1, 1, 1).eval(), [], {}
+    def forward(self, y):
+        inside, leave = self.gates[threading.current_thread().name]
+        inside.set()
+        assert leave.wait(10)
+        self.modes.append((self.training, self.drop.training))
+        return y
+
+
+def test_overlapping_evaluations_leave_the_modes(pairs):
+    net, y = Slow().train(), torch.rand(1, 16, 16)
+    net.conv.eval()
+    threads = []
+    for name in ('first', 'second'):
+        net.gates[name] = threading.Event(), threading.Event()
+        threads.append(threading.Thread(target=evaluate, args=(net, [(y, y)], {'PSNR': lambda a, b: 1.}), name=name))
+        threads[-1].start()
+        assert net.gates[name][0].wait(10)
+    for t in threads:                                      # the first one in is the first one out
+        net.gates[t.name][1].set()
+        t.join()
+    assert net.training and net.drop.training and not net.conv.training and net.modes == [(False, False)]*2
+
+
+def test_evaluating_nests_and_lets_go():
+    from restore_lib.metrics import evaluating
+    net = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout()).eval(), nn.Dropout())
+    modes = [m.training for m in net.modules()]
+    outer, part, inner = evaluating(net), evaluating(net[2]), evaluating(net)
+    for c in (outer, part, inner): c.__enter__()
+    outer.__exit__(None, None, None)                       # overlapping, not nested, and a part beside the whole
+    assert not any(m.training for m in net.modules())
+    inner.__exit__(None, None, None)
+    assert not net[2].training and net.training
+    part.__exit__(None, None, None)
+    assert [m.training for m in net.modules()] == modes
+    with pytest.raises(KeyError), evaluating(net): raise KeyError
+    with evaluating(lambda y: y), evaluating(None): assert torch.is_grad_enabled()
+    assert [m.training for m in net.modules()] == modes and not len(M._EVALUATED)
+    with evaluating(net): ref = weakref.ref(net)
+    del net, outer, part, inner, c
+    gc.collect()
+    assert ref() is None
+
+
+def test_a_perfect_image_is_named_where_it_makes_a_mean_infinite(pairs):
+    x = pairs['a'][1]
+    scores = evaluate(lambda y: y, {'perfect': (x, x), 'other': (x*.9, x)})
+    assert 'PSNR is infinite for perfect, and so is its mean' in repr(scores) and 'SSIM is' not in repr(scores) and 'infinite for perfect' in scores._repr_markdown_()
+    with pytest.warns(UserWarning, match='infinite for perfect'): mean = scores.mean
+    assert mean['PSNR'] == math.inf and mean['SSIM'] < 1 and scores.endless == {'PSNR': ['perfect']}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plain = evaluate(lambda y: y, {'other': (x*.9, x)})
+        assert 'infinite' not in repr(plain) and plain.mean['PSNR'] == plain['PSNR'][0].item() and plain.endless == {}
+
+
+def test_evaluate_takes_one_number_an_image(pairs):
+    same, one = lambda y: y, {'a': pairs['a']}
+    for metric, error, text in ((lambda a, b: torch.full((1,), math.nan), ValueError, 'a, m gave NaN'), (lambda a, b: torch.tensor([1., 2.]), ValueError, r'a, m gave shape \(2,\)'),
+                                (lambda a, b: a - b, ValueError, r'gave shape \(1, 3, 20, 30\)'), (lambda a, b: torch.zeros(0), ValueError, 'gave shape'), (lambda a, b: None, TypeError, 'a, m gave NoneType'),
+                                (lambda a, b: 'good', TypeError, 'a, m gave str')):
+        with pytest.raises(error, match=text): evaluate(same, one, {'m': metric})
+    for value in (1, np.float64(1), np.float32([1]), [1.0], torch.ones(1, 1)): assert evaluate(same, one, {'m': lambda a, b: value})['m'].tolist() == [1]
+    for bad in ({}, [psnr]):
+        with pytest.raises(TypeError, match='metrics is'): evaluate(same, one, bad)
+
+
+def test_evaluate_refuses_what_has_no_mean(pairs):
+    same, (y, x) = lambda y: y, pairs['a']
+    with pytest.raises(ValueError, match='grey: y and x have 1 and 1 channels, those of rgb have 3 and 3'): evaluate(same, {'rgb': (y, x), 'grey': (y[:1], x[:1])})
+    with pytest.raises(ValueError, match='e has shape'): evaluate(same, {'e': (y[:, :0], x[:, :0])})
+    with pytest.raises(TypeError, match="names is 'ab'"): evaluate(same, [(y, x)]*2, names='ab')
+    with pytest.raises(ValueError, match='names holds 3; pairs holds 2'): evaluate(same, iter([(y, x)]*2), names=['a', 'b', 'c'])
+    with pytest.raises(ValueError, match='names holds 0'): evaluate(same, pairs, names=[])
+    for bad in (-1, 1.5, True, math.nan):
+        with pytest.raises(ValueError, match='border is'): evaluate(same, pairs, border=bad)
+    assert torch.equal(evaluate(same, pairs, {'PSNR': psnr}, border=np.int64(2))['PSNR'], evaluate(same, pairs, {'PSNR': psnr}, border=2)['PSNR'])
+
+
+def test_two_random_trunks_keep_columns_of_their_own(squeeze):
+    im, other = torch.rand(1, 32, 32), lpips_distance('squeeze', 'random', seed=np.int64(1))
+    scores = evaluate(lambda y: y*.5, [(im, im)], {'A': squeeze, 'B': other})
+    assert list(scores.values) == [f'{k}: LPIPS-squeeze (random weights)' for k in 'AB'] and scores['A: LPIPS-squeeze (random weights)'] != scores['B: LPIPS-squeeze (random weights)']
+
+
+def states(): return torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+def equal(a, b): return torch.equal(a[0], b[0]) and (a[1] == b[1]).all() and a[2] == b[2]
+
+
+def test_measuring_leaves_no_trace():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Dropout(.5))
+    x, before, start = X - .5, {k: v.clone() for k, v in net.state_dict().items()}, states()
+    kept = x.clone()
+    def noise(x): return net(x)*random.random()*np.random.rand() + torch.randn_like(x)
+    for call in (lambda f: count_macs(f, x), lambda f: latency(f, x, repeats=np.int64(2), warmup=np.int64(1)), lambda f: peak_memory(f, x)):
+        call(net)
+        assert torch.equal(x, kept) and equal(start, states()) and net.training and net[2].training
+        assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+        call(noise)
+        assert torch.equal(x, kept) and equal(start, states())
+        net.load_state_dict(before)                        # a function's own module is out of sight
+    nested = dict(x=[x, (x,)])
+    count_macs(lambda d: d['x'][1][0].mul_(0), nested)
+    assert torch.equal(x, kept)
+    with pytest.raises(ZeroDivisionError): peak_memory(lambda x: 1/0, x)
+    w = torch.ones(3, requires_grad=True)
+    peak_memory(lambda w: w.sum().backward(), w)
+    assert w.grad is None
+
+
+def test_measuring_refuses_what_is_no_count():
+    for kw in (dict(repeats=0), dict(repeats=1.5), dict(repeats=True), dict(warmup=-1), dict(warmup=math.nan)):
+        with pytest.raises(ValueError, match=next(iter(kw)) + ' is'): latency(nn.Identity(), X, **kw)
+    for bad in (math.nan, math.inf, -1, True):
+        with pytest.raises(ValueError, match='n is'): human(bad)
+    assert human(np.int64(1500)) == '1.5 k' and human(torch.tensor(7)) == '7' and human(np.float32(2e6)) == '2 M'
+
+
+def test_making_a_random_trunk_leaves_all_random_states():
+    start = states()
+    trunk = lpips_distance('alex', 'random', seed=np.int64(3))
+    assert equal(start, states())
+    weights, again = next(trunk.parameters()), next(lpips_distance('alex', 'random', seed=3).parameters())
+    assert torch.equal(weights, again)
+    for bad, error in ((.5, ValueError), ('1', TypeError), (None, TypeError)):
+        with pytest.raises(error, match='seed is'): lpips_distance('alex', 'random', seed=bad)
+    with pytest.raises(ValueError, match='net is'): lpips_distance(['alex'], 'random')
+
+
+@pytest.mark.parametrize('scale', [1e-4, 0.])
+def test_lpips_of_a_dead_stage(scale, photo):
+    m = lpips_distance('alex', 'random')
+    for p in m.model.net.slice5.parameters(): p.data.mul_(scale)
+    x = photo[..., :64, :64]
+    y = noisy(x, .05).requires_grad_()
+    m(y, x).sum().backward()
+    assert y.grad.isfinite().all() and y.grad.abs().sum() > 0
+    outside = m(y, x)
+    with torch.autocast('cpu', torch.float16): assert torch.equal(m(y, x), outside)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(m(y, x), outside)
+    if scale: assert torch.equal(outside, m.model(2*y - 1, 2*x - 1).flatten())            # to the bit what the package says
