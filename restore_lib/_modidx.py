@@ -504,7 +504,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'restore_lib.diffusion._check_t': ('diffusion.html#_check_t', 'restore_lib/diffusion.py'),
                                        'restore_lib.diffusion._per_channel': ('diffusion.html#_per_channel', 'restore_lib/diffusion.py'),
                                        'restore_lib.diffusion._randn': ('diffusion.html#_randn', 'restore_lib/diffusion.py'),
-                                       'restore_lib.diffusion._real': ('diffusion.html#_real', 'restore_lib/diffusion.py'),
                                        'restore_lib.diffusion.shift_schedule': ( 'diffusion.html#shift_schedule',
                                                                                  'restore_lib/diffusion.py')},
             'restore_lib.dit': { 'restore_lib.dit.DiT': ('dit.html#dit', 'restore_lib/dit.py'),
