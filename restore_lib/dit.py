@@ -39,7 +39,7 @@ class NormedAttention(Knobbed, Attention):
         make = lambda: NORMS[norm](dim//heads, eps=1e-6) if qk_norm else nn.Identity()
         self.q_norm, self.k_norm, self.fused = make(), make(), fused
 
-    def knobs(self): return dict(heads=self.heads)
+    def own_knobs(self): return dict(heads=self.heads)
 
     def _qkv(self, x):
         q, k, v = super()._qkv(x)
@@ -82,7 +82,7 @@ class DiTBlock(Knobbed):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6*dim))
         nn.init.zeros_(self.modulation[1].weight), nn.init.zeros_(self.modulation[1].bias)
 
-    def knobs(self): return dict(norm=self.norm)
+    def own_knobs(self): return dict(norm=self.norm)
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)   # each (b, 1, dim)
@@ -104,7 +104,7 @@ class FinalLayer(Knobbed):
         self.norm, self.modulation, self.linear = NORMS[norm](dim, eps=1e-6, elementwise_affine=False), nn.Sequential(nn.SiLU(), nn.Linear(dim, 2*dim)), nn.Linear(dim, out)
         for m in (self.modulation[1], self.linear): nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)
 
-    def knobs(self): return dict(norm=self.kind)
+    def own_knobs(self): return dict(norm=self.kind)
 
     def forward(self, x, c): return self.linear(modulate(self.norm(x), *self.modulation(c)[:, None].chunk(2, -1)))
 
@@ -123,7 +123,7 @@ class SineTime(Knobbed):
         self.waves, self.scale = waves, scale
         self.mlp = nn.Sequential(nn.Linear(waves, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def knobs(self): return dict(scale=self.scale)
+    def own_knobs(self): return dict(scale=self.scale)
 
     def features(self, t):
         "(b, waves): cosines, then sines."
@@ -144,7 +144,7 @@ class FourierTime(SineTime):
         super().__init__(dim, waves, scale)
         self.register_buffer('w', self.scale*torch.randn(self.waves//2))
 
-    def knobs(self): return {}                                  # the frequencies themselves are in the state
+    def own_knobs(self): return {}                                  # the frequencies themselves are in the state
 
     def features(self, t):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -279,7 +279,7 @@ class DiT(_Sizes, _Flow):
         self.last = FinalLayer(dim, patch**2*channels, norm)
         for m in (self.tokens, *(part for b in self.blocks for part in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))): nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
 
-    def knobs(self): return dict(patch=self.patch)
+    def own_knobs(self): return dict(patch=self.patch)
 
     def _net(self, x, c):
         hw, grid = x.shape[2:], _grid_of(*x.shape[2:], self.patch, 'z')

@@ -68,19 +68,19 @@ def from_windows(
 # %% ../nbs/14_unet.ipynb #14-013a
 class Knobbed(nn.Module):
     """A module whose state says, beside the weights, what else decides its function. `load_state_dict` refuses the state of
-    one with other `knobs`, unless strict=False; a state that does not say them (plain dicts, safetensors) is taken as it is."""
-    def knobs(self):
+    one with other `own_knobs`, unless strict=False; a state that does not say them (plain dicts, safetensors) is taken as it is."""
+    def own_knobs(self):
         "Name -> number, string, True or False, None, or a list of them."
         return {}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, '_metadata'): destination._metadata[prefix[:-1]]['knobs'] = self.knobs()
+        if hasattr(destination, '_metadata'): destination._metadata[prefix[:-1]]['knobs'] = self.own_knobs()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         kept = metadata.get('knobs', {})
-        for name, own in self.knobs().items():                 # torch refuses unexpected keys, and lets them pass where strict=False
+        for name, own in self.own_knobs().items():                 # torch refuses unexpected keys, and lets them pass where strict=False
             if kept.get(name, own) != own: unexpected.append(f'{prefix}{name}={kept[name]!r}, but it is {own!r} here: another function')
 
 
@@ -125,7 +125,7 @@ class WindowAttention(Knobbed):
         nn.init.trunc_normal_(self.bias, std=.02)
         self.register_buffer('relative', _relative(window), persistent=False)
 
-    def knobs(self): return dict(shift=self.shift)
+    def own_knobs(self): return dict(shift=self.shift)
 
     def scores_bias(self, hw):
         "What is added to the scores, (windows or 1, heads, window^2, window^2): the bias, and -inf for whom a token may not see."
@@ -187,7 +187,7 @@ class SwinLayers(Knobbed):
         self.blocks = nn.Sequential(*(SwinBlock(dim, heads, window, window//2*(k % 2), mlp) for k in range(check_whole(depth, 'depth', 0))))
         if around: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def knobs(self): return dict(around=bool(self.around))
+    def own_knobs(self): return dict(around=bool(self.around))
 
     def forward(self, x):
         h = self.out(self.blocks(self.into(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
@@ -291,7 +291,7 @@ def _plan(base, mults, blocks, up_blocks, swin_at):
 
 class _Called(Knobbed):
     "How the network is called, and what it refuses."
-    def knobs(self): return dict(skip=bool(self.skip), cond_channels=self.cond_channels)
+    def own_knobs(self): return dict(skip=bool(self.skip), cond_channels=self.cond_channels)
 
     def embed_time(self, t): return self.time(time_embedding(t, self.base).to(self.time[0].weight.dtype))
 
