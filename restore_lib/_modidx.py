@@ -1263,6 +1263,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'restore_lib/weights.py'),
                                      'restore_lib.weights._check_t': ('weights.html#_check_t', 'restore_lib/weights.py'),
                                      'restore_lib.weights._half': ('weights.html#_half', 'restore_lib/weights.py'),
+                                     'restore_lib.weights._said': ('weights.html#_said', 'restore_lib/weights.py'),
                                      'restore_lib.weights.fluctuation': ('weights.html#fluctuation', 'restore_lib/weights.py'),
                                      'restore_lib.weights.gradient_gram': ('weights.html#gradient_gram', 'restore_lib/weights.py'),
                                      'restore_lib.weights.gradient_noise': ('weights.html#gradient_noise', 'restore_lib/weights.py'),
