@@ -38,9 +38,11 @@ def shift_schedule(
 ) -> torch.Tensor:    # (steps,) float64, sqrt(eta), rising
     "ResShift's 'exponential' schedule of sqrt(eta) (Yue et al. 2023, sec. 2.2); with one step, `etas_end` alone. ValueError names a bad knob."
     steps, kappa = check_whole(steps, 'steps', 1), check_number(kappa, 'kappa', above=0)
-    power, min_noise = check_number(power, 'power', above=0), check_number(min_noise, 'min_noise', above=0)
+    power = check_number(power, 'power', above=0)
+    min_noise = check_number(min_noise, 'min_noise', above=0)
     end = check_number(etas_end, 'etas_end', above=0)
-    if end >= 1: raise ValueError(f'etas_end is {etas_end!r}; expected a number above 0 and below 1')
+    if end >= 1:
+        raise ValueError(f'etas_end is {etas_end!r}; expected a number above 0 and below 1')
     start = min(min_noise/kappa, min_noise)
     if start >= end: raise ValueError(f'min_noise is {min_noise:g}, so sqrt(eta) starts at {start:g}; expected a start below etas_end={end:g}')
     if steps == 1: return torch.tensor([end], dtype=torch.float64)
@@ -185,16 +187,20 @@ def _ask(model, scaled, t, cond):
 class _Training(_Gaussians):
     "Loss weights, training pairs and losses."
     def loss_weights(self, weight='uniform'):
-        """(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa sqrt(eta)), mean 1; or what makes them squared errors of the noise.
-        A tensor (T,) is checked and passed, one of (T, c) where kappa has c numbers. ValueError for other shapes, names, and weights below 0."""
+        """(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa sqrt(eta)), mean 1;
+        or what makes them squared errors of the noise. A tensor (T,) is checked and passed, one of (T, c) where
+        kappa has c numbers. ValueError for other shapes, names, and weights below 0."""
         eta, sigma = self._eta[1:], self._sigma[1:]
         if isinstance(weight, (torch.Tensor, np.ndarray, list, tuple)):
-            w, own = torch.as_tensor(weight).detach().double().cpu(), (self.steps, self._sigma.shape[1])
+            w = torch.as_tensor(weight).detach().double().cpu()
+            own = (self.steps, self._sigma.shape[1])
             if w.shape not in {own[:1], own, (self.steps, 1)}:
-                allowed = f'({self.steps},), a weight for each step' + (f', or {own}' if own[1] > 1 else '')
+                allowed = f'({self.steps},), a weight for each step'
+                if own[1] > 1: allowed += f', or {own}'
                 raise ValueError(f'weight has shape {tuple(w.shape)}; expected {allowed}')
             if not (torch.isfinite(w) & (w >= 0)).all():
-                raise ValueError(f'weight has shape {tuple(w.shape)} and holds NaN, infinite or negative numbers; expected finite ones from 0')
+                raise ValueError(f'weight has shape {tuple(w.shape)} and holds NaN, infinite or negative numbers; '
+                                 'expected finite ones from 0')
             return w.reshape(self.steps, -1)
         if weight not in WEIGHTS: raise ValueError(f'weight is {weight!r}; expected one of {", ".join(WEIGHTS)}, or a tensor ({self.steps},)')
         return {'uniform': torch.ones_like(eta), 'sigma': (1/sigma)/(1/sigma).mean(), 'noise': ((1 - eta)/sigma)**2}[weight]
@@ -215,7 +221,9 @@ class _Training(_Gaussians):
 
     def training_pair(self, x, y, t=None, generator=None, noise=None, stratified=False):
         "A `Pair` from clean x and degraded y, t drawn if not given. ValueError for shapes, t or NaN."
-        if not _check(x, 'x').numel(): raise ValueError(f'x has shape {tuple(x.shape)}; expected at least one sample and one pixel')
+        if not _check(x, 'x').numel():
+            raise ValueError(f'x has shape {tuple(x.shape)}; '
+                             'expected at least one sample and one pixel')
         t = self.draw_t(len(x), generator, x.device, stratified) if t is None else t
         noise = _randn(x, generator) if noise is None else noise
         z = self.shift(x, y, t, noise)
@@ -233,7 +241,9 @@ class _Training(_Gaussians):
         "Means of values (b,) over n equal ranges of t (b,): a dict such as {'t 0-4': 0.1, ...}, without ranges that hold no sample."
         n = check_whole(n, 'n', 1, self.steps)
         if values.shape != t.shape or values.ndim != 1: raise ValueError(f'values has shape {tuple(values.shape)}, t has {tuple(t.shape)}; expected both (b,)')
-        if not ((t >= 0) & (t < self.steps)).all(): raise ValueError(f't holds {t.min().item()} to {t.max().item()}; expected 0 to {self.steps - 1}')
+        if not ((t >= 0) & (t < self.steps)).all():
+            raise ValueError(f't holds {t.min().item()} to {t.max().item()}; '
+                             f'expected 0 to {self.steps - 1}')
         ends = [round(k*self.steps/n) for k in range(n + 1)]
         inside = [(a, b, (t >= a) & (t < b)) for a, b in zip(ends, ends[1:])]
         return {f't {a}-{b - 1}': values[m].mean().item() for a, b, m in inside if m.any()}
@@ -259,7 +269,8 @@ class ResidualShift(_Training):
         if hasattr(steps, 'tolist'): steps = steps.tolist()                           # a tensor or array of t, or one number
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             if check_whole(steps, 'steps', 1) > self.steps:
-                raise ValueError(f'steps is {steps}; expected 1 to {self.steps}: what was trained with {self.steps} knows no other noise levels')
+                raise ValueError(f'steps is {steps}; expected 1 to {self.steps}: what was trained with '
+                                 f'{self.steps} knows no other noise levels')
             return [(2*k*self.steps + steps)//(2*steps) - 1 for k in range(steps, 0, -1)]
         ts = [check_whole(t, 'steps', 0) for t in steps]
         if not ts or ts[0] != self.steps - 1 or any(a <= b for a, b in zip(ts, ts[1:])):

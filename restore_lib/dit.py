@@ -76,7 +76,8 @@ class DiTBlock(Knobbed):
         super().__init__()
         _check_norm(norm)
         dim, mlp, self.norm = check_whole(dim, 'dim', 1), check_number(mlp, 'mlp', 0), norm
-        if int(dim*mlp) < 1: raise ValueError(f'mlp is {mlp:g}, dim is {dim}; expected an MLP at least 1 wide')
+        if int(dim*mlp) < 1:
+            raise ValueError(f'mlp is {mlp:g}, dim is {dim}; expected an MLP at least 1 wide')
         self.norm1, self.norm2 = (NORMS[norm](dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.attn, self.mlp = NormedAttention(dim, heads, qk_norm, norm, fused), Mlp(dim, int(dim*mlp))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6*dim))
@@ -118,7 +119,8 @@ class SineTime(Knobbed):
         scale=1000.0,  # frequencies are given for a thousand steps
     ):
         super().__init__()
-        dim, waves, scale = check_whole(dim, 'dim', 1), check_whole(waves, 'waves', 2), check_number(scale, 'scale', above=0)
+        dim, waves = check_whole(dim, 'dim', 1), check_whole(waves, 'waves', 2)
+        scale = check_number(scale, 'scale', above=0)
         if waves % 2: raise ValueError(f'waves is {waves}; expected an even number')
         self.waves, self.scale = waves, scale
         self.mlp = nn.Sequential(nn.Linear(waves, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -144,7 +146,7 @@ class FourierTime(SineTime):
         super().__init__(dim, waves, scale)
         self.register_buffer('w', self.scale*torch.randn(self.waves//2))
 
-    def own_knobs(self): return {}                                  # the frequencies themselves are in the state
+    def own_knobs(self): return {}  # the frequencies themselves are in the state
 
     def features(self, t):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -186,7 +188,8 @@ class _Flow(Knobbed):
     "How both networks are called, told, and what they refuse; `_net(x, c)` is their own."
     def __init__(self, channels, cond_channels, classes, label_drop, dim, time, span):
         super().__init__()
-        self.channels, self.cond_channels = check_whole(channels, 'channels', 1), check_whole(cond_channels, 'cond_channels', 0)
+        self.channels = check_whole(channels, 'channels', 1)
+        self.cond_channels = check_whole(cond_channels, 'cond_channels', 0)
         classes = self.classes = None if classes is None else check_whole(classes, 'classes', 1)
         self.label_drop = check_number(label_drop, 'label_drop', 0, 1)
         self.time, self.span, self.label = time, span, nn.Embedding(classes + 1, dim) if classes else None
@@ -268,14 +271,16 @@ class DiT(_Sizes, _Flow):
         fused=False,      # torch's fused attention: quicker on a GPU, no forward derivative
         time_scale=1000., # of the sines of t and t - r; a derivative in t grows with it (`SineTime`)
     ):
-        dim, depth, channels = check_whole(dim, 'dim', 4), check_whole(depth, 'depth', 1), check_whole(channels, 'channels', 1)
-        patch, cond_channels = check_whole(patch, 'patch', 1), check_whole(cond_channels, 'cond_channels', 0)
+        dim, depth = check_whole(dim, 'dim', 4), check_whole(depth, 'depth', 1)
+        patch, channels = check_whole(patch, 'patch', 1), check_whole(channels, 'channels', 1)
+        cond_channels = check_whole(cond_channels, 'cond_channels', 0)
         time_scale = check_number(time_scale, 'time_scale', above=0)
         super().__init__(channels, cond_channels, classes, label_drop, dim, SineTime(dim, scale=time_scale), SineTime(dim, scale=time_scale))
         self.patch, self.grid = patch, _grid_of(*_as_hw(img_size, 'img_size'), patch, 'img_size')
         self.tokens = nn.Linear(patch**2*(channels + cond_channels), dim)
         self.register_buffer('pos', sincos_pos_embed(dim, self.grid), persistent=False)
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(depth))
+        blocks = (DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.last = FinalLayer(dim, patch**2*channels, norm)
         for m in (self.tokens, *(part for b in self.blocks for part in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))): nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
 
@@ -309,8 +314,8 @@ class FlowUNet(_Flow):
         waves=64,         # Fourier features of each time
         scale=1.0,        # deviation of their frequencies
     ):
-        channels, cond_channels = check_whole(channels, 'channels', 1), check_whole(cond_channels, 'cond_channels', 0)
-        base = check_whole(base, 'base', 2)
+        channels, base = check_whole(channels, 'channels', 1), check_whole(base, 'base', 2)
+        cond_channels = check_whole(cond_channels, 'cond_channels', 0)
         (widths, down, up), time = _plan(base, mults, blocks, blocks, ()), 4*base
         super().__init__(channels, cond_channels, classes, label_drop, time, FourierTime(time, waves, scale), FourierTime(time, waves, scale))
         self.multiple = 2**(len(widths) - 1)

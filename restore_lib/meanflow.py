@@ -29,9 +29,14 @@ def _wide(t, like): return t.reshape(-1, *[1]*(like.ndim - 1))          # (b,) -
 
 def _check_values(v, name):
     "A finite float tensor (b, ...)."
-    if not isinstance(v, torch.Tensor) or not v.is_floating_point(): raise TypeError(f'{name} is {getattr(v, "dtype", type(v).__name__)}; expected a float tensor (b, ...)')
-    if v.ndim < 2 or not v.numel(): raise ValueError(f'{name} has shape {tuple(v.shape)}; expected (b, ...), none of them 0')
-    if _known(torch.isfinite(v).all()) is False: raise ValueError(f'{name} holds {(~torch.isfinite(v)).sum()} values that are NaN or infinite; expected finite numbers')
+    if not isinstance(v, torch.Tensor) or not v.is_floating_point():
+        raise TypeError(f'{name} is {getattr(v, "dtype", type(v).__name__)}; '
+                        'expected a float tensor (b, ...)')
+    if v.ndim < 2 or not v.numel():
+        raise ValueError(f'{name} has shape {tuple(v.shape)}; expected (b, ...), none of them 0')
+    if _known(torch.isfinite(v).all()) is False:
+        bad = (~torch.isfinite(v)).sum()
+        raise ValueError(f'{name} holds {bad} values that are NaN or infinite; expected finite numbers')
 
 def _check_pair(x, e):
     "Two finite float tensors of one shape (b, ...)."
@@ -63,8 +68,10 @@ def draw_times(
     generator=None,  # of random numbers
     device=None,     # where the times are wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:  # t, r, each (b,) in [0, 1], r <= t
-    "Time pairs: the larger and the smaller of two logit-normal draws (MeanFlow, Geng et al. 2025, sec. 4.2). ValueError for a share outside [0, 1], a mean that is not finite, a std that is not above 0."
-    b, equal, start = check_whole(b, 'b', 1), check_number(equal, 'equal', 0, 1), check_number(start, 'start', 0, 1)
+    """Time pairs: the larger and the smaller of two logit-normal draws (MeanFlow, Geng et al. 2025, sec. 4.2).
+    ValueError for a share outside [0, 1], a mean that is not finite, a std that is not above 0."""
+    b, equal = check_whole(b, 'b', 1), check_number(equal, 'equal', 0, 1)
+    start = check_number(start, 'start', 0, 1)
     mean, std = check_number(mean, 'mean'), check_number(std, 'std', above=0)
     on = generator.device if generator is not None else device
     uniform = torch.rand(2, generator=generator, device=on)
@@ -89,10 +96,12 @@ def adaptive_weight(
     power=1.0,      # p; 0 is plain squared error
     c=1e-2,         # in the units of `error`: for means it means h*w*c_channels times as much as for sums
 ) -> torch.Tensor:  # (b,), without gradient
-    """1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is about 1 whatever the error is.
-    ValueError for p or c below 0, and for c = 0 with p above 0: an error of 0 would have an infinite weight."""
+    """1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is about 1
+    whatever the error is. ValueError for p or c below 0, and for c = 0 with p above 0: an error of 0 would
+    have an infinite weight."""
     power, c = check_number(power, 'power', 0), check_number(c, 'c', 0)
-    if power and not c: raise ValueError(f'c is {c:g}, power is {power:g}; expected c above 0, or power=0')
+    if power and not c:
+        raise ValueError(f'c is {c:g}, power is {power:g}; expected c above 0, or power=0')
     return (error.detach() + c)**-power
 
 # %% ../nbs/20_meanflow.ipynb #20-009
@@ -110,13 +119,14 @@ class FlowMatching(Knobbed):
     ):
         super().__init__()
         if reduce not in ('mean', 'sum'): raise ValueError(f"reduce is {reduce!r}; expected 'mean' or 'sum'")
-        adaptive_weight(torch.ones(1), power, c)                                     # refuses bad knobs now
+        adaptive_weight(torch.ones(1), power, c)  # refuses bad knobs now
         start, mean = check_number(start, 'start', 0, 1), check_number(mean, 'mean')
-        self.net, self.knobs = net, dict(equal=1.0, start=start, mean=mean, std=check_number(std, 'std', above=0))
+        std = check_number(std, 'std', above=0)
+        self.net, self.knobs = net, dict(equal=1.0, start=start, mean=mean, std=std)
         self.power, self.c, self.reduce = float(power), float(c), reduce
         self.times(1)
 
-    def own_knobs(self): return dict(kind=type(self).__name__)                       # which decides how `sample` walks
+    def own_knobs(self): return dict(kind=type(self).__name__)  # which decides how `sample` walks
 
     def extra_repr(self): return ', '.join(f'{k}={v!r}' for k, v in {**self.knobs, **{k: v for k, v in vars(self).items() if isinstance(v, (int, float, str)) and k != 'training'}}.items())
 
@@ -129,8 +139,10 @@ class FlowMatching(Knobbed):
         return v
 
     def forward(self, x, e, label=None, cond=None, t=None, r=None, generator=None):
-        "A `FlowLoss` for targets x and sources e, (b, ...), on times drawn or given. ValueError for shapes, NaN, t outside [0, 1], r > t, r without t."
-        if t is None and r is not None: raise ValueError('r is given, t is not; expected both, or t alone')
+        """A `FlowLoss` for targets x and sources e, (b, ...), on times drawn or given. ValueError
+        for shapes, NaN, t outside [0, 1], r > t, r without t."""
+        if t is None and r is not None:
+            raise ValueError('r is given, t is not; expected both, or t alone')
         _check_pair(x, e)
         if t is None: t, r = self.times(len(x), generator, x.device)
         r = t if r is None else r
@@ -165,14 +177,17 @@ class Regression(FlowMatching):
     "The same network asked once, at the start: t = 1, r = 0, squared error of x (with power 0), so it gives the mean of all targets that fit; `steps` are ignored."
     def times(self, b, generator=None, device=None): return torch.ones(b, device=device), torch.zeros(b, device=device)
     def velocity(self, z, t, s, label=None, cond=None): return self.net(z, torch.ones_like(t), torch.zeros_like(t), label, cond)
-    def walk(self, e, steps=1, label=None, cond=None): return super().walk(e, min(check_whole(steps, 'steps', 1), 1), label, cond)
+    def walk(self, e, steps=1, label=None, cond=None):
+        return super().walk(e, min(check_whole(steps, 'steps', 1), 1), label, cond)
 
 # %% ../nbs/20_meanflow.ipynb #20-013
 def _refuse_fused(net):
-    "Raises ValueError where torch's fused attention is used: its kernel has no derivative along the path."
+    """Raises ValueError where torch's fused attention is used: its kernel has no derivative along
+    the path."""
     for name, part in net.named_modules():
         if getattr(part, 'fused', False):
-            raise ValueError(f'net has fused attention ({name or type(part).__name__}), which MeanFlow cannot differentiate; expected a network made with fused=False')
+            raise ValueError(f'net has fused attention ({name or type(part).__name__}), which MeanFlow cannot '
+                             'differentiate; expected a network made with fused=False')
 
 class MeanFlow(FlowMatching):
     """Learns the average velocity from t to r: u = v - (t - r) du/dt, with the derivative of the network along the path, (v, 1, 0) in (z, t, r) (Geng et al. 2025).
@@ -187,7 +202,8 @@ class MeanFlow(FlowMatching):
         power=1.0, c=1e-2, reduce='sum',      # of `adaptive_weight`
     ):
         if way not in ('jvp', 'double'): raise ValueError(f"way is {way!r}; expected 'jvp' or 'double'")
-        omega, kappa, equal = check_number(omega, 'omega', 0), check_number(kappa, 'kappa', 0), check_number(equal, 'equal', 0, 1)
+        omega, kappa = check_number(omega, 'omega', 0), check_number(kappa, 'kappa', 0)
+        equal = check_number(equal, 'equal', 0, 1)
         super().__init__(net, start, mean, std, power, c, reduce)
         self.knobs['equal'], self.omega, self.kappa, self.way = equal, omega, kappa, way
 
@@ -202,21 +218,24 @@ class MeanFlow(FlowMatching):
         return torch.where(_wide(lost, v), v, mixed)
 
     def derivative(self, z, v, t, r, label=None, cond=None):
-        """u and du/dt (b, ...) along the path, in the precision of the weights: autocast is off inside. ValueError for fused attention,
-        NotImplementedError for another part of the network without such a derivative."""
+        """u and du/dt (b, ...) along the path, in the precision of the weights: autocast is off inside.
+        ValueError for fused attention, NotImplementedError for another part without such a derivative."""
         _refuse_fused(self.net)
         f, at, along = lambda z, t, r: self.net(z, t, r, label, cond), (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r))
         try:
             if self.way == 'jvp': return torch.func.jvp(f, at, along)
-            with torch.enable_grad(): return tuple(out.detach() for out in torch.autograd.functional.jvp(f, at, along, create_graph=True))
+            with torch.enable_grad():
+                both = torch.autograd.functional.jvp(f, at, along, create_graph=True)
+            return tuple(out.detach() for out in both)
         except (NotImplementedError, RuntimeError) as error:
             if not re.search('forward AD|erivative for .* not implemented', str(error)): raise
             why = str(error).splitlines()[0]
-            raise NotImplementedError(f"net has a part without the derivative that way={self.way!r} needs: {why} (fused attention? Make it with fused=False)") from error
+            raise NotImplementedError(f'net has a part without the derivative that way={self.way!r} needs: {why} '
+                                      '(fused attention? Make it with fused=False)') from error
 
     @torch.no_grad()
     def target(self, z, v, t, r, label=None, cond=None):
-        if self.way == 'double' or (r < t).any(): _refuse_fused(self.net)               # before any work
+        if self.way == 'double' or (r < t).any(): _refuse_fused(self.net)  # before any work
         own = next(self.net.parameters()).dtype
         z, v, t, r = (q.to(own) for q in (z, v, t, r))
         cond = None if cond is None else cond.to(own)
@@ -286,9 +305,13 @@ def flow_learner(
     cbs=(),        # further callbacks
     **knobs,       # of Learner: valid, precision, sched, ...
 ) -> Learner:      # its history has the raw error beside the weighted loss
-    "A Learner for a flow, with AdamW, a cosine and the gradient's norm clipped at 1. ValueError as in Learner, and for less data than a batch."
-    batch, lr, ema = check_whole(batch, 'batch', 1), check_number(lr, 'lr', above=0), check_number(ema, 'ema', 0, 1)
-    if len(data) < batch: raise ValueError(f'data holds {len(data)} items; expected at least batch={batch}, one whole batch')
+    """A Learner for a flow, with AdamW, a cosine and the gradient's norm clipped at 1. ValueError
+    as in Learner, and for less data than a batch."""
+    batch, lr = check_whole(batch, 'batch', 1), check_number(lr, 'lr', above=0)
+    ema = check_number(ema, 'ema', 0, 1)
+    if len(data) < batch:
+        raise ValueError(f'data holds {len(data)} items; '
+                         f'expected at least batch={batch}, one whole batch')
     step = FlowStep(degrade)
     return Learner(flow, step, DataLoader(data, batch, shuffle=True, drop_last=True), opt=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0), seed=seed,
                    cbs=[RawError(step), *([EMA(ema)] if ema else []), *cbs], **dict(sched=warmup_cosine(0.1, 0.01), clip=1.0) | knobs)
@@ -307,7 +330,8 @@ def hole_psnr(
     mask,           # (b, 1, h, w), 1 where to look
 ) -> torch.Tensor:  # (b,) dB
     "PSNR of the masked pixels alone."
-    if a.shape != x.shape: raise ValueError(f'a has shape {tuple(a.shape)}, x has {tuple(x.shape)}; expected the same')
+    if a.shape != x.shape:
+        raise ValueError(f'a has shape {tuple(a.shape)}, x has {tuple(x.shape)}; expected the same')
     return -10*_inside((check_images(a, 'a').clamp(0, 1) - check_images(x, 'x')).square(), mask).log10()
 
 def diversity(
@@ -315,15 +339,20 @@ def diversity(
     mask,           # (b, 1, h, w), 1 where to look
 ) -> torch.Tensor:  # (b,)
     "Root mean square distance of the masked pixels from their mean over n samples, unbiased: 0 if all samples are alike."
-    if samples.ndim != 5 or len(samples) < 2: raise ValueError(f'samples has shape {tuple(samples.shape)}; expected (n, b, c, h, w) with two or more samples')
+    if samples.ndim != 5 or len(samples) < 2:
+        raise ValueError(f'samples has shape {tuple(samples.shape)}; '
+                         'expected (n, b, c, h, w) with two or more samples')
     _check_values(samples, 'samples')
     return _inside(samples.var(0), mask).sqrt()
 
 def _check_mask(mask, b, hw):
     "Raises unless mask is a tensor (b, 1, h, w) of numbers from 0 to 1, or of truth values."
     if not isinstance(mask, torch.Tensor) or mask.shape != (b, 1, *hw):
-        raise ValueError(f'mask has shape {tuple(getattr(mask, "shape", ()))}; expected {(b, 1, *hw)}')
-    if _known(((mask >= 0) & (mask <= 1)).all()) is False: raise ValueError('mask holds NaN or numbers outside [0, 1]; expected 1 where to look, 0 elsewhere')
+        raise ValueError(f'mask has shape {tuple(getattr(mask, "shape", ()))}; '
+                         f'expected {(b, 1, *hw)}')
+    if _known(((mask >= 0) & (mask <= 1)).all()) is False:
+        raise ValueError('mask holds NaN or numbers outside [0, 1]; '
+                         'expected 1 where to look, 0 elsewhere')
 
 def _inside(values, mask):
     "Means (b,) of values (b, c, h, w) where mask (b, 1, h, w) is 1."
@@ -344,7 +373,8 @@ class Bridge:
         told=None,        # is y given to the network beside z? Default for 'noise' only
     ):
         if kind not in BRIDGES: raise ValueError(f'kind is {kind!r}; expected one of {", ".join(BRIDGES)}')
-        self.kind, self.sigma, self.told = kind, check_number(sigma, 'sigma', above=0), kind == 'noise' if told is None else told
+        self.kind, self.sigma = kind, check_number(sigma, 'sigma', above=0)
+        self.told = kind == 'noise' if told is None else told
         if kind == 'noise' and not self.told: raise ValueError("told is False; a source of noise alone shows nothing of y, so it must be told")
 
     def __repr__(self): return f'Bridge({self.kind!r}, sigma={self.sigma:g}, told={self.told})'
@@ -374,7 +404,8 @@ class ShiftFlow(Knobbed):
 
     def own_knobs(self):
         p = self.process
-        return dict(predicts=p.predicts, kappa=p.kappa.tolist(), latent_std=p.latent_std.tolist(), sqrt_etas=p.sqrt_etas.tolist())
+        tables = {k: getattr(p, k).tolist() for k in ('kappa', 'latent_std', 'sqrt_etas')}
+        return dict(predicts=p.predicts, **tables)
 
     def ask(self, label=None):
         "model(scaled z, t, cond) as `ResidualShift` wants it."
@@ -382,7 +413,8 @@ class ShiftFlow(Knobbed):
 
     def forward(self, x, e, label=None, cond=None, t=None, r=None, generator=None):
         "A `FlowLoss` for clean x and degraded e; t (b,) int64 if given. ValueError as in ResidualShift."
-        if r is not None: raise ValueError('r is given; residual shifting has one time, t: expected None')
+        if r is not None:
+            raise ValueError('r is given; residual shifting has one time, t: expected None')
         loss = self.process.loss(self.ask(label), x, e, t, cond, generator=generator, stratified=t is None)
         when = (loss.t + 1).to(x.dtype)/self.process.steps
         return FlowLoss(loss.mean, loss.per_sample.detach(), when, when)
@@ -399,12 +431,15 @@ class Restorer(Knobbed):
         bridge,  # a Bridge
     ):
         super().__init__()
-        for part, name, kind in ((flow, 'flow', (FlowMatching, ShiftFlow)), (bridge, 'bridge', Bridge)):
-            if not isinstance(part, kind): raise TypeError(f'{name} is {type(part).__name__}; expected a {"Bridge" if name == "bridge" else "FlowMatching or ShiftFlow"}')
+        if not isinstance(flow, (FlowMatching, ShiftFlow)):
+            raise TypeError(f'flow is {type(flow).__name__}; expected a FlowMatching or a ShiftFlow')
+        if not isinstance(bridge, Bridge):
+            raise TypeError(f'bridge is {type(bridge).__name__}; expected a Bridge')
         if isinstance(flow, ShiftFlow) and not (bridge.kind == 'straight' and bridge.told): raise ValueError(f"bridge is {bridge}; residual shifting makes its own noise: expected Bridge('straight', told=True)")
         self.flow, self.bridge = flow, bridge
 
-    def own_knobs(self): return dict(bridge=[self.bridge.kind, self.bridge.sigma, bool(self.bridge.told)])
+    def own_knobs(self):
+        return dict(bridge=[self.bridge.kind, self.bridge.sigma, bool(self.bridge.told)])
 
     def extra_repr(self): return repr(self.bridge)
 

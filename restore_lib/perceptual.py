@@ -39,13 +39,18 @@ class Trunk(Knobbed):
         seed, ends = check_whole(seed, 'seed'), _STAGES[net] if cuts is None else cuts
         ends = tuple(check_whole(end, 'cuts', 1, _STAGES['vgg'][-1] + 1) for end in ends)
         if not ends or any(a >= b for a, b in zip(ends, ends[1:])):
-            raise ValueError(f'cuts is {cuts!r}; expected rising numbers of layers, such as {_STAGES[net]}')
+            raise ValueError(f'cuts is {cuts!r}; '
+                             f'expected rising numbers of layers, such as {_STAGES[net]}')
         path = _trunk_file(net, download) if weights == 'pretrained' else None
         from torchvision import models
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)               # torch.manual_seed would seed every GPU of the caller, too
-            with torch.device('cpu'): layers = getattr(models, _TRUNKS[net][0])(weights=None).features.float()
-        if ends[-1] > len(layers): raise ValueError(f'cuts is {cuts!r}; expected at most {len(layers)}, the layers of {net!r}')
+            # torch.manual_seed would seed every GPU of the caller, too
+            torch.default_generator.manual_seed(seed)
+            with torch.device('cpu'): model = getattr(models, _TRUNKS[net][0])(weights=None)
+        layers = model.features.float()
+        if ends[-1] > len(layers):
+            raise ValueError(f'cuts is {cuts!r}; '
+                             f'expected at most {len(layers)}, the layers of {net!r}')
         if path:
             state = torch.load(path, map_location='cpu', weights_only=True)
             layers.load_state_dict({k.removeprefix('features.'): v for k, v in state.items() if k.startswith('features.')})
@@ -81,7 +86,8 @@ class TokenMaps(Knobbed):
         super().__init__()
         self.vit = encoder.encoder if isinstance(encoder, MAE) else encoder
         if not isinstance(self.vit, ViTEncoder): raise TypeError(f'encoder is {type(encoder).__name__}; expected a ViTEncoder or an MAE')
-        self.after = tuple(range(1, len(self.vit.blocks) + 1)) if blocks is None else tuple(check_whole(k, 'blocks', 1) for k in blocks)
+        blocks = range(1, len(self.vit.blocks) + 1) if blocks is None else blocks
+        self.after = tuple(check_whole(k, 'blocks', 1) for k in blocks)
         if not self.after or not set(self.after) <= set(range(1, len(self.vit.blocks) + 1)):
             raise ValueError(f'blocks is {blocks!r}; expected numbers from 1 to {len(self.vit.blocks)}')
         self.size = tuple(g*self.vit.patch for g in self.vit.grid)
@@ -104,7 +110,8 @@ class TokenMaps(Knobbed):
 
 # %% ../nbs/16_perceptual.ipynb #16-012
 def _unit_length(f):
-    "f (b, c, h, w) with the c numbers of each place divided by their length; a place of zeros stays so, with finite derivatives of any order."
+    """f (b, c, h, w) with the c numbers of each place divided by their length; a place of zeros
+    stays so, with finite derivatives of any order."""
     lives = torch.linalg.vector_norm(f.detach(), dim=1, keepdim=True) > 0
     length = torch.linalg.vector_norm(torch.where(lives, f, 1.), dim=1, keepdim=True)
     return f/(torch.where(lives, length, 0.) + 1e-10)
@@ -126,27 +133,37 @@ class FeatureDistance(Knobbed):
         super().__init__()
         if small not in ('enlarge', 'error'): raise ValueError(f"small is {small!r}; expected 'enlarge' or 'error'")
         range, channels = check_interval(range, 'range'), check_whole(channels, 'channels', 1)
-        if range[0] == range[1]: raise ValueError(f'range is {range}; expected black and white, such as (0, 1)')
-        self.trunk, self.name, self.channels, self.smallest = trunk, name, channels, check_whole(smallest, 'smallest', 1)
+        if range[0] == range[1]:
+            raise ValueError(f'range is {range}; expected black and white, such as (0, 1)')
+        self.trunk, self.name, self.channels = trunk, name, channels
+        self.smallest = check_whole(smallest, 'smallest', 1)
         self.unit, self.range, self.small = unit, range, small
         for key, v, above in zip(('mean', 'std'), stats, (None, 0)):
             v = [check_number(u, f'{key} in stats', above=above) for u in v]
-            if len(v) not in (1, channels): raise ValueError(f'stats holds {len(v)} numbers as {key}; expected 1 or {channels}, one a channel')
+            if len(v) not in (1, channels):
+                raise ValueError(f'stats holds {len(v)} numbers as {key}; '
+                                 f'expected 1 or {channels}, one a channel')
             self.register_buffer(key, torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1))
         for w in lins or ():
-            if not (torch.isfinite(w) & (w >= 0)).all(): raise ValueError('lins holds NaN, infinite or negative weights; expected finite ones from 0')
+            if not (torch.isfinite(w) & (w >= 0)).all():
+                raise ValueError('lins holds NaN, infinite or negative weights; '
+                                 'expected finite ones from 0')
         self.lins = nn.ParameterList(nn.Parameter(w.reshape(-1, 1, 1)) for w in lins) if lins is not None else None
         self.requires_grad_(False).train()
 
     def train(self, mode=True): return super().train(False)        # a dropout that is awake would make it a random distance
 
-    def own_knobs(self): return dict(range=list(self.range), unit=bool(self.unit), channels=self.channels, small=self.small, smallest=self.smallest)
+    def own_knobs(self):
+        return dict(range=list(self.range), unit=bool(self.unit), channels=self.channels,
+                    small=self.small, smallest=self.smallest)
 
     def _seen(self, x, name):
         low, high = self.range
-        if isinstance(x, torch.Tensor) and x.is_floating_point(): x = (x.to(self.mean.dtype) - low)/(high - low)
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x = (x.to(self.mean.dtype) - low)/(high - low)
         check_images(x, name, channels=(1, 3) if self.channels == 3 else self.channels)
-        if not min(x.shape[-2:]): raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one pixel')
+        if not min(x.shape[-2:]):
+            raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one pixel')
         if name == 'x' and x.numel() and not (-0.01 <= x.min() and x.max() <= 1.01):
             raise ValueError(f'x reaches from {low + (high - low)*x.min():.3g} to {low + (high - low)*x.max():.3g}; expected range={self.range}')
         if min(x.shape[-2:]) < self.smallest and self.small == 'error':
@@ -215,7 +232,8 @@ def lpips_or(
 # %% ../nbs/16_perceptual.ipynb #16-043
 def _check_lam(lam):
     "A weight from 0, or 'adaptive'; it may be set between steps, so it is looked at in each."
-    if isinstance(lam, str) and lam != 'adaptive': raise ValueError(f"lam is {lam!r}; expected a number from 0, or 'adaptive'")
+    if isinstance(lam, str) and lam != 'adaptive':
+        raise ValueError(f"lam is {lam!r}; expected a number from 0, or 'adaptive'")
     return lam if isinstance(lam, str) else check_number(lam, 'lam', 0)
 
 class PerceptualSRLoss(SRLoss):
@@ -234,8 +252,12 @@ class PerceptualSRLoss(SRLoss):
         _check_lam(lam)
         if by_step is not None:
             by_step = torch.as_tensor(by_step)
-            if by_step.ndim != 1: raise ValueError(f'by_step has shape {tuple(by_step.shape)}; expected (T,), a weight for each time step')
-            if not (torch.isfinite(by_step) & (by_step >= 0)).all(): raise ValueError('by_step holds NaN, infinite or negative weights; expected finite ones from 0')
+            if by_step.ndim != 1:
+                raise ValueError(f'by_step has shape {tuple(by_step.shape)}; '
+                                 'expected (T,), a weight for each time step')
+            if not (torch.isfinite(by_step) & (by_step >= 0)).all():
+                raise ValueError('by_step holds NaN, infinite or negative weights; '
+                                 'expected finite ones from 0')
         self.fn, self.lam, self.by_step, self.at, self.terms, self.perceptual, self.t = perceptual, lam, by_step, last, {}, None, None
     def __repr__(self): return f'PerceptualSRLoss({getattr(self.fn, "name", self.fn)}, {self.lam!r}, {self.by_step}, {self.degrade}, {self.weight!r})'
     def __call__(self, model, batch):
@@ -245,10 +267,13 @@ class PerceptualSRLoss(SRLoss):
         if self.by_step is not None and len(self.by_step) != T: raise ValueError(f'by_step holds {len(self.by_step)} weights; expected {T}, one for each time step')
         if isinstance(self.fn, nn.Module): self.fn.to(x.device)
         per = self.fn(x_hat, x)
-        if per.shape != (len(x),): raise ValueError(f'perceptual gave shape {tuple(per.shape)}; expected ({len(x)},), a distance for each picture')
+        if per.shape != (len(x),):
+            raise ValueError(f'perceptual gave shape {tuple(per.shape)}; '
+                             f'expected ({len(x)},), a distance for each picture')
         self.perceptual, self.t = per.detach(), self.last.t
         term = (per if self.by_step is None else self.by_step.to(per)[self.t]*per).mean()
-        lam = adaptive_weight(self.last.mean, term, self.shared(model)) if self.lam == 'adaptive' else _check_lam(self.lam)
+        lam = _check_lam(self.lam)
+        if lam == 'adaptive': lam = adaptive_weight(self.last.mean, term, self.shared(model))
         self.terms = dict(mse=self.last.mean.item(), perceptual=float(lam)*term.item(), lam=float(lam))
         return self.last.mean + lam*term
     def shared(self, model):

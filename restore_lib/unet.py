@@ -22,7 +22,7 @@ from .patching import Mlp
 # %% ../nbs/14_unet.ipynb #14-013
 def _per_level(value, name, levels):
     "A number for each level."
-    values = list(value) if isinstance(value, (tuple, list)) or hasattr(value, '__len__') else [value]*levels
+    values = list(value) if hasattr(value, '__len__') else [value]*levels
     if len(values) != levels: raise ValueError(f'{name} is {value!r}; expected a number, or {levels}: one for each level')
     return [check_whole(v, name, 1) for v in values]
 
@@ -60,28 +60,33 @@ def from_windows(
     "The inverse of `to_windows`. ValueError if the windows do not make up hw."
     window, (h, w) = check_whole(window, 'window', 1), (check_whole(side, 'hw', 1) for side in hw)
     if x.ndim != 4 or x.shape[2] != window*window:
-        raise ValueError(f'x has shape {tuple(x.shape)}; expected (b, windows, {window*window}, c), window={window}')
+        raise ValueError(f'x has shape {tuple(x.shape)}; '
+                         f'expected (b, windows, {window*window}, c), window={window}')
     b, n, _, c = x.shape
     if n*window*window != h*w or h % window or w % window: raise ValueError(f'x holds {n} windows of window={window}; hw={h} x {w} needs {h*w/window**2:g}')
     return x.reshape(b, h//window, w//window, window, window, c).transpose(2, 3).reshape(b, h, w, c)
 
 # %% ../nbs/14_unet.ipynb #14-013a
 class Knobbed(nn.Module):
-    """A module whose state says, beside the weights, what else decides its function. `load_state_dict` refuses the state of
-    one with other `own_knobs`, unless strict=False; a state that does not say them (plain dicts, safetensors) is taken as it is."""
+    """A module whose state says, beside the weights, what else decides its function. `load_state_dict`
+    refuses the state of one with other `own_knobs`, unless strict=False; a state that does not say them
+    (plain dicts, safetensors) is taken as it is."""
     def own_knobs(self):
         "Name -> number, string, True or False, None, or a list of them."
         return {}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, '_metadata'): destination._metadata[prefix[:-1]]['knobs'] = self.own_knobs()
+        if hasattr(destination, '_metadata'):
+            destination._metadata[prefix[:-1]]['knobs'] = self.own_knobs()
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
         kept = metadata.get('knobs', {})
-        for name, own in self.own_knobs().items():                 # torch refuses unexpected keys, and lets them pass where strict=False
-            if kept.get(name, own) != own: unexpected.append(f'{prefix}{name}={kept[name]!r}, but it is {own!r} here: another function')
+        for name, own in self.own_knobs().items():
+            if kept.get(name, own) == own: continue
+            # torch refuses unexpected keys, and lets them pass where strict=False
+            unexpected.append(f'{prefix}{name}={kept[name]!r}, but it is {own!r} here: another function')
 
 
 # %% ../nbs/14_unet.ipynb #14-016
@@ -90,10 +95,12 @@ def shift_mask(
     window,         # side of a window
     shift,          # how far the map was rolled up and to the left: a number, or one for each axis
 ) -> torch.Tensor:  # (windows, window^2, window^2) bool: may token i of a window see token j?
-    "After the roll some windows hold parts from opposite borders: only tokens from the same part may see each other (Swin, Liu et al. 2021)."
+    """After the roll some windows hold parts from opposite borders: only tokens from the same part
+    may see each other (Swin, Liu et al. 2021)."""
     shift = (shift, shift) if isinstance(shift, Real) else shift
-    hw, shift = ([check_whole(v, name, 0) for v in pair] for pair, name in ((hw, 'hw'), (shift, 'shift')))
-    wrapped = [(torch.arange(n, device='cpu') >= n - s).byte() for n, s in zip(hw, shift)]   # 1 = came round the border
+    hw, shift = [check_whole(n, 'hw', 0) for n in hw], [check_whole(s, 'shift', 0) for s in shift]
+    # 1 = came round the border
+    wrapped = [(torch.arange(n, device='cpu') >= n - s).byte() for n, s in zip(hw, shift)]
     part = 2*wrapped[0][:, None] + wrapped[1]                                             # (h, w), 4 parts
     part = to_windows(part[None, :, :, None], window)[0, :, :, 0]                         # (windows, window^2)
     return part[:, :, None] == part[:, None, :]
@@ -162,7 +169,8 @@ class SwinBlock(nn.Module):
     ):
         super().__init__()
         dim, mlp = check_whole(dim, 'dim', 1), check_number(mlp, 'mlp', 0)
-        if int(dim*mlp) < 1: raise ValueError(f'mlp is {mlp:g}, dim is {dim}; expected an MLP at least 1 wide')
+        if int(dim*mlp) < 1:
+            raise ValueError(f'mlp is {mlp:g}, dim is {dim}; expected an MLP at least 1 wide')
         self.norm1, self.attn = _norm(dim), WindowAttention(dim, heads, window, shift)
         self.norm2, self.mlp = _norm(dim), Mlp(dim, int(dim*mlp))
 
@@ -182,9 +190,10 @@ class SwinLayers(Knobbed):
         around=True,  # add the input to the result, which then starts at zero? Published: False
     ):
         super().__init__()
-        channels, dim, window = check_whole(channels, 'channels', 1), check_whole(dim, 'dim', 1), check_whole(window, 'window', 1)
+        channels, dim = check_whole(channels, 'channels', 1), check_whole(dim, 'dim', 1)
+        window, depth = check_whole(window, 'window', 1), check_whole(depth, 'depth', 0)
         self.around, self.into, self.out = around, nn.Conv2d(channels, dim, 1), nn.Conv2d(dim, channels, 1)
-        self.blocks = nn.Sequential(*(SwinBlock(dim, heads, window, window//2*(k % 2), mlp) for k in range(check_whole(depth, 'depth', 0))))
+        self.blocks = nn.Sequential(*(SwinBlock(dim, heads, window, window//2*(k % 2), mlp) for k in range(depth)))
         if around: nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
     def own_knobs(self): return dict(around=bool(self.around))
@@ -199,7 +208,8 @@ def time_embedding(
     dim,            # numbers a step, even
     period=10_000,  # of the slowest wave, over 2 pi
 ) -> torch.Tensor:  # (b, dim) float32: cosines, then sines
-    "Steps as waves of dim/2 frequencies, from 1 down to nearly 1/period a step (Vaswani et al. 2017; Ho et al. 2020). ValueError for an odd dim or another period, TypeError for a t that is no tensor."
+    """Steps as waves of dim/2 frequencies, from 1 down to nearly 1/period a step (Vaswani et al. 2017; Ho et al. 2020).
+    ValueError for an odd dim or a period that is not above 0, TypeError for a t that is no tensor."""
     if not isinstance(t, torch.Tensor): raise TypeError(f't is {type(t).__name__}; expected a tensor (b,) of steps')
     if t.ndim != 1: raise ValueError(f't has shape {tuple(t.shape)}; expected (b,)')
     dim, period = check_whole(dim, 'dim', 2), check_number(period, 'period', above=0)
@@ -216,7 +226,8 @@ class ResBlock(nn.Module):
         time,      # numbers of a step's embedding
     ):
         super().__init__()
-        channels, out, time = (check_whole(v, k, 1) for v, k in ((channels, 'channels'), (out, 'out'), (time, 'time')))
+        channels, out = check_whole(channels, 'channels', 1), check_whole(out, 'out', 1)
+        time = check_whole(time, 'time', 1)
         self.norm1, self.conv1 = _norm(channels), nn.Conv2d(channels, out, 3, padding=1)
         self.time = nn.Linear(time, 2*out)
         self.norm2, self.conv2 = _norm(out), nn.Conv2d(out, out, 3, padding=1)
@@ -282,11 +293,13 @@ def _plan(base, mults, blocks, up_blocks, swin_at):
     if base % 2: raise ValueError(f'base is {base}; expected an even number')
     if not hasattr(mults, '__len__') or isinstance(mults, str): raise ValueError(f'mults is {mults!r}; expected one number for each level, such as (1, 2)')
     mults = [check_number(m, 'mults', above=0) for m in mults]
-    if not mults or not all(base*m >= 1 and base*m == int(base*m) for m in mults): raise ValueError(f'mults is {mults!r} with base={base}; expected whole numbers of channels')
+    if not mults or not all(base*m >= 1 and base*m == int(base*m) for m in mults):
+        raise ValueError(f'mults is {mults!r} with base={base}; expected whole numbers of channels')
     down = _per_level(blocks, 'blocks', len(mults))
     up = [n + 1 for n in down] if up_blocks is None else _per_level(up_blocks, 'up_blocks', len(mults))
     if any(u > n + 1 for n, u in zip(down, up)): raise ValueError(f'up_blocks is {up_blocks}, blocks is {blocks}; expected at most one more, one for each skip')
-    if isinstance(swin_at, str) or set(swin_at) - {'down', 'mid', 'up'}: raise ValueError(f"swin_at is {swin_at!r}; expected some of 'down', 'mid', 'up'")
+    if isinstance(swin_at, str) or set(swin_at) - {'down', 'mid', 'up'}:
+        raise ValueError(f"swin_at is {swin_at!r}; expected some of 'down', 'mid', 'up'")
     return [int(base*m) for m in mults], down, up
 
 class _Called(Knobbed):
@@ -335,15 +348,21 @@ class SwinUNet(_Called):
         checkpoint=False,   # trade time for memory in training?
     ):
         super().__init__()
-        in_channels, out_channels = check_whole(in_channels, 'in_channels', 2), check_whole(out_channels, 'out_channels', 1)
+        in_channels = check_whole(in_channels, 'in_channels', 2)
+        out_channels = check_whole(out_channels, 'out_channels', 1)
         base, swin_depth = check_whole(base, 'base', 2), check_whole(swin_depth, 'swin_depth', 0)
-        embed, window = (check_whole(v, k, min(swin_depth, 1)) for v, k in ((embed, 'embed'), (window, 'window')))
+        least = 1 if swin_depth else 0
+        embed, window = check_whole(embed, 'embed', least), check_whole(window, 'window', least)
         head_channels = check_whole(head_channels, 'head_channels', 1)
-        self.in_channels, self.out_channels, self.base, self.skip = in_channels, out_channels, base, skip
-        self.cond_channels = check_whole(in_channels//2 if cond_channels is None else cond_channels, 'cond_channels', 1)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.base, self.skip = base, skip
+        k = in_channels//2 if cond_channels is None else cond_channels
+        self.cond_channels = check_whole(k, 'cond_channels', 1)
         if self.cond_channels >= in_channels: raise ValueError(f'cond_channels is {cond_channels}, in_channels is {in_channels}; expected fewer: in_channels counts z and cond')
         if skip and out_channels > self.cond_channels: raise ValueError(f'out_channels is {out_channels}, cond has {self.cond_channels}; skip=True needs as many in cond')
-        if embed % head_channels: raise ValueError(f'embed is {embed}, head_channels is {head_channels}; expected an embed that it divides')
+        if embed % head_channels:
+            raise ValueError(f'embed is {embed}, head_channels is {head_channels}; '
+                             'expected an embed that it divides')
         (widths, down, up), time = _plan(base, mults, blocks, up_blocks, swin_at), 4*base
         swin_at = swin_at if swin_depth else ()
         swin = lambda c: SwinLayers(c, embed, swin_depth, embed//head_channels, window, mlp, around)
@@ -373,7 +392,8 @@ class TwoBranchUNet(nn.Module):
     ):
         super().__init__()
         for net, name in ((coarse, 'coarse'), (fine, 'fine')):
-            if not isinstance(net, SwinUNet): raise TypeError(f'{name} is {type(net).__name__}; expected a SwinUNet')
+            if not isinstance(net, SwinUNet):
+                raise TypeError(f'{name} is {type(net).__name__}; expected a SwinUNet')
         self.coarse, self.fine, (a, b) = coarse, fine, (coarse.trunk.stem.out_channels, fine.trunk.stem.out_channels)
         self.to_fine, self.to_coarse = nn.Conv2d(a, b, 1), nn.Conv2d(b, a, 3, stride=2, padding=1)
         for m in (self.to_fine, self.to_coarse): nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)

@@ -38,10 +38,13 @@ def extend(
     mode,    # one of MODES
     dim=-1,  # the axis that grows
 ) -> torch.Tensor:
-    "`x` continued beyond its ends as PyWavelets does, also by more than its own length; one sample reflected is repeated. ValueError for another mode, no samples or negative sizes."
+    """`x` continued beyond its ends as PyWavelets does, also by more than its own length; one
+    sample reflected is repeated. ValueError for another mode, no samples or negative sizes."""
     _check_mode(mode)
     left, right, n = check_whole(left, 'left', 0), check_whole(right, 'right', 0), x.shape[dim]
-    if not n: raise ValueError(f'x has shape {tuple(x.shape)}; expected at least one sample along dim={dim}')
+    if not n:
+        raise ValueError(f'x has shape {tuple(x.shape)}; '
+                         f'expected at least one sample along dim={dim}')
     if mode == 'zero': ends = [x.new_zeros([*x.shape[:dim], size, *x.shape[dim:][1:]]) for size in (left, right)]
     else: ends = [x.index_select(dim, at.to(x.device)) for at in _source(n, left, right, mode).split([left, n, right])[::2]]
     return torch.cat([ends[0], x, ends[1]], dim)
@@ -59,19 +62,21 @@ def _bank(wavelet):
     if not isinstance(wavelet, pywt.Wavelet): raise TypeError(f'wavelet is {type(wavelet).__name__}; expected a name or a pywt.Wavelet')
     return tuple(map(tuple, wavelet.filter_bank))                                  # always of one even length, if need be with zeros
 
-def _as_tensor(array, dtype, device): return torch.as_tensor(array, dtype=dtype, device='cpu').to(device)
+def _as_tensor(array, dtype, device):
+    return torch.as_tensor(array, dtype=dtype, device='cpu').to(device)
 
 def _remembered(maxsize):
-    """A decorator: keeps the arrays that a function makes from its arguments, and hands out tensors of the `dtype` and on
-    the `device` that are given last. Tensors themselves are not kept: one that was first made inside `torch.func`, in
-    inference mode or under another default device would be of no use outside."""
+    """A decorator: keeps the arrays that a function makes from its arguments, and hands out tensors
+    of the `dtype` and on the `device` that are given last. Tensors themselves are not kept: one that
+    was first made inside `torch.func` or in inference mode would be of no use outside."""
     def decorate(make):
         @lru_cache(maxsize=maxsize)
         def kept(precision, *args): return make(*args).astype(precision)
         @wraps(make)
         def tensor(*args):
             *own, dtype, device = args
-            return _as_tensor(kept('float32' if dtype == torch.float32 else 'float64', *own), dtype, device)
+            precision = 'float32' if dtype == torch.float32 else 'float64'
+            return _as_tensor(kept(precision, *own), dtype, device)
         return tensor
     return decorate
 
@@ -193,20 +198,23 @@ FEW = 10      # up to so many taps this is faster than the matrix; measured belo
 
 @_remembered(128)
 def _channels_last(filters, back):
-    "The kernel that takes windows apart, (16, taps, groups, 8); or `back`, its transpose, (16, taps/2, groups, 16)."
+    """The kernel that takes windows apart, (16, taps, groups, 8); or `back`, its transpose, (16,
+    taps/2, groups, 16)."""
     f, n = np.array(filters), len(filters[0])
     bands = np.einsum('yu,xv->xyuv', f, f).reshape(4, n, n)                        # LL, LH, HL, HH
     if not back:
-        apart = np.zeros((4, 4, n, -(-(n + 6)//8)*8))                              # 4 places, band, row, column
+        apart = np.zeros((4, 4, n, -(-(n + 6)//8)*8))  # 4 places, band, row, column
         for p in range(4): apart[p, ..., 2*p:2*p + n] = bands
         return apart.reshape(16, n, -1, 8)
     flipped = bands.reshape(4, n//2, 2, n//2, 2)[:, ::-1, :, ::-1].transpose(2, 4, 1, 3, 0)
-    together = np.zeros((2, 4, 2, n//2, -(-(n//2 + 3)//4)*4, 4))                   # row of two, place, column of two, row, column, band
+    # row of two, place, column of two, row, column, band
+    together = np.zeros((2, 4, 2, n//2, -(-(n//2 + 3)//4)*4, 4))
     for p in range(4): together[:, p, :, :, p:p + n//2] = flipped
     return together.reshape(16, n//2, -1, 16)
 
 def _kernel(filters, back, like):
-    "The same as a convolution of 8 columns as channels wants it, (16, 8 or 16, rows, groups), channels last in memory."
+    """The same as a convolution of 8 columns as channels wants it, (16, 8 or 16, rows, groups),
+    channels last in memory."""
     return _channels_last(filters, back, like.dtype, like.device).permute(0, 3, 1, 2)
 
 def _columns(w, kernel): return -(-w//4) + kernel.shape[3] - 1                     # groups of columns that the kernel needs for w results
@@ -236,7 +244,8 @@ class _Merge(torch.autograd.Function):
     "The transpose of `_Split`: four bands (..., h, w) -> (..., H, W)."
     @staticmethod
     def forward(LL, LH, HL, HH, filters, lead, size):
-        kernel, (*n, h, w), (H, W), half = _kernel(filters, True, LL), LL.shape, size, len(filters[0])//2
+        kernel, half = _kernel(filters, True, LL), len(filters[0])//2
+        (*n, h, w), (H, W) = LL.shape, size
         groups, at = _columns(W//2, kernel), half - 1 - lead//2
         z = LL.new_zeros(*n, H//2 + half - 1, 4*groups, 4)
         torch.stack((LL, LH, HL, HH), -1, out=z[..., at:at + h, at:at + w, :])
@@ -392,7 +401,7 @@ def unpacket2(
     return z
 
 # %% ../nbs/11_wavelets.ipynb #11-063
-_KEPT = 512     # cosines of so many pixels are kept, 16 sizes of 2 MB at most; larger ones are made anew
+_KEPT = 512  # cosines of so many pixels are kept (16 sizes, 2 MB each at most), larger ones made anew
 
 def _cosine_rows(n):
     "(n, n): row k is the k-th cosine; orthonormal."
@@ -402,7 +411,9 @@ def _cosine_rows(n):
 
 _kept_rows = _remembered(16)(_cosine_rows)
 
-def _cosines(n, dtype, device): return _kept_rows(n, dtype, device) if n <= _KEPT else _as_tensor(_cosine_rows(n), dtype, device)
+def _cosines(n, dtype, device):
+    if n > _KEPT: return _as_tensor(_cosine_rows(n), dtype, device)
+    return _kept_rows(n, dtype, device)
 
 @_no_autocast
 def _dct(x, block, transpose):

@@ -19,10 +19,12 @@ from .learner import Callback
 _NUMBER = re.compile(r"""
     [-+]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)? | \d+\.?\d* | \.\d+)   # 1,234.5 or 1234.5 or .5
     (?:e[-+]?\d+)? | nan | inf(?:inity)?)
-    (?=$ | [\s;|)\]] | ,(?!\d))                                         # a number ends here: '0,0432' is none""", re.VERBOSE | re.IGNORECASE)
+    (?=$ | [\s;|)\]] | ,(?!\d))  # a number ends here: '0,0432' is none
+    """, re.VERBOSE | re.IGNORECASE)
 
 def _said(line):
-    "name -> text of the numbers that the log's parts have in a line; ValueError for what is no number, or stands twice."
+    """name -> text of the numbers that the log's parts have in a line; ValueError for what is no
+    number, or stands twice."""
     said = {}
     for found in re.finditer(r'(?<![\w./-])(loss|mse|lpips|lpips_w)\s*=\s*', line):
         name, number = found[1], _NUMBER.match(line, found.end())
@@ -41,9 +43,11 @@ def read_log(
     text,      # lines such as 'Iter 400: loss=0.0432, mse=0.0065, lpips=0.3667, lpips_w=0.1'; others are passed over
     lam=None,  # the weight of lpips, for lines that do not say it (lpips_w)
 ) -> list:     # of dicts: iteration, loss, mse, lpips, lam; sum = mse + lam*lpips; off = loss - sum; rounding, the most that printing explains; holds; implied lam
-    """Rows of a training log, and whether each loss is the sum of its parts; signs, exponents, NaN and inf (which never hold) and 1,234 are read.
-    ValueError for a line without a part or a weight, with a part twice or one that is no number, or no line at all."""
-    if not isinstance(text, str): raise TypeError(f'text is {type(text).__name__}; expected a string')
+    """Rows of a training log, and whether each loss is the sum of its parts; signs, exponents, 1,234, NaN and
+    inf (which never hold) are read. ValueError for a line without a part or a weight, with a part twice or one
+    that is no number, or no line at all."""
+    if not isinstance(text, str):
+        raise TypeError(f'text is {type(text).__name__}; expected a string')
     if lam is not None: lam = check_number(lam, 'lam', 0)
     rows = []
     for line in text.splitlines():
@@ -57,8 +61,12 @@ def read_log(
         slack = _half(said['loss']) + _half(said['mse']) + abs(w)*_half(said['lpips'])
         if 'lpips_w' in said: slack += abs(lpips)*_half(said['lpips_w'])
         off = loss - mse - w*lpips
-        rows.append({'iteration': int(found[1].replace(',', '')), 'loss': loss, 'mse': mse, 'lpips': lpips, 'lam': w, 'sum': mse + w*lpips, 'off': off, 'rounding': slack,
-                     'holds': math.isfinite(off) and abs(off) <= slack*(1 + 1e-9), 'implied lam': (loss - mse)/lpips if lpips else math.nan})
+        rows.append({
+            'iteration': int(found[1].replace(',', '')),
+            'loss': loss, 'mse': mse, 'lpips': lpips, 'lam': w,
+            'sum': mse + w*lpips, 'off': off, 'rounding': slack,
+            'holds': math.isfinite(off) and abs(off) <= slack*(1 + 1e-9),
+            'implied lam': (loss - mse)/lpips if lpips else math.nan})
     if not rows: raise ValueError(f'text of {len(text)} characters has no line that begins with Iter N:')
     return rows
 
@@ -117,11 +125,13 @@ def gradient_gram(
     chunk=2**16,    # numbers of a gradient that are multiplied at a time
 ) -> torch.Tensor:  # (n, n) float64
     "Inner products of the gradients of n losses: all that is needed for the length of any weighted sum of them. ValueError for less than two losses."
-    params, chunk = [params] if isinstance(params, torch.Tensor) else list(params), check_whole(chunk, 'chunk', 1)
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    chunk = check_whole(chunk, 'chunk', 1)
     if not params: raise ValueError('params is empty; expected at least one tensor')
     def flat(loss):
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise ValueError(f'losses holds {tuple(getattr(loss, "shape", ())) or type(loss).__name__}; expected tensors of one number')
+            came = tuple(getattr(loss, 'shape', ())) or type(loss).__name__
+            raise ValueError(f'losses holds {came}; expected tensors of one number')
         got = torch.autograd.grad(loss, params, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, got)])
     rows = [flat(loss) for loss in losses]
@@ -135,10 +145,12 @@ def gradient_noise(
     """|noise|/|signal| of a batch's gradient: the root of the trace of its covariance over the squared length of its mean, that length without what noise adds to it
     (the gradient noise scale of McCandlish et al. 2018, app. A.1). ValueError for shapes."""
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]: raise ValueError(f'gram has shape {tuple(gram.shape)}; expected (n, n)')
-    if not torch.isfinite(gram).all(): raise ValueError('gram holds values that are NaN or infinite; expected finite numbers')
+    if not torch.isfinite(gram).all():
+        raise ValueError('gram holds values that are NaN or infinite; expected finite numbers')
     a = torch.eye(len(gram), dtype=torch.float64) if draws is None else torch.as_tensor(draws).double()
     if a.ndim != 2 or a.shape[1] != len(gram) or len(a) < 2: raise ValueError(f'draws has shape {tuple(a.shape)}; expected (batches, {len(gram)}), two batches or more')
-    if not torch.isfinite(a).all(): raise ValueError('draws holds values that are NaN or infinite; expected finite numbers')
+    if not torch.isfinite(a).all():
+        raise ValueError('draws holds values that are NaN or infinite; expected finite numbers')
     K, m, n = gram.double(), a.mean(0), len(a)
     mean = m @ K @ m
     spread = (((a @ K)*a).sum(1).mean() - mean)*n/(n - 1)
@@ -156,7 +168,9 @@ def snr_weights(
     gamma = check_number(gamma, 'gamma', above=0)
     s = torch.as_tensor(process.latent_std if signal is None else signal, dtype=torch.float64).reshape(-1)
     if not len(s) or not (s.isfinite() & (s > 0)).all(): raise ValueError(f'signal is {signal!r}; expected a number above 0, or one for each channel')
-    if len({1, len(s), len(process.kappa)}) > 2: raise ValueError(f'signal has {len(s)} channels, kappa has {len(process.kappa)}; expected as many')
+    if len({1, len(s), len(process.kappa)}) > 2:
+        raise ValueError(f'signal has {len(s)} channels, kappa has {len(process.kappa)}; '
+                         'expected as many')
     eta = process.sqrt_etas**2
     return ((1 - eta)**2*s.square().mean()/(eta*process.kappa.square().mean())).clamp(max=gamma)
 
@@ -170,7 +184,9 @@ def inverse_variance(
     n = T if n is None else n
     k = step_range(t, T, n)
     if values.shape != t.shape: raise ValueError(f'values has shape {tuple(values.shape)}, t has {tuple(t.shape)}; expected equal shapes')
-    if not torch.isfinite(values).all(): raise ValueError(f'values holds {(~torch.isfinite(values)).sum()} values that are NaN or infinite; expected finite numbers')
+    if not torch.isfinite(values).all():
+        bad = (~torch.isfinite(values)).sum()
+        raise ValueError(f'values holds {bad} values that are NaN or infinite; expected finite numbers')
     each = [values[k == i].detach().double().cpu() for i in range(n)]
     var = torch.stack([v.var() if len(v) > 1 else torch.zeros((), dtype=torch.float64) for v in each])
     if not (var > 0).all(): raise ValueError(f'range {int((~(var > 0)).nonzero()[0])} holds {len(each[int((~(var > 0)).nonzero()[0])])} values that do not vary; expected two or more that do')
@@ -183,8 +199,10 @@ class LearnedUncertainty(nn.Module):
         self.s = nn.Parameter(torch.zeros(check_whole(n, 'n', 1)))
     def forward(self, values, k):  # (b,) losses from 0, (b,) int64 which term each is -> (b,)
         if values.shape != k.shape: raise ValueError(f'values has shape {tuple(values.shape)}, k has {tuple(k.shape)}; expected equal shapes')
-        if k.device.type == 'cpu' and len(k) and not 0 <= k.min() <= k.max() < len(self.s):   # -1 would be the last one
-            raise ValueError(f'k holds {k.min().item()} to {k.max().item()}; expected 0 to {len(self.s) - 1}')
+        # -1 would be the last one, without a word
+        if k.device.type == 'cpu' and len(k) and not 0 <= k.min() <= k.max() < len(self.s):
+            raise ValueError(f'k holds {k.min().item()} to {k.max().item()}; '
+                             f'expected 0 to {len(self.s) - 1}')
         s = self.s[k]
         return (-s).exp()*values + s
     @property
@@ -199,8 +217,10 @@ def progressive(
     start=0.01,  # weight before the first
     end=0.15,
 ) -> float:
-    "A weight that goes from start to end in equal steps and stays there: the DifIISR-DWT log (2026), chapter 24.4. ValueError for iteration, total, or weights below 0."
-    total, iteration = check_number(total, 'total', above=0), check_number(iteration, 'iteration', 0)
+    """A weight that goes from start to end in equal steps and stays there: the DifIISR-DWT log
+    (2026), chapter 24.4. ValueError for iteration, total, or weights below 0."""
+    total = check_number(total, 'total', above=0)
+    iteration = check_number(iteration, 'iteration', 0)
     start, end = check_number(start, 'start', 0), check_number(end, 'end', 0)
     share = min(iteration/total, 1.0)
     return float((1 - share)*start + share*end)
@@ -219,6 +239,9 @@ class ProgressiveLam(Callback):
     def __repr__(self): return f'ProgressiveLam({self.start} to {self.end} in {self.total or "all"} steps)'
     def state(self):
         "Makes them part of what a run is known by."
-        return {'start': float(self.start), 'end': float(self.end), **({} if self.total is None else {'total': float(self.total)})}
-    def before_fit(self, learn): self.loss.lam = progressive(learn.step, learn.steps if self.total is None else self.total, self.start, self.end)
+        total = {} if self.total is None else {'total': float(self.total)}
+        return {'start': float(self.start), 'end': float(self.end), **total}
+    def before_fit(self, learn):
+        total = learn.steps if self.total is None else self.total
+        self.loss.lam = progressive(learn.step, total, self.start, self.end)
     def after_step(self, learn): self.before_fit(learn)
