@@ -187,9 +187,10 @@ def _ask(model, scaled, t, cond):
 class _Training(_Gaussians):
     "Loss weights, training pairs and losses."
     def loss_weights(self, weight='uniform'):
-        """(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa sqrt(eta)), mean 1;
-        or what makes them squared errors of the noise. A tensor (T,) is checked and passed, one of (T, c) where
-        kappa has c numbers. ValueError for other shapes, names, and weights below 0."""
+        """(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa
+        sqrt(eta)), mean 1; or what makes them squared errors of the noise. A tensor (T,) is checked
+        and passed, one of (T, c) where kappa has c numbers. ValueError for other shapes, names, and
+        weights below 0."""
         eta, sigma = self._eta[1:], self._sigma[1:]
         if isinstance(weight, (torch.Tensor, np.ndarray, list, tuple)):
             w = torch.as_tensor(weight).detach().double().cpu()
@@ -199,7 +200,8 @@ class _Training(_Gaussians):
                 if own[1] > 1: allowed += f', or {own}'
                 raise ValueError(f'weight has shape {tuple(w.shape)}; expected {allowed}')
             if not (torch.isfinite(w) & (w >= 0)).all():
-                raise ValueError(f'weight has shape {tuple(w.shape)} and holds NaN, infinite or negative numbers; '
+                raise ValueError(f'weight has shape {tuple(w.shape)} and holds NaN, '
+                                 'infinite or negative numbers; '
                                  'expected finite ones from 0')
             return w.reshape(self.steps, -1)
         if weight not in WEIGHTS: raise ValueError(f'weight is {weight!r}; expected one of {", ".join(WEIGHTS)}, or a tensor ({self.steps},)')
@@ -269,7 +271,8 @@ class ResidualShift(_Training):
         if hasattr(steps, 'tolist'): steps = steps.tolist()                           # a tensor or array of t, or one number
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             if check_whole(steps, 'steps', 1) > self.steps:
-                raise ValueError(f'steps is {steps}; expected 1 to {self.steps}: what was trained with '
+                raise ValueError(f'steps is {steps}; '
+                                 f'expected 1 to {self.steps}: what was trained with '
                                  f'{self.steps} knows no other noise levels')
             return [(2*k*self.steps + steps)//(2*steps) - 1 for k in range(steps, 0, -1)]
         ts = [check_whole(t, 'steps', 0) for t in steps]

@@ -36,7 +36,8 @@ def _check_values(v, name):
         raise ValueError(f'{name} has shape {tuple(v.shape)}; expected (b, ...), none of them 0')
     if _known(torch.isfinite(v).all()) is False:
         bad = (~torch.isfinite(v)).sum()
-        raise ValueError(f'{name} holds {bad} values that are NaN or infinite; expected finite numbers')
+        raise ValueError(f'{name} holds {bad} values that are NaN or infinite; '
+                         'expected finite numbers')
 
 def _check_pair(x, e):
     "Two finite float tensors of one shape (b, ...)."
@@ -68,8 +69,9 @@ def draw_times(
     generator=None,  # of random numbers
     device=None,     # where the times are wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:  # t, r, each (b,) in [0, 1], r <= t
-    """Time pairs: the larger and the smaller of two logit-normal draws (MeanFlow, Geng et al. 2025, sec. 4.2).
-    ValueError for a share outside [0, 1], a mean that is not finite, a std that is not above 0."""
+    """Time pairs: the larger and the smaller of two logit-normal draws (MeanFlow, Geng et al. 2025,
+    sec. 4.2). ValueError for a share outside [0, 1], a mean that is not finite, a std that is not
+    above 0."""
     b, equal = check_whole(b, 'b', 1), check_number(equal, 'equal', 0, 1)
     start = check_number(start, 'start', 0, 1)
     mean, std = check_number(mean, 'mean'), check_number(std, 'std', above=0)
@@ -96,9 +98,9 @@ def adaptive_weight(
     power=1.0,      # p; 0 is plain squared error
     c=1e-2,         # in the units of `error`: for means it means h*w*c_channels times as much as for sums
 ) -> torch.Tensor:  # (b,), without gradient
-    """1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is about 1
-    whatever the error is. ValueError for p or c below 0, and for c = 0 with p above 0: an error of 0 would
-    have an infinite weight."""
+    """1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is
+    about 1 whatever the error is. ValueError for p or c below 0, and for c = 0 with p above 0: an
+    error of 0 would have an infinite weight."""
     power, c = check_number(power, 'power', 0), check_number(c, 'c', 0)
     if power and not c:
         raise ValueError(f'c is {c:g}, power is {power:g}; expected c above 0, or power=0')
@@ -186,8 +188,9 @@ def _refuse_fused(net):
     the path."""
     for name, part in net.named_modules():
         if getattr(part, 'fused', False):
-            raise ValueError(f'net has fused attention ({name or type(part).__name__}), which MeanFlow cannot '
-                             'differentiate; expected a network made with fused=False')
+            where = name or type(part).__name__
+            raise ValueError(f'net has fused attention ({where}), which MeanFlow cannot differentiate; '
+                             'expected a network made with fused=False')
 
 class MeanFlow(FlowMatching):
     """Learns the average velocity from t to r: u = v - (t - r) du/dt, with the derivative of the network along the path, (v, 1, 0) in (z, t, r) (Geng et al. 2025).
@@ -218,8 +221,9 @@ class MeanFlow(FlowMatching):
         return torch.where(_wide(lost, v), v, mixed)
 
     def derivative(self, z, v, t, r, label=None, cond=None):
-        """u and du/dt (b, ...) along the path, in the precision of the weights: autocast is off inside.
-        ValueError for fused attention, NotImplementedError for another part without such a derivative."""
+        """u and du/dt (b, ...) along the path, in the precision of the weights: autocast is off
+        inside. ValueError for fused attention, NotImplementedError for another part without such a
+        derivative."""
         _refuse_fused(self.net)
         f, at, along = lambda z, t, r: self.net(z, t, r, label, cond), (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r))
         try:
@@ -230,7 +234,8 @@ class MeanFlow(FlowMatching):
         except (NotImplementedError, RuntimeError) as error:
             if not re.search('forward AD|erivative for .* not implemented', str(error)): raise
             why = str(error).splitlines()[0]
-            raise NotImplementedError(f'net has a part without the derivative that way={self.way!r} needs: {why} '
+            raise NotImplementedError('net has a part without the derivative that '
+                                      f'way={self.way!r} needs: {why} '
                                       '(fused attention? Make it with fused=False)') from error
 
     @torch.no_grad()
@@ -432,7 +437,8 @@ class Restorer(Knobbed):
     ):
         super().__init__()
         if not isinstance(flow, (FlowMatching, ShiftFlow)):
-            raise TypeError(f'flow is {type(flow).__name__}; expected a FlowMatching or a ShiftFlow')
+            raise TypeError(f'flow is {type(flow).__name__}; '
+                            'expected a FlowMatching or a ShiftFlow')
         if not isinstance(bridge, Bridge):
             raise TypeError(f'bridge is {type(bridge).__name__}; expected a Bridge')
         if isinstance(flow, ShiftFlow) and not (bridge.kind == 'straight' and bridge.told): raise ValueError(f"bridge is {bridge}; residual shifting makes its own noise: expected Bridge('straight', told=True)")

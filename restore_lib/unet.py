@@ -68,9 +68,9 @@ def from_windows(
 
 # %% ../nbs/14_unet.ipynb #14-013a
 class Knobbed(nn.Module):
-    """A module whose state says, beside the weights, what else decides its function. `load_state_dict`
-    refuses the state of one with other `own_knobs`, unless strict=False; a state that does not say them
-    (plain dicts, safetensors) is taken as it is."""
+    """A module whose state says, beside the weights, what else decides its function.
+    `load_state_dict` refuses the state of one with other `own_knobs`, unless strict=False; a state
+    that does not say them (plain dicts, safetensors) is taken as it is."""
     def own_knobs(self):
         "Name -> number, string, True or False, None, or a list of them."
         return {}
@@ -86,7 +86,8 @@ class Knobbed(nn.Module):
         for name, own in self.own_knobs().items():
             if kept.get(name, own) == own: continue
             # torch refuses unexpected keys, and lets them pass where strict=False
-            unexpected.append(f'{prefix}{name}={kept[name]!r}, but it is {own!r} here: another function')
+            said = f'{prefix}{name}={kept[name]!r}'
+            unexpected.append(f'{said}, but it is {own!r} here: another function')
 
 
 # %% ../nbs/14_unet.ipynb #14-016
@@ -208,8 +209,9 @@ def time_embedding(
     dim,            # numbers a step, even
     period=10_000,  # of the slowest wave, over 2 pi
 ) -> torch.Tensor:  # (b, dim) float32: cosines, then sines
-    """Steps as waves of dim/2 frequencies, from 1 down to nearly 1/period a step (Vaswani et al. 2017; Ho et al. 2020).
-    ValueError for an odd dim or a period that is not above 0, TypeError for a t that is no tensor."""
+    """Steps as waves of dim/2 frequencies, from 1 down to nearly 1/period a step (Vaswani et al.
+    2017; Ho et al. 2020). ValueError for an odd dim or a period that is not above 0, TypeError for
+    a t that is no tensor."""
     if not isinstance(t, torch.Tensor): raise TypeError(f't is {type(t).__name__}; expected a tensor (b,) of steps')
     if t.ndim != 1: raise ValueError(f't has shape {tuple(t.shape)}; expected (b,)')
     dim, period = check_whole(dim, 'dim', 2), check_number(period, 'period', above=0)

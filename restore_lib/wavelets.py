@@ -67,8 +67,8 @@ def _as_tensor(array, dtype, device):
 
 def _remembered(maxsize):
     """A decorator: keeps the arrays that a function makes from its arguments, and hands out tensors
-    of the `dtype` and on the `device` that are given last. Tensors themselves are not kept: one that
-    was first made inside `torch.func` or in inference mode would be of no use outside."""
+    of the `dtype` and on the `device` that are given last. Tensors themselves are not kept: one
+    that was first made inside `torch.func` or in inference mode would be of no use outside."""
     def decorate(make):
         @lru_cache(maxsize=maxsize)
         def kept(precision, *args): return make(*args).astype(precision)
@@ -401,7 +401,7 @@ def unpacket2(
     return z
 
 # %% ../nbs/11_wavelets.ipynb #11-063
-_KEPT = 512  # cosines of so many pixels are kept (16 sizes, 2 MB each at most), larger ones made anew
+_KEPT = 512  # cosines of so many pixels are kept (16 sizes, 2 MB each), larger ones made anew
 
 def _cosine_rows(n):
     "(n, n): row k is the k-th cosine; orthonormal."

@@ -43,9 +43,9 @@ def read_log(
     text,      # lines such as 'Iter 400: loss=0.0432, mse=0.0065, lpips=0.3667, lpips_w=0.1'; others are passed over
     lam=None,  # the weight of lpips, for lines that do not say it (lpips_w)
 ) -> list:     # of dicts: iteration, loss, mse, lpips, lam; sum = mse + lam*lpips; off = loss - sum; rounding, the most that printing explains; holds; implied lam
-    """Rows of a training log, and whether each loss is the sum of its parts; signs, exponents, 1,234, NaN and
-    inf (which never hold) are read. ValueError for a line without a part or a weight, with a part twice or one
-    that is no number, or no line at all."""
+    """Rows of a training log, and whether each loss is the sum of its parts; signs, exponents,
+    1,234, NaN and inf (which never hold) are read. ValueError for a line without a part or a
+    weight, with a part twice or one that is no number, or no line at all."""
     if not isinstance(text, str):
         raise TypeError(f'text is {type(text).__name__}; expected a string')
     if lam is not None: lam = check_number(lam, 'lam', 0)
@@ -186,7 +186,8 @@ def inverse_variance(
     if values.shape != t.shape: raise ValueError(f'values has shape {tuple(values.shape)}, t has {tuple(t.shape)}; expected equal shapes')
     if not torch.isfinite(values).all():
         bad = (~torch.isfinite(values)).sum()
-        raise ValueError(f'values holds {bad} values that are NaN or infinite; expected finite numbers')
+        raise ValueError(f'values holds {bad} values that are NaN or infinite; '
+                         'expected finite numbers')
     each = [values[k == i].detach().double().cpu() for i in range(n)]
     var = torch.stack([v.var() if len(v) > 1 else torch.zeros((), dtype=torch.float64) for v in each])
     if not (var > 0).all(): raise ValueError(f'range {int((~(var > 0)).nonzero()[0])} holds {len(each[int((~(var > 0)).nonzero()[0])])} values that do not vary; expected two or more that do')

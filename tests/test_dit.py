@@ -427,32 +427,30 @@ def test_bad_networks(match, make):
 
 # states and numbers of NumPy -----------------------------------------------------------------------------------------------
 
-def saved(model):
+def saved(model, path):
     "The state as a file gives it back."
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
 
 @pytest.mark.parametrize('one, other, says', [
     (dict(time_scale=30.), dict(), 'time.scale=30.0, but it is 1000.0 here'), (dict(heads=4, qk_norm=False), dict(qk_norm=False), 'heads=4, but it is 2 here'),
     (dict(norm='layer', qk_norm=False), dict(qk_norm=False), "norm='layer', but it is 'rms' here"), (dict(patch=4, channels=1), dict(patch=2, channels=4), 'patch=4, but it is 2 here')])
-def test_the_state_of_another_function_is_refused(one, other, says):
+def test_the_state_of_another_function_is_refused(one, other, says, tmp_path):
     make = lambda **kw: DiT(**{**dict(img_size=16, patch=4, dim=16, depth=1, heads=2), **kw})
     a, b, same = loud(make(**one)), make(**other), make(**one)
-    for state in (a.state_dict(), saved(a)):
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
         with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
         same.load_state_dict(state)
     z, t = torch.randn(2, a.channels, 16, 16), torch.tensor([.3, .7])
     assert torch.equal(same(z, t), a(z, t)) and a(z, t).abs().max() > 1e-3
 
-def test_what_does_not_change_the_function_is_no_obstacle():
+def test_what_does_not_change_the_function_is_no_obstacle(tmp_path):
     a, b = loud(DiT(16, 4, 16, 1, 2)), DiT(32, 4, 16, 1, 2, fused=True, label_drop=.5)            # positions follow from a formula
-    b.load_state_dict(saved(a))
+    b.load_state_dict(saved(a, tmp_path/'w.pt'))
     z, t = torch.randn(2, 1, 16, 16), torch.tensor([.3, .7])
     assert torch.allclose(b(z, t), a(z, t), atol=1e-5)
     u, v = loud(FlowUNet(base=8, mults=(1, 2), waves=8, scale=.3)), FlowUNet(base=8, mults=(1, 2), waves=8)
-    v.load_state_dict(saved(u))                                                                  # its frequencies are in the state
+    v.load_state_dict(saved(u, tmp_path/'w.pt'))                                                                  # its frequencies are in the state
     assert torch.equal(u(z, t), v(z, t)) and torch.equal(u.time.w, v.time.w)
 
 def test_numbers_of_numpy():

@@ -1,6 +1,6 @@
 """What lesson 20 does not teach: derivatives against finite differences and hand-made formulas, the exact shares of time pairs, guidance, precision,
 several processes, the five ways to restore on networks with known answers, bad input."""
-import copy, io, json, math, os, subprocess, sys
+import copy, json, math, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -558,12 +558,10 @@ def test_knobs_of_a_flow(knob, bad):
 def test_what_does_not_fit_is_named(call, error, says):
     with pytest.raises(error, match=says): call()
 
-def saved(model):
+def saved(model, path):
     "The state as a file gives it back."
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
 
 FLOW = lambda **kw: FlowMatching(FlowUNet(1, base=8, mults=(1, 2), waves=8))
 TOLD = lambda **kw: ShiftFlow(FlowUNet(1, base=8, mults=(1, 2), waves=8, cond_channels=1), **kw)
@@ -572,17 +570,17 @@ TOLD = lambda **kw: ShiftFlow(FlowUNet(1, base=8, mults=(1, 2), waves=8, cond_ch
     (lambda: Restorer(FLOW(), Bridge('jitter', .5)), lambda: Restorer(FLOW(), Bridge('jitter', .25)), r"bridge=\['jitter', 0.5, False\]"),
     (TOLD, lambda: TOLD(process=ResidualShift(15, kappa=2.)), r'kappa=\[1.0\], but it is \[2.0\] here'), (TOLD, lambda: TOLD(process=ResidualShift(4, kappa=1.)), 'sqrt_etas='),
     (lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 2), lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 4), 'fold=2, but it is 4 here')])
-def test_the_state_of_another_flow_is_refused(one, other, says):
+def test_the_state_of_another_flow_is_refused(one, other, says, tmp_path):
     a, b = one(), other()
-    for state in (a.state_dict(), saved(a)):
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
         with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
         one().load_state_dict(state)
 
-def test_knobs_of_training_alone_are_no_obstacle():
+def test_knobs_of_training_alone_are_no_obstacle(tmp_path):
     a, b = MeanFlow(unet(), power=.5, omega=2., equal=.25), MeanFlow(unet())
     with torch.no_grad():
         for p in a.parameters(): p.mul_(1.5)
-    b.load_state_dict(saved(a))
+    b.load_state_dict(saved(a, tmp_path/'w.pt'))
     assert torch.equal(a.sample(E, 2), b.sample(E, 2))
 
 def test_numbers_of_numpy():

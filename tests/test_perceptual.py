@@ -1,6 +1,5 @@
 """What lesson 16 does not teach: parity with the lpips package, its real weights where they are, ranges, sizes, types, what stays frozen, windows of an encoder, the terms of a loss, resumed runs."""
 import copy
-import io
 import math
 from functools import lru_cache
 
@@ -484,7 +483,7 @@ def test_trains_and_resumes_bit_for_bit(tmp_path):
     a, b = (m.model.state_dict() for m in (whole, rest))
     assert any(not torch.equal(start[k], v) for k, v in a.items()) and all(torch.equal(v, b[k]) for k, v in a.items())
 
-def test_the_distance_is_no_part_of_what_is_saved():
+def test_the_distance_is_no_part_of_what_is_saved(tmp_path, tmp_path/'w.pt'):
     m = model()
     sr_learner(m, pairs(), loss=PerceptualSRLoss(ours(), .1), cpu=True).fit(1)
     assert m.state_dict().keys() == model().state_dict().keys()
@@ -589,26 +588,24 @@ def test_making_one_leaves_the_callers_random_state_alone(monkeypatch):
     fn(*pair())
     assert state() == before and all(torch.equal(p, q) for p, q in zip(fn.parameters(), ours('squeeze', seed=3).parameters()))
 
-def saved(model):
+def saved(model, path):
     "The state as a file gives it back."
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
 
 @pytest.mark.parametrize('make, one, other, says', [
     (plain, dict(range=(-1, 1)), dict(), r'range=\[-1.0, 1.0\], but it is \[0.0, 1.0\] here'), (plain, dict(unit=False), dict(), 'unit=False'),
     (lambda blocks: PerceptualLoss.encoder(vit(), blocks=blocks), dict(blocks=(1, 2)), dict(blocks=(1, 3)), r'trunk.blocks=\[1, 2\]'),
     (lambda layers: PerceptualLoss.vgg(layers, 'random'), dict(layers=(4, 9)), dict(layers=(4, 8)), r'trunk.cuts=\[4, 9\]')])
-def test_the_state_of_another_distance_is_refused(make, one, other, says):
+def test_the_state_of_another_distance_is_refused(make, one, other, says, tmp_path):
     a, b = make(**one), make(**other)
-    for state in (a.state_dict(), saved(a)):
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
         with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
         make(**one).load_state_dict(state)
 
-def test_what_a_picture_is_standardised_with_is_in_the_state():
+def test_what_a_picture_is_standardised_with_is_in_the_state(tmp_path):
     a, b = PerceptualLoss(Sum(), 'sum', ([.3], [.2]), channels=1), plain()
-    b.load_state_dict(saved(a))
+    b.load_state_dict(saved(a, tmp_path/'w.pt'))
     y, x = pair(c=1)
     assert torch.equal(a(y, x), b(y, x)) and not torch.allclose(plain()(y, x), b(y, x))
 

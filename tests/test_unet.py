@@ -1,6 +1,5 @@
 """What lesson 14 does not teach: parity with torchvision's windows, who sees whom position by position, counts, sizes, checkpointing, devices and types, bad input."""
 import copy
-import io
 import math
 
 import numpy as np
@@ -396,12 +395,10 @@ def test_bad_windows():
 
 # states, numbers of NumPy, what callers may write into ---------------------------------------------------------------------
 
-def saved(model):
+def saved(model, path):
     "The state as a file gives it back."
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
 
 @pytest.mark.parametrize('make, one, other, says', [
     (lambda **kw: SwinUNet(4, 2, **{**SMALL, **kw}), dict(skip=True), dict(skip=False), 'skip=True, but it is False here'),
@@ -409,9 +406,9 @@ def saved(model):
     (lambda **kw: SwinUNet(6, 3, **{**SMALL, **kw}), dict(cond_channels=2), dict(cond_channels=3), 'cond_channels=2, but it is 3 here'),
     (lambda **kw: WindowAttention(8, 2, 4, **kw), dict(shift=2), dict(shift=0), 'shift=2, but it is 0 here'),
     (lambda **kw: SwinLayers(4, 8, 1, 2, 4, **kw), dict(around=True), dict(around=False), 'around=True, but it is False here')])
-def test_the_state_of_another_function_is_refused(make, one, other, says):
+def test_the_state_of_another_function_is_refused(make, one, other, says, tmp_path):
     a, b, same = make(**one), make(**other), make(**one)
-    for state in (a.state_dict(), saved(a)):
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
         with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
         same.load_state_dict(state)
     b.load_state_dict(a.state_dict(), strict=False)                        # on purpose
