@@ -8,27 +8,22 @@ __all__ = ['PREDICTS', 'WEIGHTS', 'shift_schedule', 'Pair', 'Loss', 'State', 'Re
 # %% ../nbs/13_diffusion.ipynb #13-003
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from .data import check_number, check_whole
 from .metrics import _deployed
 
 # %% ../nbs/13_diffusion.ipynb #13-012
-def _real(value, name, above=0., below=math.inf):
-    "A finite number between two bounds (neither included), as float; ValueError names it."
-    if isinstance(value, bool) or not isinstance(value, Real) or not above < value < below:
-        raise ValueError(f'{name} is {value!r}; expected a number above {above:g}' + (f' and below {below:g}' if below < math.inf else ', finite'))
-    return float(value)
-
 def _per_channel(value, name):
     "A positive number, or one a channel, as float64 (1,) or (c,)."
     v = value.detach().double().cpu() if isinstance(value, torch.Tensor) else None
     if v is None:
         values = value.tolist() if hasattr(value, 'tolist') else value                # a NumPy array is as good as a list
         values = values if isinstance(values, (list, tuple)) else [values]
-        v = torch.tensor([_real(u, name) for u in values], dtype=torch.float64)
+        v = torch.tensor([check_number(u, name, above=0) for u in values], dtype=torch.float64)
     v = v.reshape(1) if v.ndim == 0 else v
     if v.ndim != 1 or not len(v) or not (torch.isfinite(v) & (v > 0)).all():
         raise ValueError(f'{name} is {value!r}; expected a positive number, or one for each channel, (c,)')
@@ -42,9 +37,12 @@ def shift_schedule(
     etas_end=0.99,    # the last sqrt(eta), below 1
 ) -> torch.Tensor:    # (steps,) float64, sqrt(eta), rising
     "ResShift's 'exponential' schedule of sqrt(eta) (Yue et al. 2023, sec. 2.2); with one step, `etas_end` alone. ValueError names a bad knob."
-    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1: raise ValueError(f'steps is {steps!r}; expected a whole number from 1')
-    kappa, power = _real(kappa, 'kappa'), _real(power, 'power')
-    min_noise, end = _real(min_noise, 'min_noise'), _real(etas_end, 'etas_end', 0., 1.)
+    steps, kappa = check_whole(steps, 'steps', 1), check_number(kappa, 'kappa', above=0)
+    power = check_number(power, 'power', above=0)
+    min_noise = check_number(min_noise, 'min_noise', above=0)
+    end = check_number(etas_end, 'etas_end', above=0)
+    if end >= 1:
+        raise ValueError(f'etas_end is {etas_end!r}; expected a number above 0 and below 1')
     start = min(min_noise/kappa, min_noise)
     if start >= end: raise ValueError(f'min_noise is {min_noise:g}, so sqrt(eta) starts at {start:g}; expected a start below etas_end={end:g}')
     if steps == 1: return torch.tensor([end], dtype=torch.float64)
@@ -189,12 +187,23 @@ def _ask(model, scaled, t, cond):
 class _Training(_Gaussians):
     "Loss weights, training pairs and losses."
     def loss_weights(self, weight='uniform'):
-        "(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa sqrt(eta)), mean 1; or what makes them squared errors of the noise."
+        """(T, 1 or c) float64 by WEIGHTS, for squared errors of the implied x: 1; 1/(kappa
+        sqrt(eta)), mean 1; or what makes them squared errors of the noise. A tensor (T,) is checked
+        and passed, one of (T, c) where kappa has c numbers. ValueError for other shapes, names, and
+        weights below 0."""
         eta, sigma = self._eta[1:], self._sigma[1:]
-        if isinstance(weight, torch.Tensor):
-            if weight.ndim not in (1, 2) or len(weight) != self.steps or not (torch.isfinite(weight) & (weight >= 0)).all():
-                raise ValueError(f'weight has shape {tuple(weight.shape)}; expected ({self.steps},) or ({self.steps}, c), finite, from 0')
-            return weight.detach().double().cpu().reshape(self.steps, -1)
+        if isinstance(weight, (torch.Tensor, np.ndarray, list, tuple)):
+            w = torch.as_tensor(weight).detach().double().cpu()
+            own = (self.steps, self._sigma.shape[1])
+            if w.shape not in {own[:1], own, (self.steps, 1)}:
+                allowed = f'({self.steps},), a weight for each step'
+                if own[1] > 1: allowed += f', or {own}'
+                raise ValueError(f'weight has shape {tuple(w.shape)}; expected {allowed}')
+            if not (torch.isfinite(w) & (w >= 0)).all():
+                raise ValueError(f'weight has shape {tuple(w.shape)} and holds NaN, '
+                                 'infinite or negative numbers; '
+                                 'expected finite ones from 0')
+            return w.reshape(self.steps, -1)
         if weight not in WEIGHTS: raise ValueError(f'weight is {weight!r}; expected one of {", ".join(WEIGHTS)}, or a tensor ({self.steps},)')
         return {'uniform': torch.ones_like(eta), 'sigma': (1/sigma)/(1/sigma).mean(), 'noise': ((1 - eta)/sigma)**2}[weight]
 
@@ -206,6 +215,7 @@ class _Training(_Gaussians):
 
     def draw_t(self, b, generator=None, device=None, stratified=False):
         "b steps (b,) int64, uniform; stratified: spread evenly over all steps, each still uniform by itself, in random order."
+        b = check_whole(b, 'b', 1)
         u = torch.rand(b, generator=generator, device=generator.device if generator else device).to(device)
         if stratified: u = (torch.arange(b, device=device) + u)/b
         t = (u*self.steps).long().clamp(max=self.steps - 1)
@@ -213,7 +223,10 @@ class _Training(_Gaussians):
 
     def training_pair(self, x, y, t=None, generator=None, noise=None, stratified=False):
         "A `Pair` from clean x and degraded y, t drawn if not given. ValueError for shapes, t or NaN."
-        t = self.draw_t(len(_check(x, 'x')), generator, x.device, stratified) if t is None else t
+        if not _check(x, 'x').numel():
+            raise ValueError(f'x has shape {tuple(x.shape)}; '
+                             'expected at least one sample and one pixel')
+        t = self.draw_t(len(x), generator, x.device, stratified) if t is None else t
         noise = _randn(x, generator) if noise is None else noise
         z = self.shift(x, y, t, noise)
         target = noise if self.predicts == 'noise' else self._from_x0(x, z, y, t, self.predicts)
@@ -228,8 +241,11 @@ class _Training(_Gaussians):
 
     def buckets(self, values, t, n=3):
         "Means of values (b,) over n equal ranges of t (b,): a dict such as {'t 0-4': 0.1, ...}, without ranges that hold no sample."
-        if not isinstance(n, Integral) or not 1 <= n <= self.steps: raise ValueError(f'n is {n!r}; expected 1 to {self.steps}')
+        n = check_whole(n, 'n', 1, self.steps)
         if values.shape != t.shape or values.ndim != 1: raise ValueError(f'values has shape {tuple(values.shape)}, t has {tuple(t.shape)}; expected both (b,)')
+        if not ((t >= 0) & (t < self.steps)).all():
+            raise ValueError(f't holds {t.min().item()} to {t.max().item()}; '
+                             f'expected 0 to {self.steps - 1}')
         ends = [round(k*self.steps/n) for k in range(n + 1)]
         inside = [(a, b, (t >= a) & (t < b)) for a, b in zip(ends, ends[1:])]
         return {f't {a}-{b - 1}': values[m].mean().item() for a, b, m in inside if m.any()}
@@ -253,11 +269,14 @@ class ResidualShift(_Training):
         "The t of a way back in so many steps, falling, evenly spaced, from T - 1; a list of t is checked and passed. ValueError for more steps than T."
         if steps is None: steps = self.steps
         if hasattr(steps, 'tolist'): steps = steps.tolist()                           # a tensor or array of t, or one number
-        if isinstance(steps, Integral) and not isinstance(steps, bool):
-            if not 1 <= steps <= self.steps: raise ValueError(f'steps is {steps}; expected 1 to {self.steps}: what was trained with {self.steps} knows no other noise levels')
+        if not isinstance(steps, Sequence) or isinstance(steps, str):
+            if check_whole(steps, 'steps', 1) > self.steps:
+                raise ValueError(f'steps is {steps}; '
+                                 f'expected 1 to {self.steps}: what was trained with '
+                                 f'{self.steps} knows no other noise levels')
             return [(2*k*self.steps + steps)//(2*steps) - 1 for k in range(steps, 0, -1)]
-        ts = list(steps) if isinstance(steps, Sequence) and not isinstance(steps, str) else []
-        if not ts or ts[0] != self.steps - 1 or not all(isinstance(t, Integral) and t >= 0 for t in ts) or any(a <= b for a, b in zip(ts, ts[1:])):
+        ts = [check_whole(t, 'steps', 0) for t in steps]
+        if not ts or ts[0] != self.steps - 1 or any(a <= b for a, b in zip(ts, ts[1:])):
             raise ValueError(f'steps is {steps!r}; expected a whole number, or falling t from {self.steps - 1} to 0 at the lowest')
         return ts
 
@@ -265,10 +284,10 @@ class ResidualShift(_Training):
     def chain(self, model, y, steps=None, cond=None, generator=None, noise=None, randomness=1.0):
         """Yields a `State` for each step back from the degraded y (b, c, h, w); the last one's x0 is the result. `steps` as in `subsequence`;
         model(scaled z, t, cond) with cond = y by default; noise (steps, b, c, h, w), row 0 for the start; randomness 1 is ResShift's posterior, 0 is deterministic (after DDIM)."""
-        ts, rho = self.subsequence(steps), randomness
-        if isinstance(rho, bool) or not isinstance(rho, Real) or not 0 <= rho <= 1: raise ValueError(f'randomness is {rho!r}; expected 0 to 1')
+        ts, rho = self.subsequence(steps), check_number(randomness, 'randomness', 0, 1)
         if noise is not None and tuple(getattr(noise, 'shape', ())) != (len(ts), *_check(y, 'y').shape):
             raise ValueError(f'noise has shape {tuple(getattr(noise, "shape", ()))}; expected {(len(ts), *y.shape)}, one for each step')
+        for row in () if noise is None else noise: _check(row, 'noise', ('y', y))
         z = self.prior(y, None if noise is None else noise[0], generator)
         for k, (t, s) in enumerate(zip(ts, [*ts[1:], -1])):
             t_all = torch.full((len(y),), t, device=y.device)

@@ -8,14 +8,14 @@ __all__ = ['NORMS', 'MODULATIONS', 'NormedAttention', 'modulate', 'DiTBlock', 'F
 
 # %% ../nbs/19_dit.ipynb #19-003
 import math
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .data import check_number, check_whole
 from .patching import Attention, Mlp, _as_hw, _grid_of, patchify, sincos_pos_embed, unpatchify
-from .unet import ResBlock, _count, _mirror, _norm, _plan, _Trunk
+from .unet import Knobbed, ResBlock, _mirror, _norm, _plan, _Trunk
 
 # %% ../nbs/19_dit.ipynb #19-016
 NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
@@ -23,7 +23,7 @@ NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
 def _check_norm(norm):
     if norm not in NORMS: raise ValueError(f'norm is {norm!r}; expected one of {", ".join(NORMS)}')
 
-class NormedAttention(Attention):
+class NormedAttention(Knobbed, Attention):
     """Self-attention whose queries and keys are normalised in each head, so that no score can exceed sqrt(dim/heads) times the norms' weights
     (Henry et al. 2020; Dehghani et al. 2023), with timm's parameter names. The fused kernel is quicker on a GPU; it has no forward derivative."""
     def __init__(self,
@@ -33,10 +33,13 @@ class NormedAttention(Attention):
         norm='rms',    # 'rms' or 'layer'
         fused=False,   # torch's fused kernel?
     ):
+        dim, heads = check_whole(dim, 'dim', 1), check_whole(heads, 'heads', 1)
         super().__init__(dim, heads)
         _check_norm(norm)
         make = lambda: NORMS[norm](dim//heads, eps=1e-6) if qk_norm else nn.Identity()
         self.q_norm, self.k_norm, self.fused = make(), make(), fused
+
+    def own_knobs(self): return dict(heads=self.heads)
 
     def _qkv(self, x):
         q, k, v = super()._qkv(x)
@@ -59,7 +62,7 @@ def modulate(
     "(1 + scale)*x + shift: at 0 and 0 nothing happens (FiLM, Perez et al. 2018; adaLN, Peebles and Xie 2023)."
     return x*(1 + scale) + shift
 
-class DiTBlock(nn.Module):
+class DiTBlock(Knobbed):
     """A pre-norm transformer block on tokens (b, n, dim) that a condition c (b, dim) shifts, scales and gates, attention and MLP each: adaLN-Zero (DiT, Peebles and Xie 2023).
     `modulation` starts at zero, so the block starts as the identity. Its six parts are, in order, MODULATIONS."""
     def __init__(self,
@@ -72,10 +75,15 @@ class DiTBlock(nn.Module):
     ):
         super().__init__()
         _check_norm(norm)
+        dim, mlp, self.norm = check_whole(dim, 'dim', 1), check_number(mlp, 'mlp', 0), norm
+        if int(dim*mlp) < 1:
+            raise ValueError(f'mlp is {mlp:g}, dim is {dim}; expected an MLP at least 1 wide')
         self.norm1, self.norm2 = (NORMS[norm](dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
         self.attn, self.mlp = NormedAttention(dim, heads, qk_norm, norm, fused), Mlp(dim, int(dim*mlp))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6*dim))
         nn.init.zeros_(self.modulation[1].weight), nn.init.zeros_(self.modulation[1].bias)
+
+    def own_knobs(self): return dict(norm=self.norm)
 
     def forward(self, x, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)   # each (b, 1, dim)
@@ -84,7 +92,7 @@ class DiTBlock(nn.Module):
 
 MODULATIONS = ('shift of attention', 'scale of attention', 'gate of attention', 'shift of MLP', 'scale of MLP', 'gate of MLP')
 
-class FinalLayer(nn.Module):
+class FinalLayer(Knobbed):
     "Norm, shift, scale and a Linear to the pixels of a patch, both Linears zero at the start (DiT, Peebles and Xie 2023)."
     def __init__(self,
         dim,         # numbers a token and a condition
@@ -92,13 +100,17 @@ class FinalLayer(nn.Module):
         norm='rms',  # 'rms' or 'layer'
     ):
         super().__init__()
+        _check_norm(norm)
+        dim, out, self.kind = check_whole(dim, 'dim', 1), check_whole(out, 'out', 1), norm
         self.norm, self.modulation, self.linear = NORMS[norm](dim, eps=1e-6, elementwise_affine=False), nn.Sequential(nn.SiLU(), nn.Linear(dim, 2*dim)), nn.Linear(dim, out)
         for m in (self.modulation[1], self.linear): nn.init.zeros_(m.weight), nn.init.zeros_(m.bias)
+
+    def own_knobs(self): return dict(norm=self.kind)
 
     def forward(self, x, c): return self.linear(modulate(self.norm(x), *self.modulation(c)[:, None].chunk(2, -1)))
 
 # %% ../nbs/19_dit.ipynb #19-026
-class SineTime(nn.Module):
+class SineTime(Knobbed):
     """Times (b,) in [0, 1] as (b, dim): sines and cosines of 1000 t, then Linear, SiLU, Linear (DiT, Peebles and Xie 2023; MeanFlow, Geng et al. 2025).
     As `unet.time_embedding` of 1000 t, but in the precision of t: float64 stays float64, 16 bits are widened."""
     def __init__(self,
@@ -107,9 +119,13 @@ class SineTime(nn.Module):
         scale=1000.0,  # frequencies are given for a thousand steps
     ):
         super().__init__()
-        if _count(waves, 'waves', 2) % 2: raise ValueError(f'waves is {waves}; expected an even number')
+        dim, waves = check_whole(dim, 'dim', 1), check_whole(waves, 'waves', 2)
+        scale = check_number(scale, 'scale', above=0)
+        if waves % 2: raise ValueError(f'waves is {waves}; expected an even number')
         self.waves, self.scale = waves, scale
         self.mlp = nn.Sequential(nn.Linear(waves, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def own_knobs(self): return dict(scale=self.scale)
 
     def features(self, t):
         "(b, waves): cosines, then sines."
@@ -128,7 +144,9 @@ class FourierTime(SineTime):
         scale=1.0,  # deviation of the frequencies, in waves from t = 0 to t = 1
     ):
         super().__init__(dim, waves, scale)
-        self.register_buffer('w', scale*torch.randn(waves//2))
+        self.register_buffer('w', self.scale*torch.randn(self.waves//2))
+
+    def own_knobs(self): return {}  # the frequencies themselves are in the state
 
     def features(self, t):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -166,13 +184,14 @@ def _check_label(label, z, classes):
         raise ValueError(f'label holds {label.min().item()} to {label.max().item()}; expected 0 to {classes - 1}, or {classes} for no label')
 
 # %% ../nbs/19_dit.ipynb #19-028
-class _Flow(nn.Module):
+class _Flow(Knobbed):
     "How both networks are called, told, and what they refuse; `_net(x, c)` is their own."
     def __init__(self, channels, cond_channels, classes, label_drop, dim, time, span):
         super().__init__()
-        if not isinstance(label_drop, Real) or not 0 <= label_drop <= 1: raise ValueError(f'label_drop is {label_drop!r}; expected a share, 0 to 1')
-        self.channels, self.cond_channels = _count(channels, 'channels'), _count(cond_channels, 'cond_channels', 0)
-        self.classes, self.label_drop = None if classes is None else _count(classes, 'classes'), label_drop
+        self.channels = check_whole(channels, 'channels', 1)
+        self.cond_channels = check_whole(cond_channels, 'cond_channels', 0)
+        classes = self.classes = None if classes is None else check_whole(classes, 'classes', 1)
+        self.label_drop = check_number(label_drop, 'label_drop', 0, 1)
         self.time, self.span, self.label = time, span, nn.Embedding(classes + 1, dim) if classes else None
         if classes: nn.init.normal_(self.label.weight, std=.02)
         for m in (self.time.mlp[0], self.time.mlp[2], self.span.mlp[0], self.span.mlp[2]): nn.init.normal_(m.weight, std=.02), nn.init.zeros_(m.bias)
@@ -252,13 +271,20 @@ class DiT(_Sizes, _Flow):
         fused=False,      # torch's fused attention: quicker on a GPU, no forward derivative
         time_scale=1000., # of the sines of t and t - r; a derivative in t grows with it (`SineTime`)
     ):
+        dim, depth = check_whole(dim, 'dim', 4), check_whole(depth, 'depth', 1)
+        patch, channels = check_whole(patch, 'patch', 1), check_whole(channels, 'channels', 1)
+        cond_channels = check_whole(cond_channels, 'cond_channels', 0)
+        time_scale = check_number(time_scale, 'time_scale', above=0)
         super().__init__(channels, cond_channels, classes, label_drop, dim, SineTime(dim, scale=time_scale), SineTime(dim, scale=time_scale))
         self.patch, self.grid = patch, _grid_of(*_as_hw(img_size, 'img_size'), patch, 'img_size')
         self.tokens = nn.Linear(patch**2*(channels + cond_channels), dim)
         self.register_buffer('pos', sincos_pos_embed(dim, self.grid), persistent=False)
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(_count(depth, 'depth')))
+        blocks = (DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.last = FinalLayer(dim, patch**2*channels, norm)
         for m in (self.tokens, *(part for b in self.blocks for part in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2))): nn.init.xavier_uniform_(m.weight), nn.init.zeros_(m.bias)
+
+    def own_knobs(self): return dict(patch=self.patch)
 
     def _net(self, x, c):
         hw, grid = x.shape[2:], _grid_of(*x.shape[2:], self.patch, 'z')
@@ -288,6 +314,8 @@ class FlowUNet(_Flow):
         waves=64,         # Fourier features of each time
         scale=1.0,        # deviation of their frequencies
     ):
+        channels, base = check_whole(channels, 'channels', 1), check_whole(base, 'base', 2)
+        cond_channels = check_whole(cond_channels, 'cond_channels', 0)
         (widths, down, up), time = _plan(base, mults, blocks, blocks, ()), 4*base
         super().__init__(channels, cond_channels, classes, label_drop, time, FourierTime(time, waves, scale), FourierTime(time, waves, scale))
         self.multiple = 2**(len(widths) - 1)

@@ -8,9 +8,8 @@ __all__ = ['BRIDGES', 'straight_path', 'draw_times', 'FlowLoss', 'adaptive_weigh
            'ShiftFlow', 'Restorer']
 
 # %% ../nbs/20_meanflow.ipynb #20-003
-import math
+import math, re
 from functools import partial
-from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -18,21 +17,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .data import check_images
+from .data import check_images, check_number, check_whole
 from .diffusion import ResidualShift, _randn
 from .dit import _check_time, _known
 from .learner import EMA, Callback, Learner, warmup_cosine
 from .metrics import _deployed
+from .unet import Knobbed
 
 # %% ../nbs/20_meanflow.ipynb #20-006
 def _wide(t, like): return t.reshape(-1, *[1]*(like.ndim - 1))          # (b,) -> (b, 1, 1, ...)
 
+def _check_values(v, name):
+    "A finite float tensor (b, ...)."
+    if not isinstance(v, torch.Tensor) or not v.is_floating_point():
+        raise TypeError(f'{name} is {getattr(v, "dtype", type(v).__name__)}; '
+                        'expected a float tensor (b, ...)')
+    if v.ndim < 2 or not v.numel():
+        raise ValueError(f'{name} has shape {tuple(v.shape)}; expected (b, ...), none of them 0')
+    if _known(torch.isfinite(v).all()) is False:
+        bad = (~torch.isfinite(v)).sum()
+        raise ValueError(f'{name} holds {bad} values that are NaN or infinite; '
+                         'expected finite numbers')
+
 def _check_pair(x, e):
     "Two finite float tensors of one shape (b, ...)."
-    for v, name in ((x, 'x'), (e, 'e')):
-        if not isinstance(v, torch.Tensor) or not v.is_floating_point(): raise TypeError(f'{name} is {getattr(v, "dtype", type(v).__name__)}; expected a float tensor (b, ...)')
-        if v.ndim < 2 or not v.numel(): raise ValueError(f'{name} has shape {tuple(v.shape)}; expected (b, ...), none of them 0')
-        if _known(torch.isfinite(v).all()) is False: raise ValueError(f'{name} holds {(~torch.isfinite(v)).sum()} values that are NaN or infinite; expected finite numbers')
+    for v, name in ((x, 'x'), (e, 'e')): _check_values(v, name)
     if x.shape != e.shape: raise ValueError(f'x has shape {tuple(x.shape)}, e has {tuple(e.shape)}; expected the same')
 
 def _check_times(t, r, z):
@@ -51,9 +60,6 @@ def straight_path(
     return (1 - t)*x + t*e, e - x                                       # at t = 1 exactly e
 
 # %% ../nbs/20_meanflow.ipynb #20-007
-def _share(value, name):
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1: raise ValueError(f'{name} is {value!r}; expected a share, 0 to 1')
-
 def draw_times(
     b,               # how many
     equal=0.5,       # share with r = t: exactly equal*b of them, if that is a whole number, else the next lower or higher by chance
@@ -63,9 +69,12 @@ def draw_times(
     generator=None,  # of random numbers
     device=None,     # where the times are wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:  # t, r, each (b,) in [0, 1], r <= t
-    "Time pairs: the larger and the smaller of two logit-normal draws (MeanFlow, Geng et al. 2025, sec. 4.2). ValueError for a share out of range."
-    _share(equal, 'equal'), _share(start, 'start')
-    if isinstance(b, bool) or not isinstance(b, Integral) or b < 1: raise ValueError(f'b is {b!r}; expected a whole number from 1')
+    """Time pairs: the larger and the smaller of two logit-normal draws (MeanFlow, Geng et al. 2025,
+    sec. 4.2). ValueError for a share outside [0, 1], a mean that is not finite, a std that is not
+    above 0."""
+    b, equal = check_whole(b, 'b', 1), check_number(equal, 'equal', 0, 1)
+    start = check_number(start, 'start', 0, 1)
+    mean, std = check_number(mean, 'mean'), check_number(std, 'std', above=0)
     on = generator.device if generator is not None else device
     uniform = torch.rand(2, generator=generator, device=on)
     n_equal, n_start = (math.floor(share*b + u) for share, u in zip((equal, start), uniform.tolist()))
@@ -89,11 +98,16 @@ def adaptive_weight(
     power=1.0,      # p; 0 is plain squared error
     c=1e-2,         # in the units of `error`: for means it means h*w*c_channels times as much as for sums
 ) -> torch.Tensor:  # (b,), without gradient
-    "1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is about 1 whatever the error is."
+    """1/(error + c)^p (Geng et al. 2025, appendix B). With p = 1 and c small the weighted error is
+    about 1 whatever the error is. ValueError for p or c below 0, and for c = 0 with p above 0: an
+    error of 0 would have an infinite weight."""
+    power, c = check_number(power, 'power', 0), check_number(c, 'c', 0)
+    if power and not c:
+        raise ValueError(f'c is {c:g}, power is {power:g}; expected c above 0, or power=0')
     return (error.detach() + c)**-power
 
 # %% ../nbs/20_meanflow.ipynb #20-009
-class FlowMatching(nn.Module):
+class FlowMatching(Knobbed):
     """Learns the velocity of the straight path by net(z, t, r, label, cond) -> like z (Lipman et al. 2023). forward gives the loss, so that wrappers for several
     processes see it; `sample` walks from the source e to a target in Euler steps. Values (b, ...) of any range."""
     def __init__(self,
@@ -107,11 +121,14 @@ class FlowMatching(nn.Module):
     ):
         super().__init__()
         if reduce not in ('mean', 'sum'): raise ValueError(f"reduce is {reduce!r}; expected 'mean' or 'sum'")
-        for value, name in ((power, 'power'), (c, 'c')):
-            if not isinstance(value, Real) or not 0 <= value < math.inf: raise ValueError(f'{name} is {value!r}; expected a number from 0')
+        adaptive_weight(torch.ones(1), power, c)  # refuses bad knobs now
+        start, mean = check_number(start, 'start', 0, 1), check_number(mean, 'mean')
+        std = check_number(std, 'std', above=0)
         self.net, self.knobs = net, dict(equal=1.0, start=start, mean=mean, std=std)
-        self.power, self.c, self.reduce = power, c, reduce
-        self.times(1)                                                                # refuses bad knobs now
+        self.power, self.c, self.reduce = float(power), float(c), reduce
+        self.times(1)
+
+    def own_knobs(self): return dict(kind=type(self).__name__)  # which decides how `sample` walks
 
     def extra_repr(self): return ', '.join(f'{k}={v!r}' for k, v in {**self.knobs, **{k: v for k, v in vars(self).items() if isinstance(v, (int, float, str)) and k != 'training'}}.items())
 
@@ -124,7 +141,11 @@ class FlowMatching(nn.Module):
         return v
 
     def forward(self, x, e, label=None, cond=None, t=None, r=None, generator=None):
-        "A `FlowLoss` for targets x and sources e, (b, ...), on times drawn or given. ValueError for shapes, NaN, t outside [0, 1], r > t."
+        """A `FlowLoss` for targets x and sources e, (b, ...), on times drawn or given. ValueError
+        for shapes, NaN, t outside [0, 1], r > t, r without t."""
+        if t is None and r is not None:
+            raise ValueError('r is given, t is not; expected both, or t alone')
+        _check_pair(x, e)
         if t is None: t, r = self.times(len(x), generator, x.device)
         r = t if r is None else r
         (z, v), _ = straight_path(x, e, t), _check_times(t, r, x)
@@ -141,8 +162,8 @@ class FlowMatching(nn.Module):
 
     def walk(self, e, steps=1, label=None, cond=None):
         "Yields (t, z) after each of so many even steps from the sources e (b, ...) at t = 1 to t = 0."
-        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1: raise ValueError(f'steps is {steps!r}; expected a whole number from 1')
-        z = e
+        _check_values(e, 'e')
+        z, steps = e, check_whole(steps, 'steps', 1)
         for k in range(steps, 0, -1):
             t, s = (torch.full((len(e),), j/steps, device=e.device, dtype=torch.promote_types(e.dtype, torch.float32)) for j in (k, k - 1))
             z = z - _wide(t - s, z).to(z.dtype)*self.velocity(z, t, s, label, cond).to(z.dtype)
@@ -158,9 +179,19 @@ class Regression(FlowMatching):
     "The same network asked once, at the start: t = 1, r = 0, squared error of x (with power 0), so it gives the mean of all targets that fit; `steps` are ignored."
     def times(self, b, generator=None, device=None): return torch.ones(b, device=device), torch.zeros(b, device=device)
     def velocity(self, z, t, s, label=None, cond=None): return self.net(z, torch.ones_like(t), torch.zeros_like(t), label, cond)
-    def walk(self, e, steps=1, label=None, cond=None): return super().walk(e, 1, label, cond)
+    def walk(self, e, steps=1, label=None, cond=None):
+        return super().walk(e, min(check_whole(steps, 'steps', 1), 1), label, cond)
 
 # %% ../nbs/20_meanflow.ipynb #20-013
+def _refuse_fused(net):
+    """Raises ValueError where torch's fused attention is used: its kernel has no derivative along
+    the path."""
+    for name, part in net.named_modules():
+        if getattr(part, 'fused', False):
+            where = name or type(part).__name__
+            raise ValueError(f'net has fused attention ({where}), which MeanFlow cannot differentiate; '
+                             'expected a network made with fused=False')
+
 class MeanFlow(FlowMatching):
     """Learns the average velocity from t to r: u = v - (t - r) du/dt, with the derivative of the network along the path, (v, 1, 0) in (z, t, r) (Geng et al. 2025).
     One step is net(e, 1, 0). With labels, omega and kappa put guidance into the target (kappa: their appendix B); samples whose label was dropped keep the plain velocity."""
@@ -174,10 +205,9 @@ class MeanFlow(FlowMatching):
         power=1.0, c=1e-2, reduce='sum',      # of `adaptive_weight`
     ):
         if way not in ('jvp', 'double'): raise ValueError(f"way is {way!r}; expected 'jvp' or 'double'")
-        for value, name in ((omega, 'omega'), (kappa, 'kappa')):
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf: raise ValueError(f'{name} is {value!r}; expected a number from 0')
+        omega, kappa = check_number(omega, 'omega', 0), check_number(kappa, 'kappa', 0)
+        equal = check_number(equal, 'equal', 0, 1)
         super().__init__(net, start, mean, std, power, c, reduce)
-        _share(equal, 'equal')
         self.knobs['equal'], self.omega, self.kappa, self.way = equal, omega, kappa, way
 
     def velocity(self, z, t, s, label=None, cond=None): return self.net(z, t, s, label, cond)
@@ -191,13 +221,26 @@ class MeanFlow(FlowMatching):
         return torch.where(_wide(lost, v), v, mixed)
 
     def derivative(self, z, v, t, r, label=None, cond=None):
-        "u and du/dt (b, ...) along the path, in the precision of the weights: autocast is off inside."
+        """u and du/dt (b, ...) along the path, in the precision of the weights: autocast is off
+        inside. ValueError for fused attention, NotImplementedError for another part without such a
+        derivative."""
+        _refuse_fused(self.net)
         f, at, along = lambda z, t, r: self.net(z, t, r, label, cond), (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r))
-        if self.way == 'jvp': return torch.func.jvp(f, at, along)
-        with torch.enable_grad(): return tuple(out.detach() for out in torch.autograd.functional.jvp(f, at, along, create_graph=True))
+        try:
+            if self.way == 'jvp': return torch.func.jvp(f, at, along)
+            with torch.enable_grad():
+                both = torch.autograd.functional.jvp(f, at, along, create_graph=True)
+            return tuple(out.detach() for out in both)
+        except (NotImplementedError, RuntimeError) as error:
+            if not re.search('forward AD|erivative for .* not implemented', str(error)): raise
+            why = str(error).splitlines()[0]
+            raise NotImplementedError('net has a part without the derivative that '
+                                      f'way={self.way!r} needs: {why} '
+                                      '(fused attention? Make it with fused=False)') from error
 
     @torch.no_grad()
     def target(self, z, v, t, r, label=None, cond=None):
+        if self.way == 'double' or (r < t).any(): _refuse_fused(self.net)  # before any work
         own = next(self.net.parameters()).dtype
         z, v, t, r = (q.to(own) for q in (z, v, t, r))
         cond = None if cond is None else cond.to(own)
@@ -210,14 +253,16 @@ class MeanFlow(FlowMatching):
             return v.index_add(0, moving, -_wide((t - r)[moving], du)*du)
 
 # %% ../nbs/20_meanflow.ipynb #20-022
-class Folded(nn.Module):
+class Folded(Knobbed):
     "A network for pictures whose pixels are folded, `fold` x `fold` to one, into channels: net works on sides h/fold, w/fold and is called as it would be on (b, c, h, w)."
     def __init__(self,
         net,     # made for channels*fold**2 and cond_channels*fold**2
         fold=2,  # divides h and w
     ):
         super().__init__()
-        self.net, self.fold, self.classes = net, fold, net.classes
+        self.net, self.fold, self.classes = net, check_whole(fold, 'fold', 1), net.classes
+
+    def own_knobs(self): return dict(fold=self.fold)
 
     def drop_labels(self, label, generator=None): return self.net.drop_labels(label, generator)
 
@@ -247,7 +292,7 @@ class RawError(Callback):
     def __init__(self,
         loss,      # with a `last` FlowLoss, such as FlowStep
         late=0.9,  # of t
-    ): self.loss, self.late, self.seen = loss, late, []
+    ): self.loss, self.late, self.seen = loss, check_number(late, 'late', 0, 1), []
     def before_fit(self, learn): self.seen = []
     def after_step(self, learn):
         self.seen.append((self.loss.last.raw, self.loss.last.t))
@@ -265,7 +310,13 @@ def flow_learner(
     cbs=(),        # further callbacks
     **knobs,       # of Learner: valid, precision, sched, ...
 ) -> Learner:      # its history has the raw error beside the weighted loss
-    "A Learner for a flow, with AdamW, a cosine and the gradient's norm clipped at 1. ValueError as in Learner."
+    """A Learner for a flow, with AdamW, a cosine and the gradient's norm clipped at 1. ValueError
+    as in Learner, and for less data than a batch."""
+    batch, lr = check_whole(batch, 'batch', 1), check_number(lr, 'lr', above=0)
+    ema = check_number(ema, 'ema', 0, 1)
+    if len(data) < batch:
+        raise ValueError(f'data holds {len(data)} items; '
+                         f'expected at least batch={batch}, one whole batch')
     step = FlowStep(degrade)
     return Learner(flow, step, DataLoader(data, batch, shuffle=True, drop_last=True), opt=partial(torch.optim.AdamW, lr=lr, weight_decay=0.0), seed=seed,
                    cbs=[RawError(step), *([EMA(ema)] if ema else []), *cbs], **dict(sched=warmup_cosine(0.1, 0.01), clip=1.0) | knobs)
@@ -284,6 +335,8 @@ def hole_psnr(
     mask,           # (b, 1, h, w), 1 where to look
 ) -> torch.Tensor:  # (b,) dB
     "PSNR of the masked pixels alone."
+    if a.shape != x.shape:
+        raise ValueError(f'a has shape {tuple(a.shape)}, x has {tuple(x.shape)}; expected the same')
     return -10*_inside((check_images(a, 'a').clamp(0, 1) - check_images(x, 'x')).square(), mask).log10()
 
 def diversity(
@@ -291,11 +344,24 @@ def diversity(
     mask,           # (b, 1, h, w), 1 where to look
 ) -> torch.Tensor:  # (b,)
     "Root mean square distance of the masked pixels from their mean over n samples, unbiased: 0 if all samples are alike."
+    if samples.ndim != 5 or len(samples) < 2:
+        raise ValueError(f'samples has shape {tuple(samples.shape)}; '
+                         'expected (n, b, c, h, w) with two or more samples')
+    _check_values(samples, 'samples')
     return _inside(samples.var(0), mask).sqrt()
+
+def _check_mask(mask, b, hw):
+    "Raises unless mask is a tensor (b, 1, h, w) of numbers from 0 to 1, or of truth values."
+    if not isinstance(mask, torch.Tensor) or mask.shape != (b, 1, *hw):
+        raise ValueError(f'mask has shape {tuple(getattr(mask, "shape", ()))}; '
+                         f'expected {(b, 1, *hw)}')
+    if _known(((mask >= 0) & (mask <= 1)).all()) is False:
+        raise ValueError('mask holds NaN or numbers outside [0, 1]; '
+                         'expected 1 where to look, 0 elsewhere')
 
 def _inside(values, mask):
     "Means (b,) of values (b, c, h, w) where mask (b, 1, h, w) is 1."
-    if mask.shape != (len(values), 1, *values.shape[2:]): raise ValueError(f'mask has shape {tuple(mask.shape)}; expected {(len(values), 1, *values.shape[2:])}')
+    _check_mask(mask, len(values), values.shape[2:])
     m = mask.to(values).expand_as(values)
     if _known((m.flatten(1).sum(1) > 0).all()) is False: raise ValueError('mask is empty for some pictures; expected a 1 in each')
     return (values*m).flatten(1).sum(1)/m.flatten(1).sum(1)
@@ -312,8 +378,8 @@ class Bridge:
         told=None,        # is y given to the network beside z? Default for 'noise' only
     ):
         if kind not in BRIDGES: raise ValueError(f'kind is {kind!r}; expected one of {", ".join(BRIDGES)}')
-        if isinstance(sigma, bool) or not isinstance(sigma, Real) or not 0 < sigma < math.inf: raise ValueError(f'sigma is {sigma!r}; expected a number above 0')
-        self.kind, self.sigma, self.told = kind, sigma, kind == 'noise' if told is None else told
+        self.kind, self.sigma = kind, check_number(sigma, 'sigma', above=0)
+        self.told = kind == 'noise' if told is None else told
         if kind == 'noise' and not self.told: raise ValueError("told is False; a source of noise alone shows nothing of y, so it must be told")
 
     def __repr__(self): return f'Bridge({self.kind!r}, sigma={self.sigma:g}, told={self.told})'
@@ -324,8 +390,7 @@ class Bridge:
         generator=None,  # of the noise
     ):                   # e (b, c, h, w); cond, the same or None
         y = 2*check_images(y, 'y') - 1
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (len(y), 1, *y.shape[2:])):
-            raise ValueError(f'mask has shape {tuple(getattr(mask, "shape", ()))}; expected {(len(y), 1, *y.shape[2:])}')
+        if mask is not None: _check_mask(mask, len(y), y.shape[2:])
         cond = y if self.told else None
         if self.kind == 'straight': return y, cond
         noise = self.sigma*_randn(y, generator).to(y.dtype)
@@ -333,7 +398,7 @@ class Bridge:
         return y + (noise if mask is None else mask.to(y)*noise), cond
 
 # %% ../nbs/20_meanflow.ipynb #20-033
-class ShiftFlow(nn.Module):
+class ShiftFlow(Knobbed):
     "Residual-shifting diffusion (lesson 13) behind the face of `FlowMatching`: e is the degraded picture, also given as cond; the network adds a correction to it."
     def __init__(self,
         net,           # with cond_channels
@@ -342,12 +407,19 @@ class ShiftFlow(nn.Module):
         super().__init__()
         self.net, self.process = net, process or ResidualShift(15, kappa=1.0)
 
+    def own_knobs(self):
+        p = self.process
+        tables = {k: getattr(p, k).tolist() for k in ('kappa', 'latent_std', 'sqrt_etas')}
+        return dict(predicts=p.predicts, **tables)
+
     def ask(self, label=None):
         "model(scaled z, t, cond) as `ResidualShift` wants it."
         return lambda z, t, cond: cond + self.net(z, (t + 1).to(cond.dtype)/self.process.steps, None, label, cond)
 
     def forward(self, x, e, label=None, cond=None, t=None, r=None, generator=None):
         "A `FlowLoss` for clean x and degraded e; t (b,) int64 if given. ValueError as in ResidualShift."
+        if r is not None:
+            raise ValueError('r is given; residual shifting has one time, t: expected None')
         loss = self.process.loss(self.ask(label), x, e, t, cond, generator=generator, stratified=t is None)
         when = (loss.t + 1).to(x.dtype)/self.process.steps
         return FlowLoss(loss.mean, loss.per_sample.detach(), when, when)
@@ -357,15 +429,23 @@ class ShiftFlow(nn.Module):
         with _deployed(self): return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
 
 # %% ../nbs/20_meanflow.ipynb #20-034
-class Restorer(nn.Module):
+class Restorer(Knobbed):
     "A flow from degraded to clean pictures: restorer(y, x, mask) is the training loss, restorer(y, mask=mask, steps=n) a picture, not clipped; y, x (b, c, h, w) in [0, 1]."
     def __init__(self,
         flow,    # FlowMatching, MeanFlow, Regression or ShiftFlow, on values in [-1, 1]
         bridge,  # a Bridge
     ):
         super().__init__()
+        if not isinstance(flow, (FlowMatching, ShiftFlow)):
+            raise TypeError(f'flow is {type(flow).__name__}; '
+                            'expected a FlowMatching or a ShiftFlow')
+        if not isinstance(bridge, Bridge):
+            raise TypeError(f'bridge is {type(bridge).__name__}; expected a Bridge')
         if isinstance(flow, ShiftFlow) and not (bridge.kind == 'straight' and bridge.told): raise ValueError(f"bridge is {bridge}; residual shifting makes its own noise: expected Bridge('straight', told=True)")
         self.flow, self.bridge = flow, bridge
+
+    def own_knobs(self):
+        return dict(bridge=[self.bridge.kind, self.bridge.sigma, bool(self.bridge.told)])
 
     def extra_repr(self): return repr(self.bridge)
 

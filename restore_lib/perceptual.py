@@ -6,26 +6,25 @@
 __all__ = ['Trunk', 'TokenMaps', 'FeatureDistance', 'PerceptualLoss', 'dmae_features', 'lpips_or', 'PerceptualSRLoss']
 
 # %% ../nbs/16_perceptual.ipynb #16-002
-import math
 from importlib.resources import files
-from numbers import Real
 
 import torch
 from torch import nn
 
-from .data import check_images
+from .data import check_images, check_interval, check_number, check_whole
 from .metrics import _TRUNKS, _trunk_file
 from .mae import MAE
 from .patching import ViTEncoder
 from .superres import SRLoss
 from .two_stage import adaptive_weight, load_restorer
+from .unet import Knobbed
 
 # %% ../nbs/16_perceptual.ipynb #16-007
 _STAGES = {'vgg': (4, 9, 16, 23, 30), 'alex': (2, 5, 8, 10, 12), 'squeeze': (2, 5, 8, 10, 11, 12, 13)}   # where torchvision's `features` are cut
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SCALING = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)          # of LPIPS, for pictures in [-1, 1]
 
-class Trunk(nn.Module):
+class Trunk(Knobbed):
     "The convolutions of a torchvision classifier, cut into stages: forward(x), (b, 3, h, w) -> one feature map (b, c, h', w') a stage."
     def __init__(self,
         net='vgg',             # 'vgg', 'alex' or 'squeeze'
@@ -37,18 +36,30 @@ class Trunk(nn.Module):
         super().__init__()
         if net not in _TRUNKS: raise ValueError(f'net is {net!r}; expected one of {", ".join(map(repr, _TRUNKS))}')
         if weights not in ('pretrained', 'random'): raise ValueError(f"weights is {weights!r}; expected 'pretrained' or 'random'")
+        seed, ends = check_whole(seed, 'seed'), _STAGES[net] if cuts is None else cuts
+        ends = tuple(check_whole(end, 'cuts', 1, _STAGES['vgg'][-1] + 1) for end in ends)
+        if not ends or any(a >= b for a, b in zip(ends, ends[1:])):
+            raise ValueError(f'cuts is {cuts!r}; '
+                             f'expected rising numbers of layers, such as {_STAGES[net]}')
         path = _trunk_file(net, download) if weights == 'pretrained' else None
         from torchvision import models
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            layers = getattr(models, _TRUNKS[net][0])(weights=None).features
+            # torch.manual_seed would seed every GPU of the caller, too
+            torch.default_generator.manual_seed(seed)
+            with torch.device('cpu'): model = getattr(models, _TRUNKS[net][0])(weights=None)
+        layers = model.features.float()
+        if ends[-1] > len(layers):
+            raise ValueError(f'cuts is {cuts!r}; '
+                             f'expected at most {len(layers)}, the layers of {net!r}')
         if path:
             state = torch.load(path, map_location='cpu', weights_only=True)
             layers.load_state_dict({k.removeprefix('features.'): v for k, v in state.items() if k.startswith('features.')})
         for m in layers:
             if isinstance(m, nn.ReLU): m.inplace = False            # a stage's end must outlive the next layer
-        ends = cuts or _STAGES[net]
+        self.ends = list(ends)
         self.stages = nn.ModuleList(layers[a:b] for a, b in zip((0, *ends), ends))
+
+    def own_knobs(self): return dict(cuts=self.ends)
 
     def forward(self, x):
         out = []
@@ -66,7 +77,7 @@ def _continued(x, h, w):
         if len(at) > n: x = x.index_select(dim, torch.where(at < n, at, 2*n - 1 - at))
     return x
 
-class TokenMaps(nn.Module):
+class TokenMaps(Knobbed):
     "The patch tokens of a vision transformer after some of its blocks, as feature maps; larger pictures are cut into windows of its own size."
     def __init__(self,
         encoder,      # a ViTEncoder, or an MAE around one
@@ -75,10 +86,13 @@ class TokenMaps(nn.Module):
         super().__init__()
         self.vit = encoder.encoder if isinstance(encoder, MAE) else encoder
         if not isinstance(self.vit, ViTEncoder): raise TypeError(f'encoder is {type(encoder).__name__}; expected a ViTEncoder or an MAE')
-        self.after = tuple(range(1, len(self.vit.blocks) + 1)) if blocks is None else tuple(blocks)
+        blocks = range(1, len(self.vit.blocks) + 1) if blocks is None else blocks
+        self.after = tuple(check_whole(k, 'blocks', 1) for k in blocks)
         if not self.after or not set(self.after) <= set(range(1, len(self.vit.blocks) + 1)):
             raise ValueError(f'blocks is {blocks!r}; expected numbers from 1 to {len(self.vit.blocks)}')
         self.size = tuple(g*self.vit.patch for g in self.vit.grid)
+
+    def own_knobs(self): return dict(blocks=list(self.after), size=list(self.size))
 
     def forward(self, x):                                                            # (b, c, h, w)
         (h, w), (b, c) = self.size, x.shape[:2]
@@ -95,7 +109,14 @@ class TokenMaps(nn.Module):
         return out
 
 # %% ../nbs/16_perceptual.ipynb #16-012
-class FeatureDistance(nn.Module):
+def _unit_length(f):
+    """f (b, c, h, w) with the c numbers of each place divided by their length; a place of zeros
+    stays so, with finite derivatives of any order."""
+    lives = torch.linalg.vector_norm(f.detach(), dim=1, keepdim=True) > 0
+    length = torch.linalg.vector_norm(torch.where(lives, f, 1.), dim=1, keepdim=True)
+    return f/(torch.where(lives, length, 0.) + 1e-10)
+
+class FeatureDistance(Knobbed):
     """The distance of two pictures in the features of a frozen network, picture by picture: forward(x_hat, x) -> (b,), 0 for equal pictures. Made by `lpips`, `vgg` or `encoder`.
     It never learns and never leaves evaluation mode; it lets the gradient through to x_hat."""
     def __init__(self,
@@ -111,19 +132,38 @@ class FeatureDistance(nn.Module):
     ):
         super().__init__()
         if small not in ('enlarge', 'error'): raise ValueError(f"small is {small!r}; expected 'enlarge' or 'error'")
-        low, high = range
-        if not (isinstance(low, Real) and isinstance(high, Real) and low < high): raise ValueError(f'range is {range!r}; expected black and white, such as (0, 1)')
-        self.trunk, self.name, self.channels, self.smallest, self.unit, self.range, self.small = trunk, name, channels, smallest, unit, (float(low), float(high)), small
-        for key, v in zip(('mean', 'std'), stats): self.register_buffer(key, torch.tensor(v).reshape(-1, 1, 1))
+        range, channels = check_interval(range, 'range'), check_whole(channels, 'channels', 1)
+        if range[0] == range[1]:
+            raise ValueError(f'range is {range}; expected black and white, such as (0, 1)')
+        self.trunk, self.name, self.channels = trunk, name, channels
+        self.smallest = check_whole(smallest, 'smallest', 1)
+        self.unit, self.range, self.small = unit, range, small
+        for key, v, above in zip(('mean', 'std'), stats, (None, 0)):
+            v = [check_number(u, f'{key} in stats', above=above) for u in v]
+            if len(v) not in (1, channels):
+                raise ValueError(f'stats holds {len(v)} numbers as {key}; '
+                                 f'expected 1 or {channels}, one a channel')
+            self.register_buffer(key, torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 1))
+        for w in lins or ():
+            if not (torch.isfinite(w) & (w >= 0)).all():
+                raise ValueError('lins holds NaN, infinite or negative weights; '
+                                 'expected finite ones from 0')
         self.lins = nn.ParameterList(nn.Parameter(w.reshape(-1, 1, 1)) for w in lins) if lins is not None else None
         self.requires_grad_(False).train()
 
     def train(self, mode=True): return super().train(False)        # a dropout that is awake would make it a random distance
 
+    def own_knobs(self):
+        return dict(range=list(self.range), unit=bool(self.unit), channels=self.channels,
+                    small=self.small, smallest=self.smallest)
+
     def _seen(self, x, name):
         low, high = self.range
-        if isinstance(x, torch.Tensor) and x.is_floating_point(): x = (x.float() - low)/(high - low)
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            x = (x.to(self.mean.dtype) - low)/(high - low)
         check_images(x, name, channels=(1, 3) if self.channels == 3 else self.channels)
+        if not min(x.shape[-2:]):
+            raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one pixel')
         if name == 'x' and x.numel() and not (-0.01 <= x.min() and x.max() <= 1.01):
             raise ValueError(f'x reaches from {low + (high - low)*x.min():.3g} to {low + (high - low)*x.max():.3g}; expected range={self.range}')
         if min(x.shape[-2:]) < self.smallest and self.small == 'error':
@@ -133,7 +173,8 @@ class FeatureDistance(nn.Module):
     def features(self, x, name='x'):
         "The feature maps of pictures that keep to `range` (called x_hat, they need not), of unit length at each place if the distance is LPIPS's: a list of (b, c, h', w'), computed in float32."
         with torch.autocast(x.device.type, enabled=False): maps = self.trunk((self._seen(x, name) - self.mean)/self.std)
-        return [f/(torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10) for f in maps] if self.unit else maps
+        maps = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in maps]
+        return [_unit_length(f) for f in maps] if self.unit else maps
 
     def maps(self, x_hat, x):
         "Where the pictures differ: for each stage (b, 1, h', w'), whose means over places sum to the distance."
@@ -189,6 +230,12 @@ def lpips_or(
     return loss
 
 # %% ../nbs/16_perceptual.ipynb #16-043
+def _check_lam(lam):
+    "A weight from 0, or 'adaptive'; it may be set between steps, so it is looked at in each."
+    if isinstance(lam, str) and lam != 'adaptive':
+        raise ValueError(f"lam is {lam!r}; expected a number from 0, or 'adaptive'")
+    return lam if isinstance(lam, str) else check_number(lam, 'lam', 0)
+
 class PerceptualSRLoss(SRLoss):
     """The loss of a LatentSR for a Learner: squared error of the latent plus lam times the perceptual distance of the picture behind it.
     After a call: `.last` (of the latent), `.perceptual` (b,) as the network gives it, `.terms`, whose 'mse' and 'perceptual' sum to the loss."""
@@ -202,8 +249,15 @@ class PerceptualSRLoss(SRLoss):
     ):
         super().__init__(degrade, weight)
         if not callable(perceptual): raise TypeError(f'perceptual is {type(perceptual).__name__}; expected a function of x_hat and x, such as a PerceptualLoss')
-        if lam != 'adaptive' and (isinstance(lam, bool) or not (isinstance(lam, Real) and 0 <= lam < math.inf)): raise ValueError(f"lam is {lam!r}; expected a number from 0, or 'adaptive'")
-        if by_step is not None and by_step.ndim != 1: raise ValueError(f'by_step has shape {tuple(by_step.shape)}; expected (T,), a weight for each time step')
+        _check_lam(lam)
+        if by_step is not None:
+            by_step = torch.as_tensor(by_step)
+            if by_step.ndim != 1:
+                raise ValueError(f'by_step has shape {tuple(by_step.shape)}; '
+                                 'expected (T,), a weight for each time step')
+            if not (torch.isfinite(by_step) & (by_step >= 0)).all():
+                raise ValueError('by_step holds NaN, infinite or negative weights; '
+                                 'expected finite ones from 0')
         self.fn, self.lam, self.by_step, self.at, self.terms, self.perceptual, self.t = perceptual, lam, by_step, last, {}, None, None
     def __repr__(self): return f'PerceptualSRLoss({getattr(self.fn, "name", self.fn)}, {self.lam!r}, {self.by_step}, {self.degrade}, {self.weight!r})'
     def __call__(self, model, batch):
@@ -213,9 +267,13 @@ class PerceptualSRLoss(SRLoss):
         if self.by_step is not None and len(self.by_step) != T: raise ValueError(f'by_step holds {len(self.by_step)} weights; expected {T}, one for each time step')
         if isinstance(self.fn, nn.Module): self.fn.to(x.device)
         per = self.fn(x_hat, x)
+        if per.shape != (len(x),):
+            raise ValueError(f'perceptual gave shape {tuple(per.shape)}; '
+                             f'expected ({len(x)},), a distance for each picture')
         self.perceptual, self.t = per.detach(), self.last.t
         term = (per if self.by_step is None else self.by_step.to(per)[self.t]*per).mean()
-        lam = adaptive_weight(self.last.mean, term, self.shared(model)) if self.lam == 'adaptive' else self.lam
+        lam = _check_lam(self.lam)
+        if lam == 'adaptive': lam = adaptive_weight(self.last.mean, term, self.shared(model))
         self.terms = dict(mse=self.last.mean.item(), perceptual=float(lam)*term.item(), lam=float(lam))
         return self.last.mean + lam*term
     def shared(self, model):

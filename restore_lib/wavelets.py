@@ -8,11 +8,13 @@ __all__ = ['MODES', 'FEW', 'extend', 'dwt2', 'idwt2', 'wavedec2', 'waverec2', 'p
 # %% ../nbs/11_wavelets.ipynb #11-003
 from functools import lru_cache, wraps
 from math import prod
-from numbers import Integral
 
+import numpy as np
 import pywt
 import torch
 from torch.nn.functional import conv2d, pad
+
+from .data import check_whole
 
 # %% ../nbs/11_wavelets.ipynb #11-017
 MODES = ('zero', 'symmetric', 'reflect', 'periodic', 'constant', 'periodization')
@@ -22,7 +24,7 @@ def _check_mode(mode):
 
 def _source(n, left, right, mode):
     "For the places -left .. n+right-1 of an endless row made of n samples: which sample stands there."
-    k = torch.arange(-left, n + right)
+    k = torch.arange(-left, n + right, device='cpu')
     if mode == 'periodic': return k % n
     if mode == 'periodization': return (k % (n + n % 2)).clamp(max=n - 1)          # an odd row repeats its last sample first
     if mode == 'symmetric': return torch.minimum(k % (2*n), 2*n - 1 - k % (2*n))
@@ -36,9 +38,13 @@ def extend(
     mode,    # one of MODES
     dim=-1,  # the axis that grows
 ) -> torch.Tensor:
-    "`x` continued beyond its ends as PyWavelets does, also by more than its own length; one sample reflected is repeated. ValueError for another mode."
+    """`x` continued beyond its ends as PyWavelets does, also by more than its own length; one
+    sample reflected is repeated. ValueError for another mode, no samples or negative sizes."""
     _check_mode(mode)
-    n = x.shape[dim]
+    left, right, n = check_whole(left, 'left', 0), check_whole(right, 'right', 0), x.shape[dim]
+    if not n:
+        raise ValueError(f'x has shape {tuple(x.shape)}; '
+                         f'expected at least one sample along dim={dim}')
     if mode == 'zero': ends = [x.new_zeros([*x.shape[:dim], size, *x.shape[dim:][1:]]) for size in (left, right)]
     else: ends = [x.index_select(dim, at.to(x.device)) for at in _source(n, left, right, mode).split([left, n, right])[::2]]
     return torch.cat([ends[0], x, ends[1]], dim)
@@ -56,27 +62,43 @@ def _bank(wavelet):
     if not isinstance(wavelet, pywt.Wavelet): raise TypeError(f'wavelet is {type(wavelet).__name__}; expected a name or a pywt.Wavelet')
     return tuple(map(tuple, wavelet.filter_bank))                                  # always of one even length, if need be with zeros
 
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)                # a matrix first made in inference mode could never be trained through
-def _analysis(filters, tile, dtype, device):
-    "(2*tile + taps - 2, 2*tile): a piece of a row -> `tile` low and `tile` high coefficients."
-    f = torch.tensor(filters, dtype=torch.float64).flip(1)                         # (2, taps)
-    m = torch.zeros(2*tile + f.shape[1] - 2, 2, tile, dtype=torch.float64)
-    for t in range(tile): m[2*t:2*t + f.shape[1], :, t] = f.T
-    return m.flatten(1).to(dtype).to(device)
+def _as_tensor(array, dtype, device):
+    return torch.as_tensor(array, dtype=dtype, device='cpu').to(device)
 
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _synthesis(filters, tile, lag, ahead, dtype, device):
+def _remembered(maxsize):
+    """A decorator: keeps the arrays that a function makes from its arguments, and hands out tensors
+    of the `dtype` and on the `device` that are given last. Tensors themselves are not kept: one
+    that was first made inside `torch.func` or in inference mode would be of no use outside."""
+    def decorate(make):
+        @lru_cache(maxsize=maxsize)
+        def kept(precision, *args): return make(*args).astype(precision)
+        @wraps(make)
+        def tensor(*args):
+            *own, dtype, device = args
+            precision = 'float32' if dtype == torch.float32 else 'float64'
+            return _as_tensor(kept(precision, *own), dtype, device)
+        return tensor
+    return decorate
+
+@_remembered(1024)
+def _analysis(filters, tile):
+    "(2*tile + taps - 2, 2*tile): a piece of a row -> `tile` low and `tile` high coefficients."
+    f = np.array(filters)[:, ::-1]                                                 # (2, taps)
+    m = np.zeros((2*tile + f.shape[1] - 2, 2, tile))
+    for t in range(tile): m[2*t:2*t + f.shape[1], :, t] = f.T
+    return m.reshape(len(m), -1)
+
+@_remembered(1024)
+def _synthesis(filters, tile, lag, ahead):
     "(2, tile + width - 1, 2*tile): pieces of low and of high coefficients -> 2*tile samples; `ahead` coefficients stand before the first."
-    f = torch.tensor(filters, dtype=torch.float64)                                 # (2, taps)
+    f = np.array(filters)                                                          # (2, taps)
     width = ahead + (1 + lag)//2 + 1
-    m = torch.zeros(2, tile + width - 1, tile, 2, dtype=torch.float64)
+    m = np.zeros((2, tile + width - 1, tile, 2))
     for s in (0, 1):                                                               # even and odd samples
         for i in range(width):
             j = s + lag - 2*(i - ahead)
             if 0 <= j < f.shape[1]: m[:, range(i, i + tile), range(tile), s] = f[:, j:j + 1]
-    return m.flatten(2).to(dtype).to(device)
+    return m.reshape(2, len(m[0]), -1)
 
 # %% ../nbs/11_wavelets.ipynb #11-024
 def _no_autocast(f):
@@ -174,17 +196,26 @@ def _is_haar(bank):
 # %% ../nbs/11_wavelets.ipynb #11-028
 FEW = 10      # up to so many taps this is faster than the matrix; measured below
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _kernels(filters, dtype):
-    "With 8 columns as channels: the kernel that takes windows apart, (16, 8, taps, groups), and its transpose, (16, 16, taps/2, groups)."
-    f, n = torch.tensor(filters, dtype=torch.float64), len(filters[0])
-    bands = torch.einsum('yu,xv->xyuv', f, f).reshape(4, n, n)                     # LL, LH, HL, HH
-    apart = bands.new_zeros(4, 4, n, -(-(n + 6)//8)*8)                             # 4 places, band, row, column
-    back = bands.new_zeros(2, 4, 2, n//2, -(-(n//2 + 3)//4)*4, 4)                  # row of two, place, column of two, row, column, band
-    flipped = bands.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).flip(1, 3).permute(2, 4, 1, 3, 0)
-    for p in range(4): apart[p, ..., 2*p:2*p + n], back[:, p, :, :, p:p + n//2] = bands, flipped
-    return [k.permute(0, 3, 1, 2).to(dtype).contiguous(memory_format=torch.channels_last) for k in (apart.reshape(16, n, -1, 8), back.reshape(16, n//2, -1, 16))]
+@_remembered(128)
+def _channels_last(filters, back):
+    """The kernel that takes windows apart, (16, taps, groups, 8); or `back`, its transpose, (16,
+    taps/2, groups, 16)."""
+    f, n = np.array(filters), len(filters[0])
+    bands = np.einsum('yu,xv->xyuv', f, f).reshape(4, n, n)                        # LL, LH, HL, HH
+    if not back:
+        apart = np.zeros((4, 4, n, -(-(n + 6)//8)*8))  # 4 places, band, row, column
+        for p in range(4): apart[p, ..., 2*p:2*p + n] = bands
+        return apart.reshape(16, n, -1, 8)
+    flipped = bands.reshape(4, n//2, 2, n//2, 2)[:, ::-1, :, ::-1].transpose(2, 4, 1, 3, 0)
+    # row of two, place, column of two, row, column, band
+    together = np.zeros((2, 4, 2, n//2, -(-(n//2 + 3)//4)*4, 4))
+    for p in range(4): together[:, p, :, :, p:p + n//2] = flipped
+    return together.reshape(16, n//2, -1, 16)
+
+def _kernel(filters, back, like):
+    """The same as a convolution of 8 columns as channels wants it, (16, 8 or 16, rows, groups),
+    channels last in memory."""
+    return _channels_last(filters, back, like.dtype, like.device).permute(0, 3, 1, 2)
 
 def _columns(w, kernel): return -(-w//4) + kernel.shape[3] - 1                     # groups of columns that the kernel needs for w results
 
@@ -193,7 +224,7 @@ class _Split(torch.autograd.Function):
     "x (..., H, W) -> (..., h, w, 4): the products of four kernels with windows two samples apart, the first `lead` samples before the picture, with zeros outside."
     @staticmethod
     def forward(x, filters, lead, size):
-        kernel, (*n, H, W), (h, w) = _kernels(filters, x.dtype)[0], x.shape, size
+        kernel, (*n, H, W), (h, w) = _kernel(filters, False, x), x.shape, size
         rows, groups = 2*h + len(filters[0]) - 2, _columns(w, kernel)
         if (lead, H, W) != (0, rows, 8*groups): x = pad(x, (lead, 8*groups - lead - W, lead, rows - lead - H))
         y = conv2d(x.reshape(prod(n), rows, groups, 8).permute(0, 3, 1, 2), kernel, stride=(2, 1))
@@ -213,7 +244,8 @@ class _Merge(torch.autograd.Function):
     "The transpose of `_Split`: four bands (..., h, w) -> (..., H, W)."
     @staticmethod
     def forward(LL, LH, HL, HH, filters, lead, size):
-        kernel, (*n, h, w), (H, W), half = _kernels(filters, LL.dtype)[1], LL.shape, size, len(filters[0])//2
+        kernel, half = _kernel(filters, True, LL), len(filters[0])//2
+        (*n, h, w), (H, W) = LL.shape, size
         groups, at = _columns(W//2, kernel), half - 1 - lead//2
         z = LL.new_zeros(*n, H//2 + half - 1, 4*groups, 4)
         torch.stack((LL, LH, HL, HH), -1, out=z[..., at:at + h, at:at + w, :])
@@ -239,7 +271,7 @@ def _split2(x, filters, mode):
     filters = tuple(f[::-1] for f in filters)
     kh, kw = ((n + 1)//2 if per else (n + taps - 1)//2 for n in (h, w))
     left = taps//2 - 1 if per else taps - 2
-    x = extend(x, left, 8*_columns(kw, _kernels(filters, x.dtype)[0]) - left - w, mode)
+    x = extend(x, left, 8*_columns(kw, _kernel(filters, False, x)) - left - w, mode)
     return _Split.apply(extend(x, left, 2*kh + taps - 2 - left - h, mode, -2), filters, 0, (kh, kw)).unbind(-1)
 
 @_no_autocast
@@ -312,9 +344,6 @@ def idwt2(
     return _together(low, high, bank[2:], mode, -2)
 
 # %% ../nbs/11_wavelets.ipynb #11-036
-def _check_level(level, least=0):
-    if not isinstance(level, Integral) or isinstance(level, bool) or level < least: raise ValueError(f'level is {level!r}; expected a whole number from {least}')
-
 def wavedec2(
     x,                 # (b, c, h, w) floats
     wavelet,           # as in `dwt2`
@@ -322,9 +351,9 @@ def wavedec2(
     mode='symmetric',  # as in `dwt2`
 ) -> list:             # [LL, (LH, HL, HH) of the coarsest level, ..., (LH, HL, HH) of the finest]
     "Several levels of `dwt2`, nested as PyWavelets nests them. Raises as `dwt2`."
-    _check(x), _check_mode(mode), _bank(wavelet), _check_level(level)
+    _check(x), _check_mode(mode), _bank(wavelet)
     details = []
-    for _ in range(level):
+    for _ in range(check_whole(level, 'level', 0)):
         x, d = dwt2(x, wavelet, mode)
         details.append(d)
     return [x, *details[::-1]]
@@ -353,7 +382,8 @@ def packet2(
 ) -> torch.Tensor:  # (b, c*4^level, h/2^level, w/2^level)
     """All bands of Haar's wavelet packet as channels, orthonormal: channel ((c*4 + first)*4 + second)..., where 0, 1, 2, 3 are LL, LH, HL, HH, the first being the first split.
     As PyWavelets' `WaveletPacket2D` with the paths 'aa', 'ah', 'av', 'ad', 'ha', ...; ValueError says what to pad to."""
-    _check(x), _check_level(level)
+    _check(x)
+    level = check_whole(level, 'level', 0)
     (h, w), s = x.shape[-2:], 2**level
     if h % s or w % s: raise ValueError(f'x is {h} x {w}, which level={level} does not halve so often; pad it to {-(-h//s)*s} x {-(-w//s)*s}')
     for _ in range(level): x = torch.stack(_Haar.apply(x), 2).flatten(1, 2)
@@ -364,28 +394,35 @@ def unpacket2(
     level,  # as in `packet2`
 ) -> torch.Tensor:  # (b, c, h'*2^level, w'*2^level)
     "The inverse of `packet2`, and its transpose. ValueError if the channels are no multiple of 4^level."
-    _check(z, 'z'), _check_level(level)
+    _check(z, 'z')
+    level = check_whole(level, 'level', 0)
     if z.shape[1] % 4**level: raise ValueError(f'z has {z.shape[1]} channels; level={level} needs a multiple of {4**level}')
     for _ in range(level): z = _HaarBack.apply(*z.unflatten(1, (-1, 4)).unbind(2))
     return z
 
 # %% ../nbs/11_wavelets.ipynb #11-063
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _cosines(n, dtype, device):
+_KEPT = 512  # cosines of so many pixels are kept (16 sizes, 2 MB each), larger ones made anew
+
+def _cosine_rows(n):
     "(n, n): row k is the k-th cosine; orthonormal."
-    k, t = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-    d = (torch.pi/n*(t + 0.5)*k).cos()*(2/n)**0.5
+    d = np.cos(np.pi/n*(np.arange(n) + 0.5)*np.arange(n)[:, None])*(2/n)**0.5
     d[0] *= 0.5**0.5
-    return d.to(dtype).to(device)
+    return d
+
+_kept_rows = _remembered(16)(_cosine_rows)
+
+def _cosines(n, dtype, device):
+    if n > _KEPT: return _as_tensor(_cosine_rows(n), dtype, device)
+    return _kept_rows(n, dtype, device)
 
 @_no_autocast
 def _dct(x, block, transpose):
     h, w = x.shape[-2:]
-    if block is not None and (not isinstance(block, Integral) or isinstance(block, bool) or block < 1): raise ValueError(f'block is {block!r}; expected None or a number of pixels from 1')
+    if block is not None: block = check_whole(block, 'block', 1)
     if block and (h % block or w % block): raise ValueError(f'x is {h} x {w}, which block={block} does not divide; pad it to {-(-h//block)*block} x {-(-w//block)*block}')
     p, q = (block, block) if block else (h, w)
-    rows, cols = _cosines(p, x.dtype, x.device), _cosines(q, x.dtype, x.device)
+    rows = _cosines(p, x.dtype, x.device)
+    cols = rows if p == q else _cosines(q, x.dtype, x.device)
     if transpose: rows, cols = rows.mT, cols.mT
     y = x.reshape(*x.shape[:2], h//p, p, w) if block else x[:, :, None]            # (b, c, rows of blocks, p, w)
     y = rows @ y

@@ -8,42 +8,72 @@ __all__ = ['read_log', 'step_range', 'step_weights', 'normalised', 'fluctuation'
 
 # %% ../nbs/17_weights.ipynb #17-002
 import math, re
-from numbers import Integral, Real
 
 import torch
 from torch import nn
 
+from .data import check_number, check_whole
 from .learner import Callback
 
 # %% ../nbs/17_weights.ipynb #17-005
-_NUMBER = r'[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?'
+_NUMBER = re.compile(r"""
+    [-+]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)? | \d+\.?\d* | \.\d+)   # 1,234.5 or 1234.5 or .5
+    (?:e[-+]?\d+)? | nan | inf(?:inity)?)
+    (?=$ | [\s;|)\]] | ,(?!\d))  # a number ends here: '0,0432' is none
+    """, re.VERBOSE | re.IGNORECASE)
 
-def _half(text): return 0.5*10.0**-len(text.split('e')[0].split('.')[1]) if '.' in text else 0.5   # what rounding may have taken
+def _said(line):
+    """name -> text of the numbers that the log's parts have in a line; ValueError for what is no
+    number, or stands twice."""
+    said = {}
+    for found in re.finditer(r'(?<![\w./-])(loss|mse|lpips|lpips_w)\s*=\s*', line):
+        name, number = found[1], _NUMBER.match(line, found.end())
+        if not number: raise ValueError(f'line {line.strip()!r} has a {name} that is no number')
+        if name in said: raise ValueError(f'line {line.strip()!r} has {name} twice')
+        said[name] = number[0].replace(',', '').lower()
+    return said
+
+def _half(text):
+    "Half a unit of the last digit: what rounding may have taken from a printed number."
+    digits, _, exponent = text.partition('e')
+    if not digits[-1:].isdigit() and not digits.endswith('.'): return 0.0          # nan, inf
+    return 0.5*10.0**(int(exponent or 0) - len(digits.partition('.')[2]))
+
 def read_log(
     text,      # lines such as 'Iter 400: loss=0.0432, mse=0.0065, lpips=0.3667, lpips_w=0.1'; others are passed over
     lam=None,  # the weight of lpips, for lines that do not say it (lpips_w)
 ) -> list:     # of dicts: iteration, loss, mse, lpips, lam; sum = mse + lam*lpips; off = loss - sum; rounding, the most that printing explains; holds; implied lam
-    "Rows of a training log, and whether each loss is the sum of its parts. ValueError for a line without a part or a weight, or no line at all."
+    """Rows of a training log, and whether each loss is the sum of its parts; signs, exponents,
+    1,234, NaN and inf (which never hold) are read. ValueError for a line without a part or a
+    weight, with a part twice or one that is no number, or no line at all."""
+    if not isinstance(text, str):
+        raise TypeError(f'text is {type(text).__name__}; expected a string')
+    if lam is not None: lam = check_number(lam, 'lam', 0)
     rows = []
     for line in text.splitlines():
-        if not (found := re.search(r'Iter\s+(\d+)\s*:', line)): continue
-        said = {k: v for k, v in re.findall(rf'(\w+)\s*=\s*({_NUMBER})', line)}
+        if not (found := re.search(r'Iter\s+([\d,]*\d)\s*:', line)): continue
+        said = _said(line)
         lacks = [k for k in ('loss', 'mse', 'lpips') if k not in said]
         if lacks: raise ValueError(f'line {line.strip()!r} has no {", ".join(lacks)}')
         if 'lpips_w' not in said and lam is None: raise ValueError(f'line {line.strip()!r} has no lpips_w; give read_log lam')
         loss, mse, lpips = (float(said[k]) for k in ('loss', 'mse', 'lpips'))
         w = float(said.get('lpips_w', lam if lam is not None else 0))
-        slack = _half(said['loss']) + _half(said['mse']) + w*_half(said['lpips']) + (lpips*_half(said['lpips_w']) if 'lpips_w' in said else 0)
+        slack = _half(said['loss']) + _half(said['mse']) + abs(w)*_half(said['lpips'])
+        if 'lpips_w' in said: slack += abs(lpips)*_half(said['lpips_w'])
         off = loss - mse - w*lpips
-        rows.append({'iteration': int(found[1]), 'loss': loss, 'mse': mse, 'lpips': lpips, 'lam': w, 'sum': mse + w*lpips, 'off': off, 'rounding': slack,
-                     'holds': abs(off) <= slack*(1 + 1e-9), 'implied lam': (loss - mse)/lpips if lpips else math.nan})
+        rows.append({
+            'iteration': int(found[1].replace(',', '')),
+            'loss': loss, 'mse': mse, 'lpips': lpips, 'lam': w,
+            'sum': mse + w*lpips, 'off': off, 'rounding': slack,
+            'holds': math.isfinite(off) and abs(off) <= slack*(1 + 1e-9),
+            'implied lam': (loss - mse)/lpips if lpips else math.nan})
     if not rows: raise ValueError(f'text of {len(text)} characters has no line that begins with Iter N:')
     return rows
 
 # %% ../nbs/17_weights.ipynb #17-013
 def _check_t(t, T):
     "Raises unless T counts steps and t (b,) holds some of them; values are looked at on the CPU only."
-    if isinstance(T, bool) or not isinstance(T, Integral) or T < 1: raise ValueError(f'T is {T!r}; expected a whole number from 1')
+    T = check_whole(T, 'T', 1)
     if not isinstance(t, torch.Tensor): raise TypeError(f't is {type(t).__name__}; expected an int64 tensor (b,)')
     if t.dtype != torch.int64 or t.ndim != 1: raise ValueError(f't is {t.dtype} of shape {tuple(t.shape)}; expected int64 of shape (b,)')
     if t.device.type == 'cpu' and len(t) and not 0 <= t.min() <= t.max() < T: raise ValueError(f't holds {t.min().item()} to {t.max().item()}; expected 0 to {T - 1}')
@@ -55,7 +85,8 @@ def step_range(
 ) -> torch.Tensor:  # (b,) int64, 0 to n - 1
     "Which of n ranges of time steps each t lies in. ValueError for t, T, or more ranges than steps."
     _check_t(t, T)
-    if isinstance(n, bool) or not isinstance(n, Integral) or not 1 <= n <= T: raise ValueError(f'n is {n!r}; expected 1 to {T}, a step for each range')
+    T, n = int(T), check_whole(n, 'n', 1)
+    if n > T: raise ValueError(f'n is {n}; expected 1 to {T}, a step for each range')
     return torch.bucketize(t, torch.tensor([k*T//n for k in range(1, n)], dtype=torch.int64, device=t.device), right=True)
 
 def step_weights(
@@ -84,7 +115,7 @@ def fluctuation(
     "Standard deviation over mean (the coefficient of variation), of `values` as they are: no n - 1. ValueError for less than two values or a mean of 0."
     v = torch.as_tensor(values).detach().double()
     if v.ndim != 1 or len(v) < 2 or not v.isfinite().all() or v.mean() == 0: raise ValueError(f'values has shape {tuple(v.shape)}; expected two or more finite numbers, not of mean 0')
-    if isinstance(batch, bool) or not isinstance(batch, Integral) or batch < 1: raise ValueError(f'batch is {batch!r}; expected a whole number from 1')
+    batch = check_whole(batch, 'batch', 1)
     return (v.std(correction=0)/v.mean().abs()).item()/math.sqrt(batch)
 
 # %% ../nbs/17_weights.ipynb #17-030
@@ -95,7 +126,12 @@ def gradient_gram(
 ) -> torch.Tensor:  # (n, n) float64
     "Inner products of the gradients of n losses: all that is needed for the length of any weighted sum of them. ValueError for less than two losses."
     params = [params] if isinstance(params, torch.Tensor) else list(params)
+    chunk = check_whole(chunk, 'chunk', 1)
+    if not params: raise ValueError('params is empty; expected at least one tensor')
     def flat(loss):
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            came = tuple(getattr(loss, 'shape', ())) or type(loss).__name__
+            raise ValueError(f'losses holds {came}; expected tensors of one number')
         got = torch.autograd.grad(loss, params, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, got)])
     rows = [flat(loss) for loss in losses]
@@ -109,8 +145,12 @@ def gradient_noise(
     """|noise|/|signal| of a batch's gradient: the root of the trace of its covariance over the squared length of its mean, that length without what noise adds to it
     (the gradient noise scale of McCandlish et al. 2018, app. A.1). ValueError for shapes."""
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]: raise ValueError(f'gram has shape {tuple(gram.shape)}; expected (n, n)')
+    if not torch.isfinite(gram).all():
+        raise ValueError('gram holds values that are NaN or infinite; expected finite numbers')
     a = torch.eye(len(gram), dtype=torch.float64) if draws is None else torch.as_tensor(draws).double()
     if a.ndim != 2 or a.shape[1] != len(gram) or len(a) < 2: raise ValueError(f'draws has shape {tuple(a.shape)}; expected (batches, {len(gram)}), two batches or more')
+    if not torch.isfinite(a).all():
+        raise ValueError('draws holds values that are NaN or infinite; expected finite numbers')
     K, m, n = gram.double(), a.mean(0), len(a)
     mean = m @ K @ m
     spread = (((a @ K)*a).sum(1).mean() - mean)*n/(n - 1)
@@ -125,9 +165,12 @@ def snr_weights(
 ) -> torch.Tensor:  # (T,) float64, not normalised
     """min(SNR, gamma) with SNR_t = (1 - eta)^2 signal^2/(kappa^2 eta), the powers of all channels added: min-SNR (Hang et al. 2023, eq. 8) for a network that predicts x,
     with the noise of a residual-shifting process. ValueError for gamma or signal."""
-    if isinstance(gamma, bool) or not isinstance(gamma, Real) or not 0 < gamma < math.inf: raise ValueError(f'gamma is {gamma!r}; expected a finite number above 0')
+    gamma = check_number(gamma, 'gamma', above=0)
     s = torch.as_tensor(process.latent_std if signal is None else signal, dtype=torch.float64).reshape(-1)
     if not len(s) or not (s.isfinite() & (s > 0)).all(): raise ValueError(f'signal is {signal!r}; expected a number above 0, or one for each channel')
+    if len({1, len(s), len(process.kappa)}) > 2:
+        raise ValueError(f'signal has {len(s)} channels, kappa has {len(process.kappa)}; '
+                         'expected as many')
     eta = process.sqrt_etas**2
     return ((1 - eta)**2*s.square().mean()/(eta*process.kappa.square().mean())).clamp(max=gamma)
 
@@ -138,9 +181,14 @@ def inverse_variance(
     n=None,         # ranges of steps with a variance each; default T, one a step
 ) -> torch.Tensor:  # (T,) float64, of mean 1
     "Weights 1/variance of the loss within each range of steps: ranges whose values scatter less count more. ValueError where a range has less than two values, or equal ones."
-    k = step_range(t, T, T if n is None else n)
+    n = T if n is None else n
+    k = step_range(t, T, n)
     if values.shape != t.shape: raise ValueError(f'values has shape {tuple(values.shape)}, t has {tuple(t.shape)}; expected equal shapes')
-    each = [values[k == i].detach().double().cpu() for i in range(T if n is None else n)]
+    if not torch.isfinite(values).all():
+        bad = (~torch.isfinite(values)).sum()
+        raise ValueError(f'values holds {bad} values that are NaN or infinite; '
+                         'expected finite numbers')
+    each = [values[k == i].detach().double().cpu() for i in range(n)]
     var = torch.stack([v.var() if len(v) > 1 else torch.zeros((), dtype=torch.float64) for v in each])
     if not (var > 0).all(): raise ValueError(f'range {int((~(var > 0)).nonzero()[0])} holds {len(each[int((~(var > 0)).nonzero()[0])])} values that do not vary; expected two or more that do')
     return normalised((1/var)[step_range(torch.arange(T), T, len(var))])
@@ -149,9 +197,13 @@ class LearnedUncertainty(nn.Module):
     "exp(-s_k) value + s_k with a learned s_k for each term or range of steps k (Kendall et al. 2018, eq. 10, times 2); at the best s the weight exp(-s_k) is 1/mean value of k."
     def __init__(self, n):  # terms or ranges
         super().__init__()
-        self.s = nn.Parameter(torch.zeros(n))
+        self.s = nn.Parameter(torch.zeros(check_whole(n, 'n', 1)))
     def forward(self, values, k):  # (b,) losses from 0, (b,) int64 which term each is -> (b,)
         if values.shape != k.shape: raise ValueError(f'values has shape {tuple(values.shape)}, k has {tuple(k.shape)}; expected equal shapes')
+        # -1 would be the last one, without a word
+        if k.device.type == 'cpu' and len(k) and not 0 <= k.min() <= k.max() < len(self.s):
+            raise ValueError(f'k holds {k.min().item()} to {k.max().item()}; '
+                             f'expected 0 to {len(self.s) - 1}')
         s = self.s[k]
         return (-s).exp()*values + s
     @property
@@ -166,9 +218,11 @@ def progressive(
     start=0.01,  # weight before the first
     end=0.15,
 ) -> float:
-    "A weight that goes from start to end in equal steps and stays there: the DifIISR-DWT log (2026), chapter 24.4. ValueError for iteration or total."
-    if not total > 0: raise ValueError(f'total is {total!r}; expected a number above 0')
-    if not iteration >= 0: raise ValueError(f'iteration is {iteration!r}; expected a number from 0')
+    """A weight that goes from start to end in equal steps and stays there: the DifIISR-DWT log
+    (2026), chapter 24.4. ValueError for iteration, total, or weights below 0."""
+    total = check_number(total, 'total', above=0)
+    iteration = check_number(iteration, 'iteration', 0)
+    start, end = check_number(start, 'start', 0), check_number(end, 'end', 0)
     share = min(iteration/total, 1.0)
     return float((1 - share)*start + share*end)
 
@@ -181,8 +235,14 @@ class ProgressiveLam(Callback):
         total=None,  # steps until `end`; default all steps of the run
     ):
         if not hasattr(loss, 'lam'): raise TypeError(f'loss is {type(loss).__name__}; expected something with an attribute lam')
+        progressive(0, 1 if total is None else total, start, end)      # refuses bad numbers now
         self.loss, self.start, self.end, self.total = loss, start, end, total
     def __repr__(self): return f'ProgressiveLam({self.start} to {self.end} in {self.total or "all"} steps)'
-    def state(self): return {'start': self.start, 'end': self.end}         # makes them part of what a run is known by
-    def before_fit(self, learn): self.loss.lam = progressive(learn.step, self.total or learn.steps, self.start, self.end)
+    def state(self):
+        "Makes them part of what a run is known by."
+        total = {} if self.total is None else {'total': float(self.total)}
+        return {'start': float(self.start), 'end': float(self.end), **total}
+    def before_fit(self, learn):
+        total = learn.steps if self.total is None else self.total
+        self.loss.lam = progressive(learn.step, total, self.start, self.end)
     def after_step(self, learn): self.before_fit(learn)

@@ -62,7 +62,7 @@ def test_schedule_rises_and_ends():
     (dict(kappa=[1., 2.], latent_std=[1., 1., 1.]), 'kappa has 2 channels, latent_std has 3'),
 ])
 def test_bad_knobs(kw, says):
-    with pytest.raises(ValueError, match=says): ResidualShift(**kw)
+    with pytest.raises((TypeError, ValueError), match=says): ResidualShift(**kw)
 
 
 # forward ---------------------------------------------------------------------------------------------------------------
@@ -198,6 +198,8 @@ def test_own_weights():
     for bad in (w[:2], -w, w/0, torch.ones(3, 2, 2)):
         with pytest.raises(ValueError, match='weight has shape'): p.loss(network, x, y, weight=bad)
     with pytest.raises(ValueError, match="weight is 'max'"): p.loss_weights('max')
+    for bad in (torch.ones(3, 3), torch.ones(3, 2), torch.ones(1, 3), np.ones((3, 4)), torch.tensor(1.)):    # would go to channels
+        with pytest.raises(ValueError, match=r'weight has shape .*; expected \(3,\), a weight for each step$'): p.loss(network, x, y, weight=bad)
     assert p.loss_weights('uniform').shape == (3, 1) and ResidualShift(kappa=[1., 2.]).loss_weights('noise').shape == (15, 2)
 
 
@@ -340,9 +342,9 @@ def test_subsequences_are_of_the_full_schedule():
         assert max(np.diff([-1, *ts[::-1]])) - min(np.diff([-1, *ts[::-1]])) <= 1                        # even
     assert p.subsequence() == p.subsequence(15) == list(range(14, -1, -1)) and p.subsequence([14, 3]) == [14, 3] and p.subsequence((14,)) == [14]
     for bad, says in ((0, 'steps is 0'), (16, 'expected 1 to 15'), (20, 'knows no other'), (-1, 'steps is -1'), (2.5, 'steps is 2.5'), ('4', "steps is '4'"), (True, 'steps is True'),
-                      ([], r'steps is \[\]'), ([13, 2], 'falling t from 14'), ([14, 5, 5], 'falling'), ([14, 2, 3], 'falling'), ([14, -1], 'falling'), ([14, 2.5], 'falling'), (torch.tensor([14., 3.]), 'falling'), (torch.tensor([13, 2]), 'falling t from 14'), (np.array([3, 14]), 'falling')):
-        with pytest.raises(ValueError, match=says): p.subsequence(bad)
-        with pytest.raises(ValueError, match=says): p.sample(network, torch.zeros(1, 1, 2, 2), bad)
+                      ([], r'steps is \[\]'), ([13, 2], 'falling t from 14'), ([14, 5, 5], 'falling'), ([14, 2, 3], 'falling'), ([14, -1], 'steps is -1'), ([14, 2.5], 'steps is 2.5'), (torch.tensor([14., 3.]), 'steps is 14.0'), (torch.tensor([13, 2]), 'falling t from 14'), (np.array([3, 14]), 'falling')):
+        with pytest.raises((TypeError, ValueError), match=says): p.subsequence(bad)
+        with pytest.raises((TypeError, ValueError), match=says): p.sample(network, torch.zeros(1, 1, 2, 2), bad)
 
 
 def test_an_exact_network_samples_the_distribution():
@@ -493,7 +495,7 @@ NAN = X.clone(); NAN[0, 0, 0, 0] = math.nan
     (lambda: P.shift(X, X, T, noise=X[:1]), ValueError, 'noise has shape'),
     (lambda: P.sample(network, X, 3, noise=X), ValueError, r'noise has shape \(2, 3, 4, 4\); expected \(3, 2, 3, 4, 4\)'),
     (lambda: P.sample(network, X, 3, noise=[X]), ValueError, r'noise has shape \(\)'),
-    (lambda: P.sample(network, X, randomness=1.1), ValueError, 'randomness is 1.1; expected 0 to 1'),
+    (lambda: P.sample(network, X, randomness=1.1), ValueError, 'randomness is 1.1; expected a number from 0 to 1'),
     (lambda: P.sample(network, X, randomness=math.nan), ValueError, 'randomness is nan'),
     (lambda: P.sample(lambda z, t, c: z[:, :1], X), ValueError, r'model gave \(2, 1, 4, 4\); expected a tensor \(2, 3, 4, 4\)'),
     (lambda: P.loss(lambda z, t, c: None, X, X), ValueError, 'model gave NoneType'),
@@ -504,3 +506,65 @@ NAN = X.clone(); NAN[0, 0, 0, 0] = math.nan
 ])
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says): call()
+
+
+# numbers of NumPy, weights, empty batches ---------------------------------------------------------------------------------
+
+def test_one_channel_is_not_spread_over_three_columns_of_weights():
+    "What was broadcast without a word: a picture of one channel, three numbers a step."
+    x, y = latents(3, 1, 4, 4)
+    with pytest.raises(ValueError, match='a weight for each step'): ResidualShift(3).loss(network, x, y, torch.arange(3), weight=torch.ones(3, 3))
+
+def test_weights_of_channels_where_kappa_has_channels():
+    p, (x, y) = ResidualShift(3, kappa=[1., 2.]), latents(3, 2, 4, 4)
+    own = p.loss_weights('sigma')
+    assert torch.equal(p.loss_weights(own), own) and own.shape == (3, 2)
+    assert torch.equal(*(p.loss(network, x, y, torch.arange(3), weight=w, generator=gen()).per_sample for w in ('sigma', own)))
+    assert torch.equal(p.loss_weights(torch.ones(3)), torch.ones(3, 1, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r'weight has shape \(3, 3\); expected \(3,\), a weight for each step, or \(3, 2\)'): p.loss_weights(torch.ones(3, 3))
+
+def test_weights_of_numpy_and_lists():
+    p, (x, y) = ResidualShift(3), latents(3, 2, 4, 4)
+    loss = lambda w: p.loss(network, x, y, torch.arange(3), weight=w, generator=gen()).per_sample
+    want = loss(torch.tensor([0., 1., 5.]))
+    assert torch.equal(loss(np.array([0., 1., 5.])), want) and torch.equal(loss([0, 1, 5]), want) and torch.equal(loss(torch.tensor([0, 1, 5])), want)
+
+def test_numbers_of_numpy():
+    a, b = ResidualShift(np.int64(6), np.float32(2.), np.float32(.25), np.float64(.5), np.float64(.9), latent_std=np.float32(2)), ResidualShift(6, 2., .25, .5, .9, latent_std=2.)
+    assert torch.equal(a.sqrt_etas, b.sqrt_etas) and a.subsequence(np.int32(3)) == b.subsequence(3) and all(type(t) is int for t in a.subsequence(np.array([5, 2])))
+    y = torch.rand(2, 1, 4, 4)
+    for steps in (np.int64(4), np.array([5, 3, 2, 0])):
+        want = b.sample(network, y, 4 if steps.ndim == 0 else steps.tolist(), generator=gen(), randomness=.5)
+        assert torch.equal(a.sample(network, y, steps, generator=gen(), randomness=np.float64(.5)), want)
+    assert a.draw_t(np.int64(4), gen()).tolist() == b.draw_t(4, gen()).tolist()
+    v, t = torch.arange(6.), torch.arange(6)
+    assert a.buckets(v, t, np.int64(2)) == {'t 0-2': 1., 't 3-5': 4.}
+
+def test_buckets_weigh_items_and_lose_none():
+    p = ResidualShift(4)
+    t = torch.tensor([0, 0, 0, 0, 1, 3])
+    assert p.buckets(torch.tensor([0., 0., 0., 0., 10., 7.]), t, 2) == {'t 0-1': 2., 't 2-3': 7.}
+    with pytest.raises(ValueError, match='t holds 0 to 4; expected 0 to 3'): p.buckets(torch.ones(2), torch.tensor([0, 4]), 2)
+    for n in (0, -1, 5, 1.5, math.nan):
+        with pytest.raises(ValueError, match='n is'): p.buckets(torch.ones(2), torch.tensor([0, 3]), n)
+
+@pytest.mark.parametrize('call, says', [
+    (lambda p, x: p.loss(network, x[:0], x[:0]), r'x has shape \(0, 1, 4, 4\); expected at least one sample'),
+    (lambda p, x: p.training_pair(x[:0], x[:0]), 'at least one sample'), (lambda p, x: p.loss(network, x[..., :0], x[..., :0]), 'one pixel'),
+    (lambda p, x: p.draw_t(0), 'b is 0'), (lambda p, x: p.draw_t(-1), 'b is -1'), (lambda p, x: p.draw_t(1.5), 'b is 1.5'),
+    (lambda p, x: p.sample(network, x, 3, noise=torch.stack([x, x, x*math.nan])), 'noise holds 32 values that are NaN'),
+    (lambda p, x: p.sample(network, x, np.int64(16)), 'expected 1 to 15'), (lambda p, x: p.subsequence([14, True]), 'steps is True'),
+    (lambda p, x: p.loss_weights(torch.full((15,), math.nan)), 'weight has shape .*NaN'), (lambda p, x: p.loss_weights(-torch.ones(15)), 'negative'),
+    (lambda p, x: ResidualShift(power=math.nan), 'power is nan'), (lambda p, x: ResidualShift(etas_end=math.nan), 'etas_end is nan'),
+    (lambda p, x: ResidualShift(latent_std=math.nan), 'latent_std is nan'), (lambda p, x: ResidualShift(etas_end=1.5), 'etas_end is 1.5')])
+def test_named_instead_of_nan(call, says):
+    with pytest.raises(ValueError, match=says): call(ResidualShift(), torch.rand(2, 1, 4, 4))
+
+def test_an_empty_batch_is_restored_to_an_empty_one():
+    assert ResidualShift().sample(network, torch.rand(0, 1, 4, 4), 3).shape == (0, 1, 4, 4)
+
+def test_given_generators_leave_the_callers_random_state_and_tensors_alone():
+    p, x, y, noise = ResidualShift(), torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), torch.randn(3, 2, 1, 4, 4)
+    before, kept = torch.get_rng_state(), [v.clone() for v in (x, y, noise)]
+    p.loss(network, x, y, generator=gen(), stratified=True), p.sample(network, y, 3, generator=gen()), p.sample(network, y, 3, noise=noise)
+    assert torch.equal(torch.get_rng_state(), before) and all(torch.equal(a, b) for a, b in zip((x, y, noise), kept))

@@ -3,6 +3,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import timm.models.vision_transformer as vit
 import torch
@@ -422,3 +423,57 @@ def test_bad_condition_and_label_without_classes(kind):
     ('expected an even number', lambda: FlowUNet(base=7))])
 def test_bad_networks(match, make):
     with pytest.raises(ValueError, match=match): make()
+
+
+# states and numbers of NumPy -----------------------------------------------------------------------------------------------
+
+def saved(model, path):
+    "The state as a file gives it back."
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+@pytest.mark.parametrize('one, other, says', [
+    (dict(time_scale=30.), dict(), 'time.scale=30.0, but it is 1000.0 here'), (dict(heads=4, qk_norm=False), dict(qk_norm=False), 'heads=4, but it is 2 here'),
+    (dict(norm='layer', qk_norm=False), dict(qk_norm=False), "norm='layer', but it is 'rms' here"), (dict(patch=4, channels=1), dict(patch=2, channels=4), 'patch=4, but it is 2 here')])
+def test_the_state_of_another_function_is_refused(one, other, says, tmp_path):
+    make = lambda **kw: DiT(**{**dict(img_size=16, patch=4, dim=16, depth=1, heads=2), **kw})
+    a, b, same = loud(make(**one)), make(**other), make(**one)
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
+        with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
+        same.load_state_dict(state)
+    z, t = torch.randn(2, a.channels, 16, 16), torch.tensor([.3, .7])
+    assert torch.equal(same(z, t), a(z, t)) and a(z, t).abs().max() > 1e-3
+
+def test_what_does_not_change_the_function_is_no_obstacle(tmp_path):
+    a, b = loud(DiT(16, 4, 16, 1, 2)), DiT(32, 4, 16, 1, 2, fused=True, label_drop=.5)            # positions follow from a formula
+    b.load_state_dict(saved(a, tmp_path/'w.pt'))
+    z, t = torch.randn(2, 1, 16, 16), torch.tensor([.3, .7])
+    assert torch.allclose(b(z, t), a(z, t), atol=1e-5)
+    u, v = loud(FlowUNet(base=8, mults=(1, 2), waves=8, scale=.3)), FlowUNet(base=8, mults=(1, 2), waves=8)
+    v.load_state_dict(saved(u, tmp_path/'w.pt'))                                                                  # its frequencies are in the state
+    assert torch.equal(u(z, t), v(z, t)) and torch.equal(u.time.w, v.time.w)
+
+def test_numbers_of_numpy():
+    i, made = np.int64, []
+    for model in (lambda: DiT(i(16), i(4), i(16), i(2), i(2), i(2), np.float32(2.), i(3), np.float64(.25), i(1), time_scale=np.float32(30)),
+                  lambda: DiT(16, 4, 16, 2, 2, 2, 2., 3, .25, 1, time_scale=30.)):
+        torch.manual_seed(1)
+        made.append(loud(model()))
+    z, t, c = torch.randn(2, 2, 16, 16), torch.tensor([.3, .7]), torch.randn(2, 1, 16, 16)
+    assert torch.equal(*(m(z, t, cond=c) for m in made)) and type(made[0].patch) is type(made[0].blocks[0].attn.heads) is int
+    made = []
+    for model in (lambda: FlowUNet(i(1), i(8), np.array([1, 2]), i(1), i(3), np.float32(.5), i(1), i(8), np.float32(.5)), lambda: FlowUNet(1, 8, (1, 2), 1, 3, .5, 1, 8, .5)):
+        torch.manual_seed(1)
+        made.append(loud(model()))
+    assert torch.equal(*(m(z[:, :1], t, cond=c) for m in made))
+
+@pytest.mark.parametrize('make, error, says', [
+    (lambda: DiT(16, 4, 16., 1, 2), ValueError, 'dim is 16.0'), (lambda: DiT(16, 4, 16, 1.5, 2), ValueError, 'depth is 1.5'), (lambda: DiT(16, 4, 16, 1, 2.), ValueError, 'heads is 2.0'),
+    (lambda: DiT(16, 4, 16, 1, 0), ValueError, 'heads is 0'), (lambda: DiT(16, 4, 16, 1, -2), ValueError, 'heads is -2'), (lambda: DiT(16, 4, 16, 1, 2, mlp=math.nan), ValueError, 'mlp is nan'),
+    (lambda: DiT(16, 4, 16, 1, 2, mlp=.01), ValueError, 'at least 1 wide'), (lambda: DiT(16, 4, 16, 1, 2, time_scale=math.nan), ValueError, 'time_scale is nan'),
+    (lambda: DiT(16, 4, 16, 1, 2, time_scale=0), ValueError, 'time_scale is 0'), (lambda: DiT(16, 4, 16, 1, 2, classes=3, label_drop=math.nan), ValueError, 'label_drop is nan'),
+    (lambda: DiT(16, 4, 16, 1, 2, classes=3, label_drop=True), ValueError, 'label_drop is True'), (lambda: DiT(16, 4, 16, 1, 2, classes=2.5), ValueError, 'classes is 2.5'),
+    (lambda: SineTime(8, 8, -1.), ValueError, 'scale is -1'), (lambda: FourierTime(8, 8, math.nan), ValueError, 'scale is nan'), (lambda: FinalLayer(8, 4, 'batch'), ValueError, 'norm is'),
+    (lambda: DiT('16', 4, 16, 1, 2), ValueError, 'img_size'), (lambda: DiT(16, 4, '16', 1, 2), TypeError, "dim is '16'"), (lambda: FlowUNet(base=8.), ValueError, 'base is 8.0')])
+def test_what_does_not_fit_is_named(make, error, says):
+    with pytest.raises(error, match=says): make()

@@ -3,6 +3,7 @@ several processes, the five ways to restore on networks with known answers, bad 
 import copy, json, math, os, subprocess, sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -472,3 +473,126 @@ T = torch.full((4,), .5)
     (lambda: hole_psnr(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.zeros(2, 8, 8)), ValueError, 'mask has shape'), (lambda: straight_path(X, E, T + 1), ValueError, r'times in \[0, 1\]')])
 def test_bad_input_is_named(call, error, says):
     with pytest.raises(error, match=says): call()
+
+
+# fused attention, times, weights, states, numbers of NumPy ---------------------------------------------------------------------
+
+PICTURES = torch.rand(2, 1, 8, 8, generator=gen(11))
+
+@pytest.mark.parametrize('way', ['jvp', 'double'])
+@pytest.mark.parametrize('label', [False, True])
+def test_fused_attention_is_named_before_any_work(way, label):
+    net = dit(fused=True, classes=3 if label else None)
+    calls = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    flow = MeanFlow(net, way=way, omega=2.)
+    with pytest.raises(ValueError, match=r'net has fused attention \(blocks.0.attn\).*fused=False'): flow(X, E, torch.zeros(4).long() if label else None, t=T, r=T/2)
+    assert not calls and flow.sample(E).shape == E.shape                                   # to sample it is of use
+    with pytest.raises(ValueError, match='fused=False'): MeanFlow(dit(fused=True), way=way).derivative(X, E, T, T/2)
+    with pytest.raises(ValueError, match='fused=False'): MeanFlow(Folded(DiT(4, 2, 16, 1, 2, channels=4, fused=True)), way=way)(X, E, t=T, r=T/2)
+
+def test_fused_attention_that_needs_no_derivative_works_as_the_plain_one():
+    a, b = (MeanFlow(dit(fused=f), equal=1.) for f in (True, False))
+    assert close(a(X, E, t=T).mean, b(X, E, t=T).mean) and FlowMatching(dit(fused=True))(X, E).mean.isfinite()
+
+class Foreign(nn.Module):
+    "A network that knows nothing of this library, with torch's own kernel inside."
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+    def forward(self, z, t, r=None, label=None, cond=None):
+        q = self.lin(z) + wide(t) - wide(r)
+        return F.scaled_dot_product_attention(q, q, q)
+
+@pytest.mark.parametrize('way', ['jvp', 'double'])
+def test_a_foreign_kernel_without_a_derivative_is_named_with_its_cause(way):
+    with pytest.raises(NotImplementedError, match=rf"way='{way}' needs: .*fused=False") as told: MeanFlow(Foreign(), way=way)(X, E, t=T, r=T/2)
+    assert isinstance(told.value.__cause__, (NotImplementedError, RuntimeError)) and 'scaled_dot_product' in str(told.value.__cause__)
+
+def test_other_errors_of_a_network_stay_what_they_are():
+    def broken(*_): raise RuntimeError('out of memory')
+    with pytest.raises(RuntimeError, match='^out of memory$'): MeanFlow(Told(broken))(X, E, t=T, r=T/2)
+
+@pytest.mark.parametrize('make', [FlowMatching, MeanFlow, Regression])
+def test_r_without_t_is_refused(make):
+    with pytest.raises(ValueError, match='r is given, t is not'): make(unet())(X, E, r=T)
+    loss = make(unet())(X, E, t=T, r=T/2)
+    assert torch.equal(loss.t, T) and torch.equal(loss.r, T/2)
+
+def test_residual_shifting_has_no_r():
+    with pytest.raises(ValueError, match='r is given; residual shifting has one time'): ShiftFlow(unet(cond_channels=4))(X, E, cond=E, r=T)
+
+def test_c_of_zero():
+    z = torch.zeros(2)
+    assert torch.equal(adaptive_weight(z, 0, 0), torch.ones(2)) and (adaptive_weight(z, .5, 1e-6)*z).tolist() == [0., 0.]
+    with pytest.raises(ValueError, match='c is 0, power is 1; expected c above 0'): adaptive_weight(z, 1, 0)
+    for make in (FlowMatching, MeanFlow):
+        with pytest.raises(ValueError, match='c is 0, power is 0.5'): make(unet(), power=.5, c=0)
+    assert FlowMatching(Told(lambda z, *_: 0*z), power=0, c=0)(X, X).mean.isfinite()
+
+@pytest.mark.parametrize('bad', [math.nan, -.5, -math.inf, math.inf])
+@pytest.mark.parametrize('knob', ['power', 'c', 'std', 'start', 'equal', 'omega', 'kappa', 'mean'])
+def test_knobs_of_a_flow(knob, bad):
+    if knob == 'mean' and bad == -.5: return
+    with pytest.raises(ValueError, match=f'{knob} is {bad}'): MeanFlow(unet(), **{knob: bad})
+    if knob in ('power', 'c'):
+        with pytest.raises(ValueError, match=f'{knob} is'): adaptive_weight(torch.ones(2), **{knob: bad})
+    if knob in ('std', 'start', 'equal', 'mean'):
+        with pytest.raises(ValueError, match=f'{knob} is'): draw_times(8, **{knob: bad})
+
+@pytest.mark.parametrize('call, error, says', [
+    (lambda: draw_times(8, std=0), ValueError, 'std is 0'), (lambda: draw_times(8, mean='0'), TypeError, "mean is '0'"), (lambda: draw_times(-1), ValueError, 'b is -1'), (lambda: draw_times(2.), ValueError, 'b is 2.0'),
+    (lambda: FlowMatching(unet(), std=True), ValueError, 'std is True'), (lambda: Regression(unet()).sample(E, 0), ValueError, 'steps is 0'), (lambda: Regression(unet()).sample(E, math.nan), ValueError, 'steps is nan'),
+    (lambda: FlowMatching(unet()).sample(E[:0]), ValueError, r'e has shape \(0, 1, 8, 8\); expected \(b, ...\), none of them 0'), (lambda: FlowMatching(Told(lambda z, *_: z)).sample(E*math.nan), ValueError, 'e holds 256'),
+    (lambda: FlowMatching(unet())(X[:0], E[:0]), ValueError, 'none of them 0'), (lambda: FlowMatching(unet()).sample(E.long()), TypeError, 'e is torch.int64'),
+    (lambda: Bridge(sigma=math.nan), ValueError, 'sigma is nan'), (lambda: Bridge(sigma=-1), ValueError, 'sigma is -1'), (lambda: Bridge(sigma='1'), TypeError, "sigma is '1'"),
+    (lambda: Bridge('jitter')(PICTURES, torch.full((2, 1, 8, 8), math.nan)), ValueError, 'mask holds NaN'), (lambda: Bridge('jitter')(PICTURES, torch.full((2, 1, 8, 8), 2.)), ValueError, r'outside \[0, 1\]'),
+    (lambda: grey_share(PICTURES, -torch.ones(2, 1, 8, 8)), ValueError, 'mask holds'), (lambda: grey_share(PICTURES, None), ValueError, 'mask has shape'),
+    (lambda: hole_psnr(PICTURES, PICTURES[:1], torch.ones(2, 1, 8, 8)), ValueError, 'a has shape'), (lambda: diversity(PICTURES[None], torch.ones(2, 1, 8, 8)), ValueError, 'two or more samples'),
+    (lambda: diversity(PICTURES, torch.ones(2, 1, 8, 8)), ValueError, r'expected \(n, b, c, h, w\)'), (lambda: diversity(PICTURES.expand(3, 2, 1, 8, 8)*math.nan, torch.ones(2, 1, 8, 8)), ValueError, 'samples holds'),
+    (lambda: Folded(unet().net, 0), ValueError, 'fold is 0'), (lambda: RawError(FlowStep(), late=math.nan), ValueError, 'late is nan'), (lambda: RawError(FlowStep(), late=1.5), ValueError, 'late is 1.5'),
+    (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=0), ValueError, 'batch is 0'), (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=3), ValueError, 'data holds 2 items; expected at least batch=3'),
+    (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, lr=-1), ValueError, 'lr is -1'), (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, ema=5), ValueError, 'ema is 5'),
+    (lambda: Restorer(unet(), Bridge()), TypeError, 'flow is Folded'), (lambda: Restorer(FlowMatching(unet()), 'straight'), TypeError, 'bridge is str'),
+    (lambda: Restorer(FlowMatching(unet()), Bridge())(PICTURES[:0]), ValueError, 'e has shape')])
+def test_what_does_not_fit_is_named(call, error, says):
+    with pytest.raises(error, match=says): call()
+
+def saved(model, path):
+    "The state as a file gives it back."
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+FLOW = lambda **kw: FlowMatching(FlowUNet(1, base=8, mults=(1, 2), waves=8))
+TOLD = lambda **kw: ShiftFlow(FlowUNet(1, base=8, mults=(1, 2), waves=8, cond_channels=1), **kw)
+@pytest.mark.parametrize('one, other, says', [
+    (FLOW, lambda: MeanFlow(FLOW().net), "kind='FlowMatching', but it is 'MeanFlow' here"), (FLOW, lambda: Regression(FLOW().net), 'Regression'),
+    (lambda: Restorer(FLOW(), Bridge('jitter', .5)), lambda: Restorer(FLOW(), Bridge('jitter', .25)), r"bridge=\['jitter', 0.5, False\]"),
+    (TOLD, lambda: TOLD(process=ResidualShift(15, kappa=2.)), r'kappa=\[1.0\], but it is \[2.0\] here'), (TOLD, lambda: TOLD(process=ResidualShift(4, kappa=1.)), 'sqrt_etas='),
+    (lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 2), lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 4), 'fold=2, but it is 4 here')])
+def test_the_state_of_another_flow_is_refused(one, other, says, tmp_path):
+    a, b = one(), other()
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
+        with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
+        one().load_state_dict(state)
+
+def test_knobs_of_training_alone_are_no_obstacle(tmp_path):
+    a, b = MeanFlow(unet(), power=.5, omega=2., equal=.25), MeanFlow(unet())
+    with torch.no_grad():
+        for p in a.parameters(): p.mul_(1.5)
+    b.load_state_dict(saved(a, tmp_path/'w.pt'))
+    assert torch.equal(a.sample(E, 2), b.sample(E, 2))
+
+def test_numbers_of_numpy():
+    f, i, net = np.float32, np.int64, unet()
+    a, b = MeanFlow(net, f(.25), f(1.5), f(.5), 'jvp', f(.25), f(-.5), f(.75), f(.5), f(.125)), MeanFlow(net, .25, 1.5, .5, 'jvp', .25, -.5, .75, .5, .125)
+    assert torch.equal(a(X, E, generator=gen()).mean, b(X, E, generator=gen()).mean) and repr(a) == repr(b)
+    assert torch.equal(a.sample(E, i(3)), b.sample(E, 3)) and torch.equal(draw_times(i(8), f(.5), generator=gen())[0], draw_times(8, .5, generator=gen())[0])
+    assert repr(Bridge('jitter', f(.5))) == repr(Bridge('jitter', .5)) and Folded(unet().net, i(2)).fold == 2
+    flow_learner(FlowMatching(unet()), torch.rand(8, 1, 8, 8), batch=i(4), lr=f(1e-3), ema=f(.5)).fit(1)
+
+def test_given_generators_leave_the_callers_random_state_and_tensors_alone():
+    flow, x, e = MeanFlow(unet(classes=4)), X.clone(), E.clone()
+    before = torch.get_rng_state()
+    flow(x, e, torch.arange(4), generator=gen()).mean.backward(), flow.sample(e, 2, torch.arange(4))
+    assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, X) and torch.equal(e, E)

@@ -1,7 +1,9 @@
 """What lesson 16 does not teach: parity with the lpips package, its real weights where they are, ranges, sizes, types, what stays frozen, windows of an encoder, the terms of a loss, resumed runs."""
 import copy
+import math
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,7 +245,7 @@ def test_range_that_was_not_declared():
         with pytest.raises(ValueError, match='x (reaches|holds)'): ours()(a, t)
     assert ours()(a, x*1.009).shape == (2,)
     for bad in ((1, 0), (0, 0), ('a', 1), (0, float('nan'))):
-        with pytest.raises(ValueError, match='range is'): plain(range=bad)
+        with pytest.raises((TypeError, ValueError), match='range is'): plain(range=bad)
 
 def test_a_prediction_may_overshoot_and_keeps_its_gradient():
     a, x = pair(c=1)
@@ -453,7 +455,7 @@ def test_weight_and_degrade_reach_the_latent_loss():
 
 def test_bad_losses():
     for lam in (-1, float('nan'), float('inf'), 'auto', None, True):
-        with pytest.raises(ValueError, match='lam is'): PerceptualSRLoss(plain(), lam)
+        with pytest.raises((TypeError, ValueError), match='lam is'): PerceptualSRLoss(plain(), lam)
     for by in (torch.ones(5), torch.ones(16)):
         with pytest.raises(ValueError, match='by_step'): PerceptualSRLoss(plain(), .1, by)(model(), batch())
     with pytest.raises(ValueError, match='by_step'): PerceptualSRLoss(plain(), .1, torch.ones(15, 1))
@@ -481,7 +483,7 @@ def test_trains_and_resumes_bit_for_bit(tmp_path):
     a, b = (m.model.state_dict() for m in (whole, rest))
     assert any(not torch.equal(start[k], v) for k, v in a.items()) and all(torch.equal(v, b[k]) for k, v in a.items())
 
-def test_the_distance_is_no_part_of_what_is_saved():
+def test_the_distance_is_no_part_of_what_is_saved(tmp_path, tmp_path/'w.pt'):
     m = model()
     sr_learner(m, pairs(), loss=PerceptualSRLoss(ours(), .1), cpu=True).fit(1)
     assert m.state_dict().keys() == model().state_dict().keys()
@@ -523,3 +525,119 @@ def test_on_a_gpu():
     for fn in (PerceptualLoss.lpips('alex', 'random'), dmae_features()):
         d = fn(a, x)
         assert torch.allclose(fn.cuda()(a.cuda(), x.cuda()).cpu(), d, rtol=1e-3, atol=1e-5)
+
+
+# dead stages, kinds of numbers, states ---------------------------------------------------------------------------------------
+
+def dead(net='alex', stage=4, scale=0., **kw):
+    "LPIPS with a stage whose features are all zero, or nearly."
+    fn = copy.deepcopy(ours(net, **kw))
+    for p in fn.trunk.stages[stage].parameters(): p.data.mul_(scale)
+    return fn
+
+def test_parity_in_double_to_eight_digits():
+    "Also the pictures stay in double precision."
+    mine, ref = copy.deepcopy(ours('alex', seed=5)).double(), copy.deepcopy(packages('alex')).double()
+    ref.net.load_state_dict(dict(zip(ref.net.state_dict(), mine.trunk.state_dict().values())))
+    g = gen(7)
+    a, x = (torch.rand(2, 3, 40, 40, generator=g, dtype=torch.float64) for _ in range(2))
+    (v, d), (w, e) = both(mine, a, x), both(lambda a, x: ref(2*a - 1, 2*x - 1).flatten(), a, x)
+    assert v.dtype == torch.float64 and (v - w).abs().max() < 1e-8 and (d - e).abs().max() < 1e-8 and e.abs().max() > 1e-4
+
+@pytest.mark.parametrize('scale', [0., 1e-4, 1e-12, 1e-30])
+def test_a_dead_stage_counts_nothing_and_has_finite_derivatives(scale):
+    fn, (a, x) = dead(scale=scale), pair()
+    v, g = both(fn, a, x)
+    assert v.isfinite().all() and g.isfinite().all() and g.abs().max() > 0
+    if not scale: assert torch.allclose(v, sum(d.mean((1, 2, 3)) for d in fn.maps(a, x)[:4]), atol=1e-7)
+    b = a[:1, :, :32, :32].clone().requires_grad_()
+    g, = torch.autograd.grad(fn(b, x[:1, :, :32, :32]).sum(), b, create_graph=True)
+    second, = torch.autograd.grad(g.square().sum(), b)                        # of a penalty on the gradient
+    assert second.isfinite().all() and second.abs().max() > 0
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scale', [1., 1e-4, 0.])
+def test_autocast_changes_nothing(dtype, scale):
+    fn, (a, x) = dead(scale=scale), pair()
+    want, slope = both(fn, a, x)
+    with torch.autocast('cpu', dtype): v, g = both(fn, a, x)
+    assert torch.equal(v, want) and v.dtype == torch.float32 and torch.allclose(g, slope, atol=1e-9)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_of_pictures_and_of_the_network(dtype):
+    fn, (a, x) = ours(), pair()
+    a, x = a.to(dtype), x.to(dtype)
+    want = fn(a.float(), x.float())
+    assert torch.equal(fn(a, x), want) and torch.equal(fn(a, x.float()), want)
+    own = copy.deepcopy(fn).to(dtype)(a, x)
+    assert own.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and torch.allclose(own.float(), want, rtol=.2)
+
+def test_under_default_float64_it_is_the_same_network():
+    torch.set_default_dtype(torch.float64)
+    try: fn = PerceptualLoss.lpips('squeeze', 'random')
+    finally: torch.set_default_dtype(torch.float32)
+    assert {v.dtype for v in fn.state_dict().values()} == {torch.float32} and fn(*pair()).dtype == torch.float32
+
+def test_making_one_leaves_the_callers_random_state_alone(monkeypatch):
+    import random
+    def forbidden(*_): raise AssertionError('it would seed every GPU of the caller')
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', forbidden)
+    state = lambda: (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))
+    before = state()
+    fn = PerceptualLoss.lpips('squeeze', 'random', seed=np.int64(3))
+    fn(*pair())
+    assert state() == before and all(torch.equal(p, q) for p, q in zip(fn.parameters(), ours('squeeze', seed=3).parameters()))
+
+def saved(model, path):
+    "The state as a file gives it back."
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+@pytest.mark.parametrize('make, one, other, says', [
+    (plain, dict(range=(-1, 1)), dict(), r'range=\[-1.0, 1.0\], but it is \[0.0, 1.0\] here'), (plain, dict(unit=False), dict(), 'unit=False'),
+    (lambda blocks: PerceptualLoss.encoder(vit(), blocks=blocks), dict(blocks=(1, 2)), dict(blocks=(1, 3)), r'trunk.blocks=\[1, 2\]'),
+    (lambda layers: PerceptualLoss.vgg(layers, 'random'), dict(layers=(4, 9)), dict(layers=(4, 8)), r'trunk.cuts=\[4, 9\]')])
+def test_the_state_of_another_distance_is_refused(make, one, other, says, tmp_path):
+    a, b = make(**one), make(**other)
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
+        with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
+        make(**one).load_state_dict(state)
+
+def test_what_a_picture_is_standardised_with_is_in_the_state(tmp_path):
+    a, b = PerceptualLoss(Sum(), 'sum', ([.3], [.2]), channels=1), plain()
+    b.load_state_dict(saved(a, tmp_path/'w.pt'))
+    y, x = pair(c=1)
+    assert torch.equal(a(y, x), b(y, x)) and not torch.allclose(plain()(y, x), b(y, x))
+
+@pytest.mark.parametrize('call, error, says', [
+    (lambda: plain(range=(0, math.inf)), ValueError, 'range is inf'), (lambda: PerceptualLoss(Sum(), 'sum', ([0.], [0.]), channels=1), ValueError, 'std in stats is 0'),
+    (lambda: PerceptualLoss(Sum(), 'sum', ([math.nan], [1.]), channels=1), ValueError, 'mean in stats is nan'),
+    (lambda: PerceptualLoss(Sum(), 'sum', ([0.]*2, [1.]*2)), ValueError, 'stats holds 2 numbers as mean; expected 1 or 3'),
+    (lambda: PerceptualLoss(Sum(), 'sum', ([0.]*3, [1.]*3), lins=[torch.tensor([1., -1., 1.])]), ValueError, 'lins holds'),
+    (lambda: PerceptualLoss.vgg((), 'random'), ValueError, r'cuts is \(\)'), (lambda: PerceptualLoss.vgg((9, 4), 'random'), ValueError, 'rising'),
+    (lambda: PerceptualLoss.vgg((4, 40), 'random'), ValueError, 'cuts is 40'), (lambda: Trunk('alex', 'random', cuts=(5, 20)), ValueError, 'at most 13'),
+    (lambda: PerceptualLoss.vgg((4, 9.5), 'random'), ValueError, 'cuts is 9.5'), (lambda: Trunk('alex', 'random', seed=1.5), ValueError, 'seed is 1.5'),
+    (lambda: TokenMaps(vit(), (1, 9)), ValueError, 'numbers from 1 to 3'), (lambda: TokenMaps(vit(), (1.5,)), ValueError, 'blocks is 1.5'),
+    (lambda: ours()(torch.rand(1, 3, 0, 8), torch.rand(1, 3, 0, 8)), ValueError, 'at least one pixel'),
+    (lambda: PerceptualSRLoss(plain(), .1, -torch.ones(15)), ValueError, 'by_step holds'), (lambda: PerceptualSRLoss(plain(), .1, [math.nan]*15), ValueError, 'by_step holds')])
+def test_what_does_not_fit_is_named(call, error, says):
+    with pytest.raises(error, match=says): call()
+
+def test_an_empty_batch_has_no_distances():
+    assert ours()(torch.rand(0, 3, 40, 40), torch.rand(0, 3, 40, 40)).shape == (0,)
+
+@pytest.mark.parametrize('shape', [(4, 1, 1, 1), (), (1,), (4, 1)])
+def test_distances_of_another_shape_are_not_spread_over_weights(shape):
+    "The lpips package gives (b, 1, 1, 1): times (b,) weights that made (b, 1, 1, b)."
+    y, x = batch()
+    for by in (None, torch.linspace(0, 2, 15)):
+        with pytest.raises(ValueError, match=r'perceptual gave shape .*expected \(4,\)'): PerceptualSRLoss(lambda a, b: a.mean()*torch.ones(shape), .1, by)(model(), (y[:1].expand(4, -1, -1, -1), x[:1].expand(4, -1, -1, -1)))
+
+def test_weights_by_step_of_numpy_and_a_bad_lam_in_the_middle():
+    w = np.linspace(0, 2, 15)
+    losses = [step(PerceptualSRLoss(plain(), np.float32(.5), by), model())[0] for by in (w, w.tolist(), torch.tensor(w))]
+    assert losses[0] == losses[1] == losses[2]
+    loss = PerceptualSRLoss(plain(), .1)
+    for bad in (math.nan, -1.):
+        loss.lam = bad
+        with pytest.raises(ValueError, match='lam is'): loss(model(), batch())

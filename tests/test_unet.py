@@ -2,6 +2,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,6 @@ def test_bias_by_hand():
 
 
 def test_mask_made_in_inference_mode_serves_training():
-    shift_mask.cache_clear()
     a = WindowAttention(8, 2, 4, 2)
     with torch.inference_mode(): a(torch.randn(1, 8, 8, 8))
     assert not shift_mask((8, 8), 4, (2, 2)).is_inference()
@@ -391,3 +391,74 @@ def test_bad_windows():
     with pytest.raises(ValueError, match='shift is -1'): WindowAttention(8, 2, 4, -1)
     with pytest.raises(ValueError, match='mlp is 0, dim is 8'): unet.SwinBlock(8, 2, 4, mlp=0)
     assert SwinLayers(8, 16, 2, 2, 4).blocks[1].attn.shift == 2
+
+
+# states, numbers of NumPy, what callers may write into ---------------------------------------------------------------------
+
+def saved(model, path):
+    "The state as a file gives it back."
+    torch.save(model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+@pytest.mark.parametrize('make, one, other, says', [
+    (lambda **kw: SwinUNet(4, 2, **{**SMALL, **kw}), dict(skip=True), dict(skip=False), 'skip=True, but it is False here'),
+    (lambda **kw: SwinUNet(4, 2, **{**SMALL, **kw}), dict(around=True), dict(around=False), 'around=True, but it is False here'),
+    (lambda **kw: SwinUNet(6, 3, **{**SMALL, **kw}), dict(cond_channels=2), dict(cond_channels=3), 'cond_channels=2, but it is 3 here'),
+    (lambda **kw: WindowAttention(8, 2, 4, **kw), dict(shift=2), dict(shift=0), 'shift=2, but it is 0 here'),
+    (lambda **kw: SwinLayers(4, 8, 1, 2, 4, **kw), dict(around=True), dict(around=False), 'around=True, but it is False here')])
+def test_the_state_of_another_function_is_refused(make, one, other, says, tmp_path):
+    a, b, same = make(**one), make(**other), make(**one)
+    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
+        with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
+        same.load_state_dict(state)
+    b.load_state_dict(a.state_dict(), strict=False)                        # on purpose
+    b.load_state_dict({**a.state_dict()})                                  # a plain dict does not say
+
+def test_a_state_inside_another_module_is_compared_and_keys_stay_as_they_were():
+    a, b = (nn.Sequential(nn.Conv2d(2, 2, 1), SwinLayers(2, 8, 2, 2, 4, around=v)) for v in (True, False))
+    with pytest.raises(RuntimeError, match='1.around=True, but it is False here'): b.load_state_dict(a.state_dict())
+    assert not [k for k in a.state_dict() if 'knob' in k or 'extra' in k]
+    assert 'relative' not in WindowAttention(8, 2, 4).state_dict()         # follows from the window, whose size the table shows
+    with pytest.raises(RuntimeError, match='size mismatch'): WindowAttention(8, 2, 4).load_state_dict(WindowAttention(8, 2, 3).state_dict())
+
+def test_numbers_of_numpy():
+    n = {k: np.int64(v) for k, v in dict(in_channels=4, out_channels=2, base=8, blocks=1, embed=16, head_channels=8, window=4, swin_depth=2, up_blocks=1).items()}
+    torch.manual_seed(1)
+    a = SwinUNet(**n, mults=np.array([1, 2]), mlp=np.float32(2))
+    torch.manual_seed(1)
+    b = SwinUNet(4, 2, base=8, mults=(1, 2), blocks=1, up_blocks=1, embed=16, head_channels=8, window=4, mlp=2)
+    args = call(dtype=torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())) and type(a.multiple) is int
+    b.load_state_dict(loud(a).state_dict())
+    assert torch.equal(a(*args), b(*args))
+    x = torch.randn(1, 8, 8, 3)
+    assert torch.equal(from_windows(to_windows(x, np.int64(4)), np.int64(4), np.array([8, 8])), x)
+    assert torch.equal(shift_mask(np.array([8, 8]), np.int64(4), np.int64(2)), shift_mask((8, 8), 4, 2))
+    assert torch.equal(time_embedding(torch.arange(3), np.int64(8), np.float64(100)), time_embedding(torch.arange(3), 8, 100))
+
+def test_a_mask_that_is_written_into_changes_no_other():
+    a, x = loud(WindowAttention(8, 2, 4, 2)), torch.randn(1, 8, 8, 8)
+    want = a(x)
+    shift_mask((8, 8), 4, (2, 2)).fill_(True)
+    assert torch.equal(a(x), want) and not shift_mask((8, 8), 4, (2, 2)).all()
+
+def test_a_first_hessian_leaves_nothing_behind():
+    a, x = loud(WindowAttention(4, 2, 3, 1)).double(), torch.randn(1, 6, 6, 4, dtype=torch.float64)
+    f = lambda s: a(s*x).square().sum()
+    s = torch.tensor(1., dtype=torch.float64)
+    torch.func.hessian(f)(s)
+    slope = torch.func.grad(f)(s)
+    assert torch.allclose(slope, (f(s + 1e-5) - f(s - 1e-5))/2e-5, rtol=1e-5) and slope.abs() > .01
+
+@pytest.mark.parametrize('call, error, says', [
+    (lambda: SwinUNet(4, 2, **{**SMALL, 'mlp': math.nan}), ValueError, 'mlp is nan'), (lambda: SwinUNet(4, 2, **{**SMALL, 'mults': (1, math.inf)}), ValueError, 'mults is inf'),
+    (lambda: SwinUNet(4, 2, **{**SMALL, 'mults': ('1', 2)}), TypeError, "mults is '1'"), (lambda: SwinUNet(4, 2, **{**SMALL, 'blocks': 1.5}), ValueError, 'blocks is 1.5'),
+    (lambda: SwinUNet(4., 2, **SMALL), ValueError, 'in_channels is 4.0'), (lambda: SwinUNet(4, 2, **{**SMALL, 'swin_at': 'mid'}), ValueError, "swin_at is 'mid'"),
+    (lambda: to_windows(torch.zeros(8, 8, 1), 4), ValueError, r'x has shape \(8, 8, 1\); expected \(b, h, w, c\)'), (lambda: to_windows(torch.zeros(1, 8, 8, 1), 4.), ValueError, 'window is 4.0'),
+    (lambda: from_windows(torch.zeros(1, 4, 9, 1), 4, (8, 8)), ValueError, r'expected \(b, windows, 16, c\)'), (lambda: WindowAttention(8., 2, 4), ValueError, 'dim is 8.0'),
+    (lambda: WindowAttention(8, 2, 4)(torch.zeros(1, 6, 8, 8)), ValueError, 'pad it to 8 x 8'), (lambda: SwinLayers(8, 16, -1, 2, 4), ValueError, 'depth is -1'),
+    (lambda: time_embedding(torch.zeros(2), 8, period=0), ValueError, 'period is 0'), (lambda: time_embedding(torch.zeros(2), 8, period=math.nan), ValueError, 'period is nan'),
+    (lambda: shift_mask((8, 8), 4, -1), ValueError, 'shift is -1'), (lambda: ResBlock(0, 4, 4), ValueError, 'channels is 0'),
+    (lambda: TwoBranchUNet(SwinUNet(4, 2, **SMALL), nn.Identity()), TypeError, 'fine is Identity; expected a SwinUNet')])
+def test_what_does_not_fit_is_named(call, error, says):
+    with pytest.raises(error, match=says): call()

@@ -1,5 +1,6 @@
 """What lesson 11 does not teach: parity with PyWavelets over all wavelets, modes and sizes, with SciPy, adjoints, energy, dtypes and devices, bad input."""
-import warnings
+import gc, math, os, warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,7 +332,7 @@ OK, BAND = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
     (lambda: idwt2((BAND, (BAND,)*3), 'haar', 'edge'), ValueError, "mode is 'edge'"),
     (lambda: wavedec2(OK, 'haar', -1), ValueError, 'level is -1'),
     (lambda: wavedec2(OK, 'haar', 1.0), ValueError, 'level is 1.0'),
-    (lambda: wavedec2(OK, 'haar', None), ValueError, 'level is None'),
+    (lambda: wavedec2(OK, 'haar', None), TypeError, 'level is None'),
     (lambda: idwt2((BAND, (BAND, BAND.double(), BAND)), 'db2'), TypeError, 'LH torch.float32 on cpu, HL torch.float64'),
     (lambda: idwt2((BAND, (BAND, BAND.half(), None))), TypeError, 'HL torch.float16'),
     (lambda: idwt2((BAND, (BAND,)*3), 'bior4.4'), ValueError, 'at least 5'),
@@ -355,3 +356,68 @@ OK, BAND = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
 ])
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says): call()
+
+
+# what is kept between calls, and numbers of NumPy ----------------------------------------------------------------------
+
+def energy(wavelet): return lambda x: sum(b.square().sum() for b in flat(dwt2(x, wavelet)))
+
+@pytest.mark.parametrize('wavelet', ['db10', 'db2', 'sym9'])
+def test_a_first_hessian_leaves_nothing_behind(wavelet):
+    "The filters are first asked for inside torch.func, by a bank of their own, which no other test has made."
+    bank = [[f*2. for f in part] for part in pywt.Wavelet(wavelet).filter_bank]
+    own = pywt.Wavelet('own', filter_bank=bank)
+    x = torch.rand(1, 1, 5, 6, dtype=torch.float64 if len(bank[0]) > 10 else torch.float32)
+    curved = torch.func.hessian(energy(own))(x).reshape(30, 30)
+    want = (curved @ x.flatten()).reshape(x.shape)                   # of a sum of squares
+    for g in (torch.func.grad(energy(own))(x), torch.func.jacrev(energy(own))(x)): assert torch.allclose(g, want, rtol=1e-4) and g.abs().max() > 1
+    assert torch.allclose(torch.func.hessian(energy(own))(x).reshape(30, 30), curved, rtol=1e-4)
+    assert torch.allclose(idwt2(dwt2(x, own), own)[..., :5, :], 16*x, rtol=1e-3)
+
+def test_a_first_hessian_through_the_way_back_and_the_cosines():
+    own = pywt.Wavelet('own', filter_bank=[[3*f for f in part] for part in pywt.Wavelet('db10').filter_bank])
+    z = torch.rand(1, 1, 12, 12)
+    for f in (lambda z: idwt2((z, (z, z, z)), own).square().sum(), lambda z: dct2(z[..., :11, :7]).square().sum()):
+        curved = torch.func.hessian(f)(z).reshape(144, 144)
+        g = torch.func.grad(f)(z)
+        assert torch.allclose(g.flatten(), curved @ z.flatten(), rtol=1e-3, atol=1e-4) and g.abs().max() > .1
+
+def test_filters_first_made_under_another_default_device_or_dtype():
+    own = pywt.Wavelet('own', filter_bank=[[5*f for f in part] for part in pywt.Wavelet('db12').filter_bank])
+    x = torch.rand(1, 1, 9, 9)
+    with torch.device('meta'): dwt2(x, own), dct2(x)
+    assert torch.allclose(dwt2(x, own)[0], 25*dwt2(x, 'db12')[0], rtol=1e-5)
+    assert torch.allclose(idct2(dct2(x)), x, atol=1e-6)
+
+def test_sizes_of_cosines_are_not_kept_for_ever():
+    "Forty sizes of 800 pixels: 2.5 MB each, of which most must be gone."
+    def resident():
+        gc.collect()
+        return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
+    if not Path('/proc/self/statm').exists(): pytest.skip('no /proc')
+    dct2(torch.rand(1, 1, 790, 791))
+    before = resident()
+    for n in range(800, 840): dct2(torch.rand(1, 1, n, n))
+    assert resident() - before < 40
+
+@pytest.mark.parametrize('n', [np.int64(2), np.int32(2), np.uint8(2)])
+def test_numbers_of_numpy(n):
+    x = torch.rand(1, 1, 16, 16)
+    assert all(torch.equal(a, b) for a, b in zip(wavedec2(x, 'db2', n)[1], wavedec2(x, 'db2', 2)[1]))
+    assert torch.equal(packet2(x, n), packet2(x, 2)) and torch.equal(unpacket2(packet2(x, n), n), unpacket2(packet2(x, 2), 2))
+    assert torch.equal(dct2(x, n), dct2(x, 2)) and torch.equal(extend(x, n, n, 'reflect'), extend(x, 2, 2, 'reflect'))
+    with pytest.raises(ValueError, match='level=64'): packet2(x, np.int64(64))         # 2**64 is 0 in 64 bits
+
+@pytest.mark.parametrize('bad, error, says', [
+    (lambda x: extend(x, -1, 2, 'zero'), ValueError, 'left is -1'), (lambda x: extend(x, 0, 1.5, 'zero'), ValueError, 'right is 1.5'),
+    (lambda x: extend(x, -2, 2, 'periodic'), ValueError, 'left is -2'), (lambda x: extend(x[..., :0], 1, 1, 'periodic'), ValueError, 'at least one sample'),
+    (lambda x: wavedec2(x, 'haar', math.nan), ValueError, 'level is nan'), (lambda x: packet2(x, '1'), TypeError, "level is '1'"),
+    (lambda x: dct2(x, math.nan), ValueError, 'block is nan'), (lambda x: dct2(x, 0), ValueError, 'block is 0')])
+def test_bad_numbers(bad, error, says):
+    with pytest.raises(error, match=says): bad(torch.rand(1, 1, 8, 8))
+
+@pytest.mark.parametrize('wavelet', ['haar', 'db2', 'db10'])
+def test_an_empty_batch_gives_empty_bands(wavelet):
+    x = torch.rand(0, 2, 9, 8)
+    assert all(b.shape == (0, 2, *dwt2(torch.rand(1, 2, 9, 8), wavelet)[0].shape[2:]) for b in flat(dwt2(x, wavelet)))
+    assert dct2(x).shape == x.shape

@@ -327,7 +327,7 @@ def test_min_snr_falls_and_is_clamped():
 
 @pytest.mark.parametrize('how', [dict(gamma=0), dict(gamma=-1.), dict(gamma=math.inf), dict(gamma='5'), dict(signal=0.), dict(signal=[1., -1.]), dict(signal=math.nan), dict(signal=[])])
 def test_bad_snr(how):
-    with pytest.raises(ValueError, match='expected a'): snr_weights(ResidualShift(), **how)
+    with pytest.raises((TypeError, ValueError), match='expected a'): snr_weights(ResidualShift(), **how)
 
 def test_inverse_variance():
     g, sd = gen(), torch.tensor([1., 2., 4.])
@@ -396,3 +396,76 @@ def test_rounding_is_allowed_and_no_more():
 @pytest.mark.parametrize('text, lam, says', [('', .5, 'no line'), ('loss=1', .5, 'no line'), ('Iter 5: loss=1, mse=1', .5, 'has no lpips'), ('Iter 5: loss=1, mse=1, lpips=1', None, 'no lpips_w')])
 def test_bad_log(text, lam, says):
     with pytest.raises(ValueError, match=says): read_log(text, lam)
+
+
+# --- numbers of all kinds, in logs and as arguments
+
+def row(parts, lam=None): return read_log(f'Iter 1: {parts}', lam)[0]
+
+def test_exponents_of_a_log_round_at_their_own_last_digit():
+    r = row('loss=9.99e-02, mse=6.5e-03, lpips=3.667e-01, lpips_w=0.1')
+    assert not r['holds'] and r['off'] == pytest.approx(.05673) and r['rounding'] == pytest.approx(.5e-4 + .5e-4 + .1*.5e-4 + .3667*.05)
+    plain, as_exponents = row('loss=0.0432, mse=0.0065, lpips=0.3667', .1), row('loss=4.32E-2, mse=6.5e-3, lpips=3667e-4', .1)
+    assert plain['rounding'] == pytest.approx(as_exponents['rounding']) and plain['holds'] and as_exponents['holds']
+    assert row('loss=12e2, mse=1e3, lpips=4e2', .5)['rounding'] == pytest.approx(50 + 500 + .5*50)
+
+@pytest.mark.parametrize('loss, holds', [(-.5, True), (-.3, False), (1.5, False)])
+def test_signs_of_a_log(loss, holds):
+    r = row(f'loss={loss}, mse=+0.5, lpips=2.000, lpips_w=-0.500')
+    assert r['holds'] == holds and r['loss'] == loss and r['lam'] == -.5 and r['rounding'] == pytest.approx(.05 + .05 + .5*.0005 + 2*.0005)
+
+@pytest.mark.parametrize('parts', ['loss=nan, mse=0.1, lpips=0.1', 'loss=NaN, mse=nan, lpips=nan', 'loss=inf, mse=inf, lpips=1', 'loss=1, mse=1, lpips=inf', 'loss=-Infinity, mse=1, lpips=1', 'loss=inf, mse=1, lpips=1'])
+def test_what_is_not_finite_in_a_log_is_read_and_never_holds(parts):
+    r = row(parts, .5)
+    assert not r['holds'] and not all(math.isfinite(r[k]) for k in ('loss', 'mse', 'lpips')) and not math.isfinite(r['off'])
+
+def test_thousands_of_a_log():
+    r = read_log('Iter 1,200: loss=1,234.5, mse=1,230.0, lpips=9.000', .5)[0]
+    assert (r['iteration'], r['loss'], r['mse'], r['lpips']) == (1200, 1234.5, 1230., 9.) and r['holds']
+    assert row('loss=3,mse=1,lpips=2', 1.)['loss'] == 3 and row('loss=12,345,678 mse=12,345,677 lpips=1', 1.)['sum'] == 12345678
+
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
+def test_line_ends_and_other_lines_of_a_log(end):
+    text = end.join(['\ufeffstart', '', 'Iter 1: loss=0.10, mse=0.05, lpips=0.50, lpips_w=0.1', 'val: loss=9', 'Iter 2: loss=0.30, mse=0.05, lpips=0.50, lpips_w=0.1', ''])
+    assert [(r['iteration'], r['loss'], r['lam'], r['holds']) for r in read_log(text)] == [(1, .1, .1, True), (2, .3, .1, False)]
+
+def test_names_that_end_alike_are_other_numbers():
+    assert row('loss=0.5, mse=0.3, lpips=0.2, val_loss=9, val/loss=8, val.mse=7, best-lpips=6', 1.)['holds']
+
+@pytest.mark.parametrize('text, error, says', [
+    ('Iter 1: loss=0,0432, mse=0.1, lpips=1', ValueError, 'has a loss that is no number'), ('Iter 1: loss=-, mse=0.1, lpips=1', ValueError, 'has a loss that is no number'),
+    ('Iter 1: loss=1.2.3, mse=0.1, lpips=1', ValueError, 'no number'), ('Iter 1: loss=1, mse=0x1, lpips=1', ValueError, 'has a mse that is no number'),
+    ('Iter 1: loss=1, loss=2, mse=1, lpips=1', ValueError, 'has loss twice'), ('\r\n', ValueError, 'no line'), (b'Iter 1: loss=1', TypeError, 'text is bytes'), (None, TypeError, 'text is NoneType')])
+def test_what_is_no_log_is_named(text, error, says):
+    with pytest.raises(error, match=says): read_log(text, .5)
+
+@pytest.mark.parametrize('lam', [math.nan, -1., math.inf])
+def test_bad_weight_for_a_log(lam):
+    with pytest.raises(ValueError, match='lam is'): read_log(LOG, lam)
+
+def test_numbers_of_numpy():
+    t, i, f = torch.arange(15), np.int64, np.float32
+    assert torch.equal(step_weights(t, i(15), np.array([1, .1, .001])), step_weights(t, 15)) and torch.equal(step_range(t, i(15), i(4)), step_range(t, 15, 4))
+    assert fluctuation(np.array([1., 2.]), i(4)) == fluctuation([1., 2.], 4) and progressive(i(5), i(10), f(.5), f(1)) == .75
+    assert torch.equal(snr_weights(ResidualShift(), f(5)), snr_weights(ResidualShift())) and len(LearnedUncertainty(i(3)).s) == 3
+    assert read_log(LOG, f(.5)) == read_log(LOG, .5)
+    v, s = torch.rand(30, generator=gen()), torch.arange(15).repeat(2)
+    assert torch.equal(inverse_variance(v, s, i(15), i(3)), inverse_variance(v, s, 15, 3))
+
+@pytest.mark.parametrize('call, says', [
+    (lambda: progressive(1, 2, math.nan), 'start is nan'), (lambda: progressive(1, 2, .1, -1.), 'end is -1'), (lambda: progressive(1, math.inf), 'total is inf'), (lambda: progressive(True, 2), 'iteration is True'),
+    (lambda: ProgressiveLam(PerceptualSRLoss(distance), math.nan), 'start is nan'), (lambda: ProgressiveLam(PerceptualSRLoss(distance), end=-.1), 'end is -0.1'),
+    (lambda: ProgressiveLam(PerceptualSRLoss(distance), total=0), 'total is 0'), (lambda: ProgressiveLam(PerceptualSRLoss(distance), total=-3), 'total is -3'),
+    (lambda: LearnedUncertainty(-1), 'n is -1'), (lambda: LearnedUncertainty(0), 'n is 0'), (lambda: LearnedUncertainty(2)(torch.ones(2), torch.tensor([-1, 0])), 'k holds -1 to 0; expected 0 to 1'),
+    (lambda: step_range(torch.tensor([0]), 15, -1), 'n is -1'), (lambda: step_range(torch.tensor([0]), 15, math.nan), 'n is nan'), (lambda: step_range(torch.tensor([0]), math.nan), 'T is nan'),
+    (lambda: inverse_variance(torch.rand(15)*math.nan, torch.arange(15), 15, 3), 'values holds 15 values that are NaN'), (lambda: inverse_variance(torch.rand(15), torch.arange(15), 15, -3), 'n is -3'),
+    (lambda: gradient_noise(torch.eye(3)*math.nan), 'gram holds'), (lambda: gradient_noise(torch.eye(2), torch.full((3, 2), math.inf)), 'draws holds'),
+    (lambda: gradient_gram([torch.ones(2, requires_grad=True)]*2, torch.ones(1)), r'losses holds \(2,\)'), (lambda: gradient_gram([1., 2.], torch.ones(1)), 'losses holds float'),
+    (lambda: gradient_gram([], []), 'params is empty'), (lambda: gradient_gram([], torch.ones(1), chunk=0), 'chunk is 0'), (lambda: fluctuation([1., 2.], math.nan), 'batch is nan'),
+    (lambda: snr_weights(ResidualShift(), math.nan), 'gamma is nan'), (lambda: snr_weights(ResidualShift(kappa=[1., 2.]), signal=[1., 2., 3.]), 'signal has 3 channels, kappa has 2')])
+def test_what_does_not_fit_is_named(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+def test_a_total_of_its_own_is_part_of_the_state():
+    loss = PerceptualSRLoss(distance)
+    assert ProgressiveLam(loss).state() == {'start': .01, 'end': .15} and ProgressiveLam(loss, total=np.int64(5)).state() == {'start': .01, 'end': .15, 'total': 5.}
