@@ -376,7 +376,7 @@ def test_state_dict_round_trip(started):
     a, b = Codebook(6, 3, decay=.8, revive=1), Codebook(6, 3, decay=.8, revive=1)
     if started: a(torch.randn(2, 20, 3))
     b.load_state_dict(a.state_dict())
-    assert bool(b.started) == started and same(held(a), held(b)) and set(held(a)) == {'codes', 'counts', 'sums', 'started'}
+    assert bool(b.started) == started and same(held(a), held(b)) and set(held(a)) >= {'codes', 'counts', 'sums', 'started'}
     for book in (a, b):
         torch.manual_seed(3)
         for _ in range(2): book(torch.randn(2, 20, 3))
@@ -408,7 +408,7 @@ def test_other_floats(dtype):
         out = book(z)
         out.quantized.sum().backward()
         assert out.quantized.dtype == dtype and z.grad.dtype == dtype and torch.equal(out.indices, expected)
-        assert out.commitment_loss.dtype == torch.float32 and all(v.dtype in (torch.float32, torch.bool) for v in book.state_dict().values())
+        assert out.commitment_loss.dtype == torch.float32 and all(v.dtype in (torch.float32, torch.bool, torch.int64) for v in book.state_dict().values())
 
 def test_under_autocast():
     for make in (lambda: Codebook(9, 4, decay=.8, init='normal'), lambda: FSQ((3, 4, 5, 3))):
@@ -477,7 +477,7 @@ def test_learned_codes_keep_length_one():
     out = book.eval()(z)
     assert close(out.quantized.norm(dim=-1), torch.ones(2, 40), 1e-3)
 
-@pytest.mark.parametrize('kw, says', [(dict(num_codes=0), 'num_codes is 0'), (dict(dim=0), 'dim 0'), (dict(init='zeros'), "init is 'zeros'"), (dict(decay=1), 'decay is 1'), (dict(decay=-.1), 'decay is -0.1')])
+@pytest.mark.parametrize('kw, says', [(dict(num_codes=0), 'num_codes is 0'), (dict(dim=0), 'dim (is )?0'), (dict(init='zeros'), "init is 'zeros'"), (dict(decay=1), 'decay is 1'), (dict(decay=-.1), 'decay is -0.1')])
 def test_bad_options(kw, says):
     with pytest.raises(ValueError, match=says): Codebook(**(dict(num_codes=4, dim=2) | kw))
 

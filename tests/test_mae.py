@@ -219,7 +219,7 @@ def test_positions_are_fixed_and_those_of_the_formula():
     model = MAE(**SIZES)
     assert torch.equal(model.encoder.pos_embed[0], sincos_pos_embed(32, 6, True)) and torch.equal(model.decoder_pos_embed[0], sincos_pos_embed(16, 6, True))
     assert not any(k.endswith('pos_embed') for k, _ in model.named_parameters())
-    assert {'encoder.pos_embed', 'decoder_pos_embed'} < set(model.state_dict()) and not {'mean', 'std'} & set(model.state_dict())
+    assert {'encoder.pos_embed', 'decoder_pos_embed'} < set(model.state_dict()) and not {'mean', 'std'} & {k for k, _ in model.named_parameters()}
 
 def test_initialisation():
     model = MAE(24, 4, 64, 1, 4, 64, 1, 4)
@@ -273,7 +273,7 @@ def test_parity_with_transformers(norm_pix):
     (mae_vit_base, 111.9, 768, 12, 12, 16), (mae_vit_large, 329.5, 1024, 24, 16, 16), (mae_vit_huge, 657.1, 1280, 32, 16, 14)])
 def test_presets_have_the_published_size(preset, published, dim, depth, heads, patch):
     with torch.device('meta'): model = preset()
-    count = sum(t.numel() for t in model.state_dict().values())                    # fixed positions are counted as published
+    count = sum(t.numel() for k, t in model.state_dict().items() if k not in ('mean', 'std', '_extra_state'))     # fixed positions are counted as published
     assert count/1e6 == pytest.approx(published, abs=.06)
     n, dec, out = (224//patch)**2 + 1, 512, 3*patch*patch
     block = lambda d: 12*d*d + 13*d
@@ -308,7 +308,7 @@ def test_perfect_prediction_is_undone_exactly(norm_pix):
     x = torch.rand(2, 3, 24, 24)
     model = Perfect(**SIZES, norm_pix_loss=norm_pix, mean=(.4, .5, .6), std=(.2, .3, .25))
     model.answer = model.targets(x)[0]
-    for paste in (True, False): assert torch.allclose(reconstruct(model, x, paste=paste)[0], x, atol=1e-5)
+    for paste in (True, False): assert torch.allclose(reconstruct(model, x, stats='truth', paste=paste)[0], x, atol=1e-5)
     assert model(x)[0] < 1e-10
 
 def test_stats_of_visible_pixels_by_hand():
@@ -610,9 +610,9 @@ def test_addresses(tmp_path, monkeypatch):
     def fetch(url, to, **kw): asked.append(url), open(to, 'wb').write(path.read_bytes())
     monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
     for _ in range(2): assert load_pretrained('https://example.org/a/mae.pth')[1]
-    assert asked == ['https://example.org/a/mae.pth'] and (tmp_path/'hub/checkpoints/mae.pth').exists()       # fetched once
+    assert asked == ['https://example.org/a/mae.pth'] and len(list((tmp_path/'hub/checkpoints').glob('*/mae.pth'))) == 1       # fetched once
     from urllib.error import HTTPError, URLError
     for error in (URLError('no route'), HTTPError('u', 404, 'gone', {}, None), OSError('disk'), RuntimeError('invalid hash')):
         def fail(*a, **kw): raise error
         monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
-        with pytest.raises(FileNotFoundError, match='https://example.org/other.pth could not be fetched.*checkpoints/other.pth'): load_pretrained('https://example.org/other.pth')
+        with pytest.raises(FileNotFoundError, match='https://example.org/other.pth could not be fetched.*checkpoints/.*/other.pth'): load_pretrained('https://example.org/other.pth')

@@ -110,7 +110,7 @@ def test_parity_with_timm(pool):
     model = Classifier(encoder(28, 32, 3), 10, pool=pool).eval()
     nn.init.normal_(model.head.weight), nn.init.normal_(model.encoder.cls_token)
     timm = VisionTransformer(28, 7, 1, 10, 'avg' if pool == 'mean' else 'token', 32, 3, 4, fc_norm=pool == 'mean').eval()
-    state = {k.replace('encoder.', '').replace('patch_embed', 'patch_embed.proj'): v for k, v in model.state_dict().items()}
+    state = {k.replace('encoder.', '').replace('patch_embed', 'patch_embed.proj'): v for k, v in model.state_dict().items() if k not in ('mean', 'std')}
     state['patch_embed.proj.weight'] = state['patch_embed.proj.weight'].reshape(32, 7, 7, 1).permute(0, 3, 1, 2)
     timm.load_state_dict(state)
     x = torch.rand(3, 1, 28, 28)
