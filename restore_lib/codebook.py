@@ -78,6 +78,7 @@ def nearest_code(
 ) -> torch.Tensor:  # (n,), int64
     "The code at the smallest Euclidean distance: one matrix product in float32, in chunks, also under autocast."
     mib = check_number(mib, 'mib', above=0)
+    if not len(codes): raise ValueError('codes holds none; expected one at least')
     rows = max(1, int(mib*2**20)//(4*len(codes)))
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         tokens, codes = tokens.float(), codes.float()

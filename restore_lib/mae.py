@@ -12,7 +12,6 @@ import hashlib
 import math
 import re
 import zipfile
-from numbers import Integral
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -225,7 +224,7 @@ def pretrainer(
     warmup = check_number(warmup, 'warmup', 0, 1)
     if not 0 <= mask_ratio < 1: raise ValueError(f'mask_ratio is {mask_ratio!r}; expected 0 to below 1')
     if masking not in _MASKINGS: raise ValueError(f'masking is {masking!r}; expected one of {", ".join(map(repr, _MASKINGS))}')
-    if not isinstance(getattr(train, 'batch_size', None), Integral): raise TypeError(f'train is {type(train).__name__}; expected a torch DataLoader with a batch size')
+    if not isinstance(getattr(train, 'batch_size', None), int): raise TypeError(f'train is {type(train).__name__}; expected a torch DataLoader with a batch size')
     images = train.batch_size*options.get('accumulate', 1)*PartialState(cpu=options.get('cpu', False)).num_processes
     groups = param_groups(model, blr*images/256, weight_decay=weight_decay)
     return Learner(model, mae_loss, train, valid, opt=torch.optim.AdamW(groups, betas=(0.9, 0.95)), sched=warmup_cosine(warmup), **options)

@@ -9,7 +9,6 @@ __all__ = ['few_labels', 'weak_augment', 'strong_augment', 'Labelled', 'labelled
 
 # %% ../nbs/07_transfer.ipynb #07-003
 import copy
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -263,7 +262,7 @@ def finetune(
 def _scaled(blr, train, options):
     "The rate for the images of a step, blr being that for 256 (Goyal et al. 2017)."
     from accelerate import PartialState
-    if not isinstance(getattr(train, 'batch_size', None), Integral):
+    if not isinstance(getattr(train, 'batch_size', None), int):
         raise TypeError(f'train is {type(train).__name__}; expected a torch DataLoader with a batch size')
     return check_number(blr, 'blr', 0)*train.batch_size*options.get('accumulate', 1)*PartialState(cpu=options.get('cpu', False)).num_processes/256
 
