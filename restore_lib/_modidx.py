@@ -697,6 +697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'restore_lib.mae._depth': ('mae.html#_depth', 'restore_lib/mae.py'),
                                  'restore_lib.mae._fetch': ('mae.html#_fetch', 'restore_lib/mae.py'),
                                  'restore_lib.mae._like': ('mae.html#_like', 'restore_lib/mae.py'),
+                                 'restore_lib.mae._masking_of': ('mae.html#_masking_of', 'restore_lib/mae.py'),
                                  'restore_lib.mae._named': ('mae.html#_named', 'restore_lib/mae.py'),
                                  'restore_lib.mae._read': ('mae.html#_read', 'restore_lib/mae.py'),
                                  'restore_lib.mae._state_of': ('mae.html#_state_of', 'restore_lib/mae.py'),

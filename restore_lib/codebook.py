@@ -38,7 +38,8 @@ class ViTDecoder(nn.Module):
         positions=True,  # add sine-cosine positions? Without them equal tokens stay equal
     ):
         super().__init__()
-        patch, dim, channels = check_whole(patch, 'patch'), check_whole(dim, 'dim', 1), check_whole(channels, 'channels', 1)
+        patch, dim = check_whole(patch, 'patch'), check_whole(dim, 'dim', 1)
+        channels = check_whole(channels, 'channels', 1)
         depth, code_dim = check_whole(depth, 'depth', 0), check_whole(code_dim, 'code_dim', 1)
         if patch < 1 or patch & (patch - 1): raise ValueError(f'patch is {patch}; expected a power of 2')
         self.grid, self.proj = grid, nn.Linear(code_dim, dim)
@@ -97,8 +98,8 @@ def rotate_to(
     z,              # (..., d) tokens
     q,              # (..., d) their codes
 ) -> torch.Tensor:  # (..., d): q, as a fixed rotation and scaling of z
-    """The rotation trick: the gradient at q is turned back by the angle between z and q (Fifty et al. 2024, section 4.2).
-    Where one of them has no length there is no angle: there the gradient is passed straight through."""
+    """The rotation trick: the gradient at q is turned back by the angle between z and q (Fifty
+    et al. 2024, section 4.2). Where one has no length there is no angle, and it goes straight through."""
     with torch.no_grad():
         flat = torch.minimum(z.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)) <= 1e-6
         long_z, long_q = z.norm(dim=-1, keepdim=True).clamp_min(1e-6), q.norm(dim=-1, keepdim=True).clamp_min(1e-6)
@@ -124,7 +125,7 @@ def _sums(tokens, indices, k):
     return _all_reduce(counts), _all_reduce(tokens.new_zeros(k, tokens.shape[1]).index_add_(0, indices, tokens))
 
 def _unit(vectors):
-    "At length 1; a vector without length has no direction and stays, or its gradient would be multiplied by 1e12."
+    "At length 1; a vector without length stays, for its gradient would be multiplied by 1e12."
     with torch.no_grad(): flat = vectors.norm(dim=-1, keepdim=True) <= 1e-6
     return torch.where(flat, vectors, F.normalize(vectors, dim=-1))
 
@@ -135,7 +136,8 @@ def kmeans(
     iters=10,      # rounds of Lloyd's algorithm
     cosine=False,  # codes of length 1?
 ):                 # -> codes (k, d), and how many tokens chose each: (k,)
-    "Codes from data, the start a random choice of tokens; a code that nobody chooses stays (Lloyd 1982). ValueError for fewer tokens than codes, and for tokens that are no numbers."
+    """Codes from data, the start a random choice of tokens; one that nobody chooses stays
+    (Lloyd 1982). ValueError for fewer tokens than codes, and for tokens that are no numbers."""
     k, iters = check_whole(k, 'k', 1), check_whole(iters, 'iters', 1)
     _check_finite(tokens, 'tokens')
     if len(tokens) < k:
@@ -160,7 +162,8 @@ def _as_tokens(z, dim):
 
 def _check_finite(z, name='z'):
     if not torch.isfinite(z.detach().sum()) and not torch.isfinite(z).all():
-        raise ValueError(f'{name} holds {(~torch.isfinite(z)).sum()} values that are NaN or infinite')
+        count = (~torch.isfinite(z)).sum()
+        raise ValueError(f'{name} holds {count} values that are NaN or infinite')
 
 def _check_indices(indices, k):
     "Whole numbers from 0 to below k, as int64."
@@ -186,7 +189,8 @@ class _Codes(Flagged):
     ):
         super().__init__()
         num_codes, dim = check_whole(num_codes, 'num_codes', 1), check_whole(dim, 'dim', 1)
-        commitment, revive = check_number(commitment, 'commitment', 0), check_number(revive, 'revive', 0)
+        commitment = check_number(commitment, 'commitment', 0)
+        revive = check_number(revive, 'revive', 0)
         if init not in ('kmeans', 'normal', 'uniform'): raise ValueError(f"init is {init!r}; expected 'kmeans', 'normal' or 'uniform'")
         if decay is not None and not 0 <= decay < 1: raise ValueError(f'decay is {decay}; expected None or a number from 0 to below 1')
         self.num_codes, self.dim, self.decay, self.commitment = num_codes, dim, decay, commitment
@@ -202,7 +206,7 @@ class _Codes(Flagged):
     def vectors(self):
         "The codes as they are used: (num_codes, dim), of length 1 if cosine."
         if not self.cosine or self.decay is not None: return self.codes
-        return _unit(self.codes.clone())                                      # backward needs them as they were: a code may come back to life before
+        return _unit(self.codes.clone())    # backward needs them as they were, without revival
 
     @property
     def frozen(self):
@@ -210,11 +214,11 @@ class _Codes(Flagged):
         return self.held if self.decay is not None else not self.codes.requires_grad
 
     def requires_grad_(self, requires_grad=True):
-        self.held = not requires_grad                                         # codes that follow averages are no parameters, and would not notice
+        self.held = not requires_grad       # codes that follow averages are no parameters
         return super().requires_grad_(requires_grad)
 
     def _apply(self, fn, *args, **kwargs):
-        "Conversions, such as half(): the moving averages stay float32, for steps of 1 % are lost in half precision."
+        "Conversions, such as half(): averages stay float32, half would lose steps of 1 %."
         kept = {k: self._buffers[k] for k in ('counts', 'sums')}
         super()._apply(fn, *args, **kwargs)
         for k, wide in kept.items():
@@ -225,7 +229,8 @@ class _Codes(Flagged):
     def start(self, tokens):  # (n, dim), or whatever forward takes
         "Codes by k-means from these tokens: what the first batch in training does where init is 'kmeans'."
         tokens = _as_tokens(tokens[None] if tokens.ndim == 2 else tokens, self.dim)[0].float()
-        codes, counts = kmeans(_unit(tokens) if self.cosine else tokens, self.num_codes, cosine=self.cosine)
+        tokens = _unit(tokens) if self.cosine else tokens
+        codes, counts = kmeans(tokens, self.num_codes, cosine=self.cosine)
         counts = counts.clamp_min(1)
         self.codes.copy_(codes), self.counts.copy_(counts), self.sums.copy_(codes*counts[:, None]), self.started.fill_(True)
 
@@ -253,7 +258,7 @@ class Codebook(_Codes):
         "Bad shapes and types, NaN, and fewer tokens than codes at the k-means start raise, and leave the codes as they were."
         tokens, back, places = _as_tokens(z, self.dim)
         with torch.autocast(z.device.type, enabled=False):
-            wide = torch.promote_types(self.codes.dtype, torch.float32)       # half precision is too coarse to compare codes
+            wide = torch.promote_types(self.codes.dtype, torch.float32)    # half is too coarse
             tokens = tokens.to(wide)
             _check_finite(tokens)
             if self.cosine: tokens = _unit(tokens)
@@ -294,10 +299,11 @@ class FSQ(nn.Module):
         dim=None,          # numbers a token; if not len(levels), two linear layers go between
     ):
         super().__init__()
-        if not len(levels): raise ValueError(f'levels is {levels}; expected whole numbers of at least 3')
+        if not len(levels):
+            raise ValueError(f'levels is {levels}; expected whole numbers of at least 3')
         levels = [check_whole(l, 'levels', 3) for l in levels]
         self.dim = len(levels) if dim is None else check_whole(dim, 'dim', 1)
-        self.register_buffer('levels', torch.tensor(levels))                  # in the state: no shape tells 8, 4 from 4, 8
+        self.register_buffer('levels', torch.tensor(levels))    # no shape tells 8, 4 from 4, 8
         same = self.dim == len(levels)
         self.inward = nn.Identity() if same else nn.Linear(self.dim, len(levels))
         self.outward = nn.Identity() if same else nn.Linear(len(levels), self.dim)
@@ -306,7 +312,9 @@ class FSQ(nn.Module):
     def num_codes(self): return math.prod(self.levels.tolist())
 
     @property
-    def basis(self): return F.pad(self.levels[:-1].cumprod(0), (1, 0), value=1)   # what a step of each number is worth in an index
+    def basis(self):
+        "What a step of each number is worth in an index."
+        return F.pad(self.levels[:-1].cumprod(0), (1, 0), value=1)
 
     def bound(self, z):  # (..., len(levels)), any numbers -> the same, strictly within half a level of the outermost ones
         half = (self.levels - 1)*(1 + 1e-3)/2
@@ -329,7 +337,8 @@ class FSQ(nn.Module):
     def lookup(self, indices) -> torch.Tensor:  # (...,) whole numbers -> (..., dim)
         "The codes of these indices; ValueError out of range."
         indices = _check_indices(indices, self.num_codes)
-        return _linear(self.outward, ((indices[..., None]//self.basis) % self.levels - self.levels//2)/(self.levels//2))
+        steps = (indices[..., None]//self.basis) % self.levels - self.levels//2
+        return _linear(self.outward, steps/(self.levels//2))
 
 # %% ../nbs/08_codebook.ipynb #08-047
 class TimmTokens(nn.Module):
@@ -358,12 +367,13 @@ def _patch_tokens(encoder, x):
 class ViTCodebook(PixelStats):
     "A ViT with a discrete bottleneck: forward(x) -> x_hat, Quantized; `encode` and `decode` are the two halves (VQ-VAE with the encoder of ViT-VQGAN, Yu et al. 2022)."
     def __init__(self,
-        encoder,            # a ViTEncoder, a MAE whose encoder and pixel statistics are wanted, or TimmTokens
+        encoder,            # a ViTEncoder, a MAE for its encoder, mean and std, or TimmTokens
         codebook,           # a Codebook or FSQ
         dim, depth, heads,  # of the decoder
         positions=True,     # in the decoder
         channels=None,      # of the images; default the encoder's
-        mean=None, std=None,  # numbers, or one a channel: inside, the model works on (x - mean)/std; default those of the MAE, else 0.5
+        mean=None,          # a number, or one a channel: inside, the model works on (x - mean)/std;
+        std=None,           # default the MAE's, else 0.5
     ):
         super().__init__()
         mean = getattr(encoder, 'mean', 0.5) if mean is None else mean
@@ -376,7 +386,7 @@ class ViTCodebook(PixelStats):
         self.set_stats(mean, std, self.channels)
 
     def requires_grad_(self, requires_grad=True):
-        self.codebook.requires_grad_(requires_grad)                           # a codebook that follows averages has no parameter to be told by
+        self.codebook.requires_grad_(requires_grad)     # which may have no parameter to be told by
         return super().requires_grad_(requires_grad)
 
     def tokens(self, x):  # (b, c, h, w) in [0, 1] -> (b, n, codebook.dim), before quantisation
@@ -389,7 +399,7 @@ class ViTCodebook(PixelStats):
         return self.decoder(quantized)*self.std + self.mean
 
     def encode(self, x) -> torch.Tensor: return self.codebook(self.tokens(x)).indices        # (b, n)
-    def decode(self, indices) -> torch.Tensor:                                               # (b, n) -> (b, c, h, w)
+    def decode(self, indices) -> torch.Tensor:                    # (b, n) -> (b, c, h, w)
         return self.draw(self.codebook.lookup(indices).to(self.mean.dtype))
 
     def forward(self, x):

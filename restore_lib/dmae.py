@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from .data import check_images, check_interval, check_number, check_whole
 from .degrade import gaussian
 from .learner import Learner
-from .mae import _MASKINGS, MAE, load_pretrained, mae_tiny, mae_vit_base, mae_vit_large, pretrainer
+from .mae import (MAE, _masking_of, load_pretrained, mae_tiny, mae_vit_base, mae_vit_large,
+                             pretrainer)
 from .metrics import _deployed
 from .patching import patchify, unpatchify
 from .transfer import finetune, soft_cross_entropy
@@ -65,11 +66,12 @@ class DMAE(_Drawing):
     Images, noisy ones too, are in the units of [0, 1], not clipped; (x - mean)/std is done inside."""
     def draw(self, y, mask_ratio=0.0, generator=None, masking='random'):  # -> pred (b, n, p*p*c), mask (b, n) with 1 = removed
         "All patches, drawn from those of y that are left; with mask_ratio 0 from all, and without mask tokens."
-        if masking not in _MASKINGS: raise ValueError(f'masking is {masking!r}; expected one of {", ".join(map(repr, _MASKINGS))}')
+        remove = _masking_of(masking)
         n = self.decoder_pos_embed.shape[1] - 1
         if mask_ratio == 0: return self.decode(self.latent(y)), y.new_zeros(len(y), n, dtype=torch.float32)
         how = {} if masking == 'random' else dict(hw=self.encoder.grid)
-        shown, mask, ids_restore = _MASKINGS[masking](_in_order(y, n)[..., None], mask_ratio, generator=generator, **how)
+        numbers = _in_order(y, n)[..., None]
+        shown, mask, ids_restore = remove(numbers, mask_ratio, generator=generator, **how)
         return self.decode(self.latent(y, shown[..., 0]), ids_restore), mask
 
     def forward(self,
@@ -164,18 +166,20 @@ def noisy_votes(
     generator=None, # torch.Generator of the noise, on its device
     batch=512,      # noisy images at a time; another batch draws other noise
 ) -> torch.Tensor:  # (b, classes) int64 on the CPU: how often each class won
-    """How a classifier votes on n noisy copies of each image (Cohen et al. 2019), images and copies batched together; a copy of which it
-    says NaN has no vote. ValueError for no image, and for numbers out of range."""
+    """How a classifier votes on n noisy copies of each image (Cohen et al. 2019), images and copies
+    batched together; a copy of which it says NaN has no vote. ValueError for no image."""
     check_images(x, 'x')
     if not len(x): raise ValueError('x holds no image; expected one at least')
-    sigma, n, batch = check_number(sigma, 'sigma', 0, 2), check_whole(n, 'n', 1), check_whole(batch, 'batch', 1)
+    sigma, n = check_number(sigma, 'sigma', 0, 2), check_whole(n, 'n', 1)
+    batch = check_whole(batch, 'batch', 1)
     votes, total = 0, len(x)*n
     with _deployed(model):
         for start in range(0, total, batch):
             image = torch.arange(start, min(start + batch, total), device=x.device)//n
             logits = model(gaussian(x[image], sigma, generator))
             k, said = logits.shape[1], ~logits.isnan().any(1)
-            votes = votes + torch.bincount((image*k + logits.argmax(1))[said], minlength=len(x)*k).cpu()
+            wins = (image*k + logits.argmax(1))[said]
+            votes = votes + torch.bincount(wins, minlength=len(x)*k).cpu()
     return votes.unflatten(0, (len(x), -1))
 
 def certify(
@@ -188,10 +192,13 @@ def certify(
     seed=0,         # of the noise
     batch=512,      # noisy images at a time; another batch draws other noise
 ) -> Certified:
-    "Randomised smoothing (Cohen et al. 2019, CERTIFY): sigma*ppf(p) is the radius, p the one-sided Clopper-Pearson bound; it abstains where p is not above 1/2, and so where the model says NaN. No label is asked for."
+    """Randomised smoothing (Cohen et al. 2019, CERTIFY): sigma*ppf(p) is the radius, p the
+    one-sided Clopper-Pearson bound; it abstains where p is not above 1/2, so where the
+    model says NaN. No label is asked for."""
     from scipy.stats import beta, norm
     if not 0 < alpha < 1: raise ValueError(f'alpha is {alpha}; expected between 0 and 1')
-    n0, n, sigma = check_whole(n0, 'n0', 1), check_whole(n, 'n', 1), check_number(sigma, 'sigma', high=2, above=0)
+    n0, n = check_whole(n0, 'n0', 1), check_whole(n, 'n', 1)
+    sigma = check_number(sigma, 'sigma', high=2, above=0)
     g = torch.Generator(check_images(x, 'x').device).manual_seed(check_whole(seed, 'seed'))
     guess = noisy_votes(model, x, sigma, n0, g, batch).argmax(1)
     wins = noisy_votes(model, x, sigma, n, g, batch).gather(1, guess[:, None])[:, 0].double().numpy()
@@ -205,11 +212,14 @@ def certified_accuracy(
     labels,         # (b,) int64
     radii=(0.0,),   # L2 radii
 ) -> torch.Tensor:  # (len(radii),) shares
-    "The share of images whose label is right and holds within each radius; abstaining counts as wrong. ValueError for no image or a radius below 0."
+    """The share of images whose label is right and holds within each radius; abstaining is wrong.
+    ValueError for no image or a radius below 0."""
     if len(found.label) != len(labels): raise ValueError(f'found holds {len(found.label)}, labels {len(labels)}; expected as many')
     if not len(labels): raise ValueError('found holds no image; expected one at least')
     radii = [check_number(r, 'radii', 0) for r in torch.as_tensor(radii).flatten().tolist()]
-    if labels.ndim != 1 or labels.is_floating_point(): raise ValueError(f'labels is {labels.dtype} of shape {tuple(labels.shape)}; expected int64 (b,)')
+    if labels.ndim != 1 or labels.is_floating_point():
+        shape = tuple(labels.shape)
+        raise ValueError(f'labels is {labels.dtype} of shape {shape}; expected int64 (b,)')
     right = (found.label == labels.cpu())[None]
     return (right & (found.radius[None] >= torch.as_tensor(radii, dtype=torch.float32)[:, None])).float().mean(1)
 
@@ -221,7 +231,8 @@ def consistency(
 ) -> torch.Tensor:  # a scalar
     "lam * mean KL(mean p, p_i) + eta * H(mean p): copies that agree, and are sure (Jeong and Shin 2020, used by Wu et al. 2023)."
     if logits.ndim != 3 or len(logits) < 2: raise ValueError(f'logits has shape {tuple(logits.shape)}; expected (m, b, classes) with m at least 2')
-    if not logits.shape[1]: raise ValueError(f'logits has shape {tuple(logits.shape)}; expected one image at least')
+    if not logits.shape[1]:
+        raise ValueError(f'logits has shape {tuple(logits.shape)}; expected one image at least')
     lam, eta = check_number(lam, 'lam', 0), check_number(eta, 'eta', 0)
     log_p = logits.float().log_softmax(2)
     log_mean = log_p.logsumexp(0) - torch.tensor(float(len(logits)), device=logits.device).log()

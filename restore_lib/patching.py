@@ -346,31 +346,34 @@ class ViTEncoder(nn.Module):
 
 # %% ../nbs/05_patching.ipynb #05-061a
 class PixelStats(nn.Module):
-    """A module that works on (x - mean)/std, both part of its state: loaded weights come with the statistics they were trained on.
-    A strict `load_state_dict` refuses a state without them, so that no model keeps its own in silence."""
+    """A module that works on (x - mean)/std, both part of its state: loaded weights bring the
+    statistics they were trained on. A strict `load_state_dict` refuses a state without them."""
     def set_stats(self,
         mean,      # a number, or one for each channel, of pixels in [0, 1]
         std,       # the same, above 0
         channels,  # of the images
     ):
-        "Makes the buffers `mean` and `std`, (1 or channels, 1, 1) float32; ValueError for other numbers."
+        "Makes the buffers `mean` and `std`, (1 or channels, 1, 1); ValueError for other numbers."
         for name, given, above in (('mean', mean, None), ('std', std, 0)):
             values = torch.as_tensor(given, dtype=torch.float32, device='cpu').flatten().tolist()
             values = [check_number(v, name, above=above) for v in values]
             if len(values) not in (1, channels):
-                raise ValueError(f'{name} holds {len(values)} numbers; expected 1 or {channels}, one for each channel')
+                expected = f'expected 1 or {channels}, one for each channel'
+                raise ValueError(f'{name} holds {len(values)} numbers; {expected}')
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name in ('mean', 'std'):                                          # one number may come where there was one a channel
+        for name in ('mean', 'std'):
             own, came = self._buffers[name], state_dict.get(prefix + name)
-            if isinstance(came, torch.Tensor) and came.shape != own.shape and came.shape[1:] == (1, 1):
+            if not isinstance(came, torch.Tensor) or came.shape[1:] != (1, 1): continue
+            if len(came) != len(own):     # one number for one a channel, or back
                 self._buffers[name] = came.detach().clone().to(own)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 class Flagged(nn.Module):
-    """A module whose state holds a yes or no that no tensor's shape tells, as `_extra_state`: a loaded model computes what the saved one did.
-    It stays on the CPU, where a look at it makes no GPU wait. A subclass gives it a name: `cosine = Flagged.flag`."""
+    """A module whose state holds a yes or no that no tensor's shape tells, as `_extra_state`: a
+    loaded model computes what the saved one did. It stays on the CPU: no GPU waits for a look.
+    A subclass gives it a name: `cosine = Flagged.flag`."""
     def get_extra_state(self): return self._flag
 
     def set_extra_state(self, state): self.flag = state
@@ -379,4 +382,5 @@ class Flagged(nn.Module):
     def flag(self): return bool(self._flag)
 
     @flag.setter
-    def flag(self, value): self.__dict__.setdefault('_flag', torch.tensor(False, device='cpu')).fill_(bool(value))
+    def flag(self, value):
+        self.__dict__.setdefault('_flag', torch.tensor(False, device='cpu')).fill_(bool(value))
