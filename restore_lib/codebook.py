@@ -99,7 +99,8 @@ def rotate_to(
     q,              # (..., d) their codes
 ) -> torch.Tensor:  # (..., d): q, as a fixed rotation and scaling of z
     """The rotation trick: the gradient at q is turned back by the angle between z and q (Fifty
-    et al. 2024, section 4.2). Where one has no length there is no angle, and it goes straight through."""
+    et al. 2024, section 4.2). Where one has no length, there is no
+    angle, and the gradient goes straight through."""
     with torch.no_grad():
         flat = torch.minimum(z.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)) <= 1e-6
         long_z, long_q = z.norm(dim=-1, keepdim=True).clamp_min(1e-6), q.norm(dim=-1, keepdim=True).clamp_min(1e-6)

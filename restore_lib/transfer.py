@@ -117,7 +117,7 @@ class Classifier(PixelStats):
     "An encoder, its tokens pooled, a head: forward(x (b, c, h, w) in [0, 1]) -> logits (b, classes). After MAE's models_vit and main_linprobe (He et al. 2022)."
     def __init__(self,
         encoder,            # a ViTEncoder, or a MAE for its encoder, mean and std; with the head
-                            # 'linear' on pooled tokens the last norm moves behind the pooling, as `fc_norm`
+                            # 'linear' on pooled tokens the last norm moves behind them, as `fc_norm`
         classes,            # how many
         head='linear',      # 'linear'; 'bn': affine-free BatchNorm and linear, for probes; 'bn_mlp': BatchNorm and two layers
         pool='mean',        # of the patch tokens, or 'cls': the class token
