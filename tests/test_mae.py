@@ -769,10 +769,10 @@ def changed(**state): return dict(published(), model={**published()['model'], **
     (dict(model={**published()['model'], 7: torch.zeros(1)}), '7'), (changed(epoch=3), "'epoch': int"), (changed(**{'patch_embed.proj.weight': [1, 2]}), 'patch_embed.proj.weight.*list'),
     (changed(**{'patch_embed.proj.weight': torch.zeros(64, 48)}), r'patch_embed.proj.weight has shape \(64, 48\)'), (changed(pos_embed=torch.zeros(37, 64)), r'pos_embed has shape \(37, 64\)'),
     (changed(pos_embed=torch.zeros(1, 36, 64)), 'pos_embed has shape'), (changed(mask_token=torch.zeros(32)), r'mask_token has shape \(32,\)'),
-    (changed(**{'blocks.x.norm1.weight': torch.zeros(64)}), "blocks has the numbers"), (changed(**{'blocks.9999999.norm1.weight': torch.zeros(64)}), 'blocks has the numbers'),
+    (changed(**{'blocks.x.norm1.weight': torch.zeros(64)}), "blocks has the numbers"), (changed(**{'blocks.9.norm1.weight': torch.zeros(64)}), 'blocks has the numbers'),
     (changed(**{'decoder_blocks.5.norm1.weight': torch.zeros(32)}), 'decoder_blocks has the numbers'), (changed(cls_token=torch.zeros(1, 1, 64).to_sparse()), 'cls_token'),
-    (changed(mask_token=torch.zeros(1).expand(1, 1, 2**20)), 'mask_token has shape.*fewer numbers'), (changed(mask_token=torch.zeros(1, 1, 4096)), r'decoder_embed.weight has shape'),
-    (changed(**{'patch_embed.proj.weight': torch.zeros(100_000, 3, 4, 4)}), 'has shape')])
+    (changed(mask_token=torch.zeros(1).expand(1, 1, 512)), 'mask_token has shape.*fewer numbers'), (changed(mask_token=torch.zeros(1, 1, 512)), r'decoder_embed.weight has shape'),
+    (changed(**{'patch_embed.proj.weight': torch.zeros(512, 3, 4, 4)}), 'has shape')])
 def test_files_of_the_wrong_kind(tmp_path, content, says):
     path = kept(tmp_path, content)
     with pytest.raises(ValueError, match=says): load_pretrained(path)
