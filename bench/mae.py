@@ -28,7 +28,8 @@ def copy_from(ours, peer):
         state[k] = v.permute(0, 2, 3, 1).flatten(1) if v.ndim == 4 else v
     for k in [k for k in state if '.q_proj.' in k]:
         state[k.replace('q_proj', 'qkv')] = torch.cat([state.pop(k.replace('q_proj', f'{i}_proj')) for i in 'qkv'])
-    ours.load_state_dict(state)
+    kept = {k: v for k, v in ours.state_dict().items() if k in ('mean', 'std', '_extra_state')}    # which the peer does not have
+    ours.load_state_dict(state | kept)
 
 
 def stepper(model, loss_of):

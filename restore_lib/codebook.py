@@ -19,10 +19,10 @@ from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.utils import make_grid
 
-from .data import check_images
+from .data import check_images, check_number, check_whole
 from .learner import Callback, Learner, TensorBoard, param_groups, warmup_cosine
 from .metrics import _deployed
-from .patching import Block, ViTEncoder, sincos_pos_embed
+from .patching import Block, Flagged, PixelStats, ViTEncoder, sincos_pos_embed
 
 # %% ../nbs/08_codebook.ipynb #08-006
 class ViTDecoder(nn.Module):
@@ -38,6 +38,9 @@ class ViTDecoder(nn.Module):
         positions=True,  # add sine-cosine positions? Without them equal tokens stay equal
     ):
         super().__init__()
+        patch, dim = check_whole(patch, 'patch'), check_whole(dim, 'dim', 1)
+        channels = check_whole(channels, 'channels', 1)
+        depth, code_dim = check_whole(depth, 'depth', 0), check_whole(code_dim, 'code_dim', 1)
         if patch < 1 or patch & (patch - 1): raise ValueError(f'patch is {patch}; expected a power of 2')
         self.grid, self.proj = grid, nn.Linear(code_dim, dim)
         self.register_buffer('pos_embed', sincos_pos_embed(dim, grid)[None]*float(positions))
@@ -75,6 +78,8 @@ def nearest_code(
     mib=64,         # memory for distances: tokens are taken in chunks of mib*2^20/(4*k) rows
 ) -> torch.Tensor:  # (n,), int64
     "The code at the smallest Euclidean distance: one matrix product in float32, in chunks, also under autocast."
+    mib = check_number(mib, 'mib', above=0)
+    if not len(codes): raise ValueError('codes holds none; expected one at least')
     rows = max(1, int(mib*2**20)//(4*len(codes)))
     with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
         tokens, codes = tokens.float(), codes.float()
@@ -93,13 +98,16 @@ def rotate_to(
     z,              # (..., d) tokens
     q,              # (..., d) their codes
 ) -> torch.Tensor:  # (..., d): q, as a fixed rotation and scaling of z
-    "The rotation trick: the gradient at q is turned back by the angle between z and q (Fifty et al. 2024, section 4.2)."
+    """The rotation trick: the gradient at q is turned back by the angle between z and q (Fifty
+    et al. 2024, section 4.2). Where one has no length, there is no
+    angle, and the gradient goes straight through."""
     with torch.no_grad():
+        flat = torch.minimum(z.norm(dim=-1, keepdim=True), q.norm(dim=-1, keepdim=True)) <= 1e-6
         long_z, long_q = z.norm(dim=-1, keepdim=True).clamp_min(1e-6), q.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         a, b = z/long_z, q/long_q
         w = F.normalize(a + b, dim=-1, eps=1e-6)
     turned = z - 2*(z*w).sum(-1, keepdim=True)*w + 2*(z*a).sum(-1, keepdim=True)*b
-    return turned*(long_q/long_z)
+    return torch.where(flat, straight_through(z, q), turned*(long_q/long_z))
 
 # %% ../nbs/08_codebook.ipynb #08-034
 def _all_reduce(t):
@@ -117,6 +125,11 @@ def _sums(tokens, indices, k):
     counts = torch.bincount(indices, minlength=k).to(tokens.dtype)
     return _all_reduce(counts), _all_reduce(tokens.new_zeros(k, tokens.shape[1]).index_add_(0, indices, tokens))
 
+def _unit(vectors):
+    "At length 1; a vector without length stays, for its gradient would be multiplied by 1e12."
+    with torch.no_grad(): flat = vectors.norm(dim=-1, keepdim=True) <= 1e-6
+    return torch.where(flat, vectors, F.normalize(vectors, dim=-1))
+
 @torch.no_grad()
 def kmeans(
     tokens,        # (n, d), at least k of them
@@ -124,7 +137,10 @@ def kmeans(
     iters=10,      # rounds of Lloyd's algorithm
     cosine=False,  # codes of length 1?
 ):                 # -> codes (k, d), and how many tokens chose each: (k,)
-    "Codes from data, the start a random choice of tokens; a code that nobody chooses stays (Lloyd 1982). ValueError for fewer tokens than codes."
+    """Codes from data, the start a random choice of tokens; one that nobody chooses stays
+    (Lloyd 1982). ValueError for fewer tokens than codes, and for tokens that are no numbers."""
+    k, iters = check_whole(k, 'k', 1), check_whole(iters, 'iters', 1)
+    _check_finite(tokens, 'tokens')
     if len(tokens) < k:
         raise ValueError(f'tokens holds {len(tokens)} vectors for {k} codes; expected at least as many (give start() the tokens of several batches, or choose another init)')
     codes = tokens[torch.randperm(len(tokens), device=tokens.device)[:k]].clone()
@@ -132,7 +148,7 @@ def kmeans(
     for _ in range(iters):
         counts, sums = _sums(tokens, nearest_code(tokens, codes), k)
         means = sums/counts.clamp_min(1)[:, None]
-        codes = torch.where(counts[:, None] > 0, F.normalize(means, dim=1) if cosine else means, codes)
+        codes = torch.where(counts[:, None] > 0, _unit(means) if cosine else means, codes)
     return codes, counts
 
 # %% ../nbs/08_codebook.ipynb #08-036
@@ -145,8 +161,10 @@ def _as_tokens(z, dim):
     last = z.movedim(1, -1) if z.ndim == 4 else z
     return last.reshape(-1, dim), lambda t: t.reshape(*last.shape[:-1], dim).movedim(-1, 1) if z.ndim == 4 else t.reshape(last.shape), last.shape[:-1]
 
-def _check_finite(z):
-    if not torch.isfinite(z.detach().sum()) and not torch.isfinite(z).all(): raise ValueError(f'z holds {(~torch.isfinite(z)).sum()} values that are NaN or infinite')
+def _check_finite(z, name='z'):
+    if not torch.isfinite(z.detach().sum()) and not torch.isfinite(z).all():
+        count = (~torch.isfinite(z)).sum()
+        raise ValueError(f'{name} holds {count} values that are NaN or infinite')
 
 def _check_indices(indices, k):
     "Whole numbers from 0 to below k, as int64."
@@ -157,8 +175,9 @@ def _check_indices(indices, k):
     return indices.long()
 
 # %% ../nbs/08_codebook.ipynb #08-037
-class _Codes(nn.Module):
+class _Codes(Flagged):
     "The vectors of a codebook, and how they follow their tokens."
+    cosine = Flagged.flag
     def __init__(self,
         num_codes,        # k
         dim,              # d, numbers a token
@@ -170,13 +189,15 @@ class _Codes(nn.Module):
         init='kmeans',    # 'kmeans': from the first batch; 'normal': N(0, 1); 'uniform': +-1/k
     ):
         super().__init__()
-        if num_codes < 1 or dim < 1: raise ValueError(f'num_codes is {num_codes} and dim {dim}; expected at least 1 each')
+        num_codes, dim = check_whole(num_codes, 'num_codes', 1), check_whole(dim, 'dim', 1)
+        commitment = check_number(commitment, 'commitment', 0)
+        revive = check_number(revive, 'revive', 0)
         if init not in ('kmeans', 'normal', 'uniform'): raise ValueError(f"init is {init!r}; expected 'kmeans', 'normal' or 'uniform'")
         if decay is not None and not 0 <= decay < 1: raise ValueError(f'decay is {decay}; expected None or a number from 0 to below 1')
         self.num_codes, self.dim, self.decay, self.commitment = num_codes, dim, decay, commitment
-        self.revive, self.cosine, self.rotation = revive, cosine, rotation
+        self.revive, self.cosine, self.rotation, self.held = revive, cosine, rotation, False
         codes = torch.randn(num_codes, dim) if init == 'normal' else torch.empty(num_codes, dim).uniform_(-1/num_codes, 1/num_codes)
-        codes = F.normalize(codes, dim=1) if cosine else codes
+        codes = _unit(codes) if cosine else codes
         if decay is None: self.codes = nn.Parameter(codes)
         else: self.register_buffer('codes', codes)
         self.register_buffer('counts', torch.ones(num_codes))                 # moving tokens a batch, and the moving sums of those tokens
@@ -185,14 +206,32 @@ class _Codes(nn.Module):
 
     def vectors(self):
         "The codes as they are used: (num_codes, dim), of length 1 if cosine."
-        return F.normalize(self.codes, dim=1) if self.cosine and self.decay is None else self.codes
+        if not self.cosine or self.decay is not None: return self.codes
+        return _unit(self.codes.clone())    # backward needs them as they were, without revival
+
+    @property
+    def frozen(self):
+        "Was the codebook told not to learn? Then training mode moves nothing either."
+        return self.held if self.decay is not None else not self.codes.requires_grad
+
+    def requires_grad_(self, requires_grad=True):
+        self.held = not requires_grad       # codes that follow averages are no parameters
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn, *args, **kwargs):
+        "Conversions, such as half(): averages stay float32, half would lose steps of 1 %."
+        kept = {k: self._buffers[k] for k in ('counts', 'sums')}
+        super()._apply(fn, *args, **kwargs)
+        for k, wide in kept.items():
+            if self._buffers[k].itemsize < 4: self._buffers[k] = wide.to(self._buffers[k].device)
+        return self
 
     @torch.no_grad()
     def start(self, tokens):  # (n, dim), or whatever forward takes
         "Codes by k-means from these tokens: what the first batch in training does where init is 'kmeans'."
         tokens = _as_tokens(tokens[None] if tokens.ndim == 2 else tokens, self.dim)[0].float()
-        _check_finite(tokens)
-        codes, counts = kmeans(F.normalize(tokens, dim=1) if self.cosine else tokens, self.num_codes, cosine=self.cosine)
+        tokens = _unit(tokens) if self.cosine else tokens
+        codes, counts = kmeans(tokens, self.num_codes, cosine=self.cosine)
         counts = counts.clamp_min(1)
         self.codes.copy_(codes), self.counts.copy_(counts), self.sums.copy_(codes*counts[:, None]), self.started.fill_(True)
 
@@ -204,12 +243,13 @@ class _Codes(nn.Module):
             self.sums.lerp_(sums, 1 - self.decay)
             total = self.counts.sum()
             codes = self.sums/((self.counts + eps)/(total + self.num_codes*eps)*total)[:, None]
-            self.codes.copy_(F.normalize(codes, dim=1) if self.cosine else codes)
+            self.codes.copy_(_unit(codes) if self.cosine else codes)
         dead = (self.counts < self.revive).nonzero()[:, 0]
         if not len(dead): return
         if len(dead) > len(tokens): dead = dead[torch.randperm(len(dead), device=dead.device)[:len(tokens)]]
         fresh = tokens[torch.randperm(len(tokens), device=dead.device)[:len(dead)]]
-        self.codes[dead], self.counts[dead], self.sums[dead] = fresh, float(self.revive), fresh*self.revive
+        self.codes[dead], self.counts[dead] = fresh.to(self.codes.dtype), float(self.revive)
+        self.sums[dead] = fresh*self.revive
         _from_first(self.codes, self.counts, self.sums)
 
 # %% ../nbs/08_codebook.ipynb #08-038
@@ -219,21 +259,24 @@ class Codebook(_Codes):
         "Bad shapes and types, NaN, and fewer tokens than codes at the k-means start raise, and leave the codes as they were."
         tokens, back, places = _as_tokens(z, self.dim)
         with torch.autocast(z.device.type, enabled=False):
-            tokens = tokens.float()
+            wide = torch.promote_types(self.codes.dtype, torch.float32)    # half is too coarse
+            tokens = tokens.to(wide)
             _check_finite(tokens)
-            if self.cosine: tokens = F.normalize(tokens, dim=1)
-            if self.training and not self.started: self.start(tokens.detach())
+            if self.cosine: tokens = _unit(tokens)
+            learns = self.training and not self.frozen
+            if learns and not self.started: self.start(tokens.detach())
             if not self.started: raise RuntimeError("the codebook has no codes yet: run a batch in training, call start(), or choose another init than 'kmeans'")
-            codes = self.vectors()
+            codes = self.vectors().to(wide)
             indices = nearest_code(tokens, codes)
             q = F.embedding(indices, codes)
             codebook_loss = F.mse_loss(q, tokens.detach()) if self.decay is None else q.new_zeros(())
             commitment_loss = self.commitment*F.mse_loss(tokens, q.detach())
             out = (rotate_to if self.rotation else straight_through)(tokens, q)
-            if self.training:
+            if learns:
                 counts, sums = _sums(tokens.detach(), indices, self.num_codes)
                 self.learn(tokens.detach(), counts, sums)
             else: counts = torch.bincount(indices, minlength=self.num_codes)
+            if self.training and not learns: counts = _all_reduce(counts)
         return Quantized(back(out).to(z.dtype), indices.reshape(places), codebook_loss, commitment_loss, *usage(counts))
 
     def lookup(self, indices) -> torch.Tensor:  # (...,) whole numbers -> (..., dim)
@@ -244,6 +287,12 @@ class Codebook(_Codes):
         return f'{self.num_codes}, {self.dim}, decay={self.decay}, commitment={self.commitment}, revive={self.revive}, cosine={self.cosine}, rotation={self.rotation}'
 
 # %% ../nbs/08_codebook.ipynb #08-044
+def _linear(layer, tokens):
+    "A linear layer, or none, at its own precision, and from there at float32 at least."
+    if isinstance(layer, nn.Identity): return tokens
+    out = layer(tokens.to(layer.weight.dtype))
+    return out.to(torch.promote_types(out.dtype, torch.float32))
+
 class FSQ(nn.Module):
     "Finite scalar quantisation: a few numbers a token, each rounded to its levels; no codes to learn and none to lose (Mentzer et al. 2023)."
     def __init__(self,
@@ -251,13 +300,22 @@ class FSQ(nn.Module):
         dim=None,          # numbers a token; if not len(levels), two linear layers go between
     ):
         super().__init__()
-        if not levels or not all(isinstance(l, int) and l > 2 for l in levels): raise ValueError(f'levels is {levels}; expected whole numbers of at least 3')
-        self.num_codes, self.dim = math.prod(levels), dim or len(levels)
-        self.register_buffer('levels', torch.tensor(levels), persistent=False)
-        self.register_buffer('basis', torch.tensor([math.prod(levels[:k]) for k in range(len(levels))]), persistent=False)
+        if not len(levels):
+            raise ValueError(f'levels is {levels}; expected whole numbers of at least 3')
+        levels = [check_whole(l, 'levels', 3) for l in levels]
+        self.dim = len(levels) if dim is None else check_whole(dim, 'dim', 1)
+        self.register_buffer('levels', torch.tensor(levels))    # no shape tells 8, 4 from 4, 8
         same = self.dim == len(levels)
         self.inward = nn.Identity() if same else nn.Linear(self.dim, len(levels))
         self.outward = nn.Identity() if same else nn.Linear(len(levels), self.dim)
+
+    @property
+    def num_codes(self): return math.prod(self.levels.tolist())
+
+    @property
+    def basis(self):
+        "What a step of each number is worth in an index."
+        return F.pad(self.levels[:-1].cumprod(0), (1, 0), value=1)
 
     def bound(self, z):  # (..., len(levels)), any numbers -> the same, strictly within half a level of the outermost ones
         half = (self.levels - 1)*(1 + 1e-3)/2
@@ -269,9 +327,9 @@ class FSQ(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             tokens = tokens.float()
             _check_finite(tokens)
-            bounded = self.bound(self.inward(tokens))
+            bounded = self.bound(_linear(self.inward, tokens))
             steps = straight_through(bounded, bounded.round())                # whole numbers around 0
-            out = self.outward(steps/(self.levels//2))
+            out = _linear(self.outward, steps/(self.levels//2))
         indices = ((steps.detach().round() + self.levels//2).long()*self.basis).sum(1)
         counts, zero = torch.bincount(indices, minlength=self.num_codes), steps.new_zeros(())
         if self.training: counts = _all_reduce(counts)
@@ -280,7 +338,8 @@ class FSQ(nn.Module):
     def lookup(self, indices) -> torch.Tensor:  # (...,) whole numbers -> (..., dim)
         "The codes of these indices; ValueError out of range."
         indices = _check_indices(indices, self.num_codes)
-        return self.outward(((indices[..., None]//self.basis) % self.levels - self.levels//2)/(self.levels//2))
+        steps = (indices[..., None]//self.basis) % self.levels - self.levels//2
+        return _linear(self.outward, steps/(self.levels//2))
 
 # %% ../nbs/08_codebook.ipynb #08-047
 class TimmTokens(nn.Module):
@@ -306,23 +365,30 @@ def _patch_tokens(encoder, x):
     "Patch tokens (b, n, width) without the class token."
     return encoder(x)[0][:, encoder.cls_token is not None:] if isinstance(encoder, ViTEncoder) else encoder(x)
 
-class ViTCodebook(nn.Module):
+class ViTCodebook(PixelStats):
     "A ViT with a discrete bottleneck: forward(x) -> x_hat, Quantized; `encode` and `decode` are the two halves (VQ-VAE with the encoder of ViT-VQGAN, Yu et al. 2022)."
     def __init__(self,
-        encoder,            # a ViTEncoder (a MAE's .encoder too) or TimmTokens
+        encoder,            # a ViTEncoder, a MAE for its encoder, mean and std, or TimmTokens
         codebook,           # a Codebook or FSQ
         dim, depth, heads,  # of the decoder
         positions=True,     # in the decoder
         channels=None,      # of the images; default the encoder's
-        mean=0.5, std=0.5,  # numbers, or one a channel: inside, the model works on (x - mean)/std
+        mean=None,          # a number, or one a channel: inside, the model works on (x - mean)/std;
+        std=None,           # default the MAE's, else 0.5
     ):
         super().__init__()
+        mean = getattr(encoder, 'mean', 0.5) if mean is None else mean
+        std = getattr(encoder, 'std', 0.5) if std is None else std
+        encoder = getattr(encoder, 'encoder', encoder)
         width = encoder.patch_embed.out_features if isinstance(encoder, ViTEncoder) else encoder.width
         self.encoder, self.codebook, self.channels = encoder, codebook, channels or getattr(encoder, 'channels', 3)
         self.proj = nn.Linear(width, codebook.dim)
         self.decoder = ViTDecoder(codebook.dim, encoder.grid, encoder.patch, dim, depth, heads, self.channels, positions)
-        for name, v in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self.set_stats(mean, std, self.channels)
+
+    def requires_grad_(self, requires_grad=True):
+        self.codebook.requires_grad_(requires_grad)     # which may have no parameter to be told by
+        return super().requires_grad_(requires_grad)
 
     def tokens(self, x):  # (b, c, h, w) in [0, 1] -> (b, n, codebook.dim), before quantisation
         check_images(x, channels=self.channels)
@@ -334,7 +400,9 @@ class ViTCodebook(nn.Module):
         return self.decoder(quantized)*self.std + self.mean
 
     def encode(self, x) -> torch.Tensor: return self.codebook(self.tokens(x)).indices        # (b, n)
-    def decode(self, indices) -> torch.Tensor: return self.draw(self.codebook.lookup(indices))  # (b, n) -> (b, c, h, w)
+    def decode(self, indices) -> torch.Tensor:                    # (b, n) -> (b, c, h, w)
+        return self.draw(self.codebook.lookup(indices).to(self.mean.dtype))
+
     def forward(self, x):
         out = self.codebook(self.tokens(x))
         return self.draw(out.quantized), out
@@ -397,6 +465,7 @@ def tokenizer_loss(
     weight=0.1,       # of it
 ):                    # -> function (model, batch) -> {term: scalar}, for Learner
     "Terms mse, codebook, commitment and, if asked for, perceptual; their sum is the loss."
+    weight = check_number(weight, 'weight', 0)
     def loss(model, batch):
         x = batch if isinstance(batch, torch.Tensor) else batch[0]
         x_hat, out = model(x)
@@ -418,6 +487,8 @@ def codebook_learner(
     **options,          # of Learner: precision, accumulate, clip, seed, cpu
 ) -> Learner:
     "A Learner for tokenizers: layered rates, warm-up and cosine, and the codebook's health in the history."
+    lr, weight_decay = check_number(lr, 'lr', 0), check_number(weight_decay, 'weight_decay', 0)
+    warmup = check_number(warmup, 'warmup', 0, 1)
     opt = torch.optim.AdamW(param_groups(model, lr, rates, weight_decay))
     return Learner(model, loss or tokenizer_loss(), train, valid, opt=opt, sched=warmup_cosine(warmup), cbs=[CodebookHealth(), *cbs], **options)
 
@@ -479,5 +550,7 @@ def code_bits(
 ) -> float:   # bits a token
     "What an ideal entropy coder spends that knows how often training used each code (add-one smoothing): the cross-entropy."
     indices = _check_indices(indices, len(counts))
+    if not indices.numel(): raise ValueError('indices holds none; expected one at least')
+    if not bool((counts >= 0).all()): raise ValueError('counts holds numbers below 0, or NaN')
     p = (counts.double() + 1)/(counts.sum() + len(counts))
     return -p.log2()[indices.flatten()].mean().item()

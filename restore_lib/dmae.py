@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .data import check_images
+from .data import check_images, check_interval, check_number, check_whole
 from .degrade import gaussian
 from .learner import Learner
-from .mae import _MASKINGS, MAE, load_pretrained, mae_tiny, mae_vit_base, mae_vit_large, pretrainer
+from .mae import (MAE, _masking_of, load_pretrained, mae_tiny, mae_vit_base, mae_vit_large,
+                             pretrainer)
 from .metrics import _deployed
 from .patching import patchify, unpatchify
 from .transfer import finetune, soft_cross_entropy
@@ -65,11 +66,12 @@ class DMAE(_Drawing):
     Images, noisy ones too, are in the units of [0, 1], not clipped; (x - mean)/std is done inside."""
     def draw(self, y, mask_ratio=0.0, generator=None, masking='random'):  # -> pred (b, n, p*p*c), mask (b, n) with 1 = removed
         "All patches, drawn from those of y that are left; with mask_ratio 0 from all, and without mask tokens."
-        if masking not in _MASKINGS: raise ValueError(f'masking is {masking!r}; expected one of {", ".join(map(repr, _MASKINGS))}')
+        remove = _masking_of(masking)
         n = self.decoder_pos_embed.shape[1] - 1
         if mask_ratio == 0: return self.decode(self.latent(y)), y.new_zeros(len(y), n, dtype=torch.float32)
         how = {} if masking == 'random' else dict(hw=self.encoder.grid)
-        shown, mask, ids_restore = _MASKINGS[masking](_in_order(y, n)[..., None], mask_ratio, generator=generator, **how)
+        numbers = _in_order(y, n)[..., None]
+        shown, mask, ids_restore = remove(numbers, mask_ratio, generator=generator, **how)
         return self.decode(self.latent(y, shown[..., 0]), ids_restore), mask
 
     def forward(self,
@@ -81,6 +83,7 @@ class DMAE(_Drawing):
     ):  # -> loss (a scalar), pred (b, n, p*p*c), mask (b, n)
         "The mean squared error over ALL patches, seen and removed alike, against the clean image; what was drawn; which patches were removed."
         if x.shape != y.shape: raise ValueError(f'x has shape {tuple(x.shape)}, y has shape {tuple(y.shape)}; expected the same')
+        if not len(x): raise ValueError('x holds no image; expected one at least')
         pred, mask = self.draw(y, mask_ratio, generator, masking)
         return F.mse_loss(pred.float(), self.targets(x)[0].float()), pred, mask
 
@@ -98,6 +101,11 @@ def dmae_vit_large(img_size=224, norm_pix_loss=True) -> DMAE:
     return DMAE.of(mae_vit_large(img_size, norm_pix_loss))
 
 # %% ../nbs/09_dmae.ipynb #09-023
+def _plain(sigma):
+    "A noise level, or (low, high), in Python's numbers; ValueError outside 0 to 2."
+    low, high = check_interval(sigma, 'sigma', 0, 2)
+    return (low, high) if isinstance(sigma, (tuple, list)) else low
+
 def dmae_loss(
     model,             # a DMAE
     batch,             # clean images (b, c, h, w), or a tuple that begins with them
@@ -119,8 +127,8 @@ def dmae_pretrainer(
     **options,         # of `mae.pretrainer`: blr, weight_decay, warmup, and the Learner's
 ) -> Learner:
     "MAE's recipe with noise on the input and a loss over all patches (Wu et al. 2023); also the fine-tuning at another ratio or noise."
-    learn = pretrainer(model, train, valid, **options)
-    learn.loss_fn = partial(dmae_loss, sigma=sigma, mask_ratio=mask_ratio, masking=masking)
+    learn = pretrainer(model, train, valid, mask_ratio=mask_ratio, masking=masking, **options)
+    learn.loss_fn = partial(dmae_loss, sigma=_plain(sigma), mask_ratio=mask_ratio, masking=masking)
     return learn
 
 def denoise(
@@ -158,14 +166,20 @@ def noisy_votes(
     generator=None, # torch.Generator of the noise, on its device
     batch=512,      # noisy images at a time; another batch draws other noise
 ) -> torch.Tensor:  # (b, classes) int64 on the CPU: how often each class won
-    "How a classifier votes on n noisy copies of each image (Cohen et al. 2019), images and copies batched together."
+    """How a classifier votes on n noisy copies of each image (Cohen et al. 2019), images and copies
+    batched together; a copy of which it says NaN has no vote. ValueError for no image."""
     check_images(x, 'x')
-    votes = 0
+    if not len(x): raise ValueError('x holds no image; expected one at least')
+    sigma, n = check_number(sigma, 'sigma', 0, 2), check_whole(n, 'n', 1)
+    batch = check_whole(batch, 'batch', 1)
+    votes, total = 0, len(x)*n
     with _deployed(model):
-        for i in torch.arange(len(x)*n, device=x.device).split(batch):
-            logits = model(gaussian(x[i//n], sigma, generator))
-            k = logits.shape[1]
-            votes = votes + torch.bincount((i//n)*k + logits.argmax(1), minlength=len(x)*k).cpu()
+        for start in range(0, total, batch):
+            image = torch.arange(start, min(start + batch, total), device=x.device)//n
+            logits = model(gaussian(x[image], sigma, generator))
+            k, said = logits.shape[1], ~logits.isnan().any(1)
+            wins = (image*k + logits.argmax(1))[said]
+            votes = votes + torch.bincount(wins, minlength=len(x)*k).cpu()
     return votes.unflatten(0, (len(x), -1))
 
 def certify(
@@ -178,12 +192,14 @@ def certify(
     seed=0,         # of the noise
     batch=512,      # noisy images at a time; another batch draws other noise
 ) -> Certified:
-    "Randomised smoothing (Cohen et al. 2019, CERTIFY): sigma*ppf(p) is the radius, p the one-sided Clopper-Pearson bound; it abstains where p is not above 1/2. No label is asked for."
+    """Randomised smoothing (Cohen et al. 2019, CERTIFY): sigma*ppf(p) is the radius, p the
+    one-sided Clopper-Pearson bound; it abstains where p is not above 1/2, so where the
+    model says NaN. No label is asked for."""
     from scipy.stats import beta, norm
     if not 0 < alpha < 1: raise ValueError(f'alpha is {alpha}; expected between 0 and 1')
-    if min(n0, n) < 1: raise ValueError(f'n0 is {n0}, n is {n}; expected at least 1')
-    if not sigma > 0: raise ValueError(f'sigma is {sigma}; expected above 0, there is nothing to smooth otherwise')
-    g = torch.Generator(x.device).manual_seed(seed)
+    n0, n = check_whole(n0, 'n0', 1), check_whole(n, 'n', 1)
+    sigma = check_number(sigma, 'sigma', high=2, above=0)
+    g = torch.Generator(check_images(x, 'x').device).manual_seed(check_whole(seed, 'seed'))
     guess = noisy_votes(model, x, sigma, n0, g, batch).argmax(1)
     wins = noisy_votes(model, x, sigma, n, g, batch).gather(1, guess[:, None])[:, 0].double().numpy()
     p = torch.from_numpy(beta.ppf(alpha, wins, n - wins + 1)).nan_to_num(0)              # no vote at all: 0
@@ -196,8 +212,14 @@ def certified_accuracy(
     labels,         # (b,) int64
     radii=(0.0,),   # L2 radii
 ) -> torch.Tensor:  # (len(radii),) shares
-    "The share of images whose label is right and holds within each radius; abstaining counts as wrong."
+    """The share of images whose label is right and holds within each radius; abstaining is wrong.
+    ValueError for no image or a radius below 0."""
     if len(found.label) != len(labels): raise ValueError(f'found holds {len(found.label)}, labels {len(labels)}; expected as many')
+    if not len(labels): raise ValueError('found holds no image; expected one at least')
+    radii = [check_number(r, 'radii', 0) for r in torch.as_tensor(radii).flatten().tolist()]
+    if labels.ndim != 1 or labels.is_floating_point():
+        shape = tuple(labels.shape)
+        raise ValueError(f'labels is {labels.dtype} of shape {shape}; expected int64 (b,)')
     right = (found.label == labels.cpu())[None]
     return (right & (found.radius[None] >= torch.as_tensor(radii, dtype=torch.float32)[:, None])).float().mean(1)
 
@@ -209,6 +231,9 @@ def consistency(
 ) -> torch.Tensor:  # a scalar
     "lam * mean KL(mean p, p_i) + eta * H(mean p): copies that agree, and are sure (Jeong and Shin 2020, used by Wu et al. 2023)."
     if logits.ndim != 3 or len(logits) < 2: raise ValueError(f'logits has shape {tuple(logits.shape)}; expected (m, b, classes) with m at least 2')
+    if not logits.shape[1]:
+        raise ValueError(f'logits has shape {tuple(logits.shape)}; expected one image at least')
+    lam, eta = check_number(lam, 'lam', 0), check_number(eta, 'eta', 0)
     log_p = logits.float().log_softmax(2)
     log_mean = log_p.logsumexp(0) - torch.tensor(float(len(logits)), device=logits.device).log()
     mean = log_mean.exp()
@@ -224,7 +249,7 @@ def smoothing_loss(
     eta=0.5,        # as in `consistency`
 ) -> dict:          # of scalars: 'ce' and, with 2 copies or more and lam or eta, 'consistency'
     "Cross-entropy of noisy copies, and their consistency: what fits a classifier to be smoothed (Cohen et al. 2019; Jeong and Shin 2020)."
-    imgs, labels = batch
+    (imgs, labels), copies = batch, check_whole(copies, 'copies', 1)
     logits = model(gaussian(imgs.repeat(copies, 1, 1, 1), sigma))
     terms = dict(ce=soft_cross_entropy(logits, labels.repeat(copies)))
     if copies > 1 and (lam or eta): terms['consistency'] = consistency(logits.unflatten(0, (copies, -1)), lam, eta)
@@ -239,6 +264,8 @@ def smoothing_finetune(
     **options,      # of `transfer.finetune`: blr, layer_decay, weight_decay, warmup, and the Learner's
 ) -> Learner:
     "`transfer.finetune` with noise in place of mixing, for a classifier that is to be certified (Wu et al. 2023)."
+    sigma, copies = _plain(sigma), check_whole(copies, 'copies', 1)
+    lam, eta = check_number(lam, 'lam', 0), check_number(eta, 'eta', 0)
     learn = finetune(model, train, valid, smoothing=0.0, mixup=0, cutmix=0, **options)
     learn.loss_fn = partial(smoothing_loss, sigma=sigma, copies=copies, lam=lam, eta=eta)
     return learn

@@ -8,18 +8,24 @@ __all__ = ['mask_pixels', 'inpaint_mean', 'inpaint_bilinear', 'masked_psnr', 'MA
 
 # %% ../nbs/06_mae.ipynb #06-003
 import argparse
+import hashlib
 import math
+import re
+import zipfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .audit import load_report
-from .data import check_images
+from .data import check_images, check_number, check_whole
 from .learner import Learner, param_groups, warmup_cosine
 from .metrics import _deployed
-from .patching import Block, ViTEncoder, block_masking, grid_masking, linear_from_conv, patchify, random_masking, sincos_pos_embed, unpatchify, unshuffle
+from .patching import (Block, Flagged, PixelStats, ViTEncoder, block_masking, grid_masking,
+                                  linear_from_conv, patchify, random_masking, sincos_pos_embed,
+                                  unpatchify, unshuffle)
 
 # %% ../nbs/06_mae.ipynb #06-006
 def mask_pixels(
@@ -54,6 +60,7 @@ def inpaint_bilinear(
 ) -> torch.Tensor:  # (b, c, h, w)
     "Unknown pixels by bilinear interpolation from the finest pyramid level that knows something (pull-push, Gortler et al. 1996)."
     _check_known(x, known)
+    sweeps = check_whole(sweeps, 'sweeps', 0)
     if bool((known > 0).all()): return x
     (h, w), x = x.shape[-2:], torch.where(known > 0, x, 0)
     pad = (0, w % 2, 0, h % 2)
@@ -80,6 +87,11 @@ def masked_psnr(
 # %% ../nbs/06_mae.ipynb #06-010
 _MASKINGS = dict(random=random_masking, block=block_masking, grid=grid_masking)
 
+def _masking_of(name):
+    "The function that removes patches; ValueError for a name that it does not have."
+    if name in _MASKINGS: return _MASKINGS[name]
+    raise ValueError(f'masking is {name!r}; expected one of {", ".join(map(repr, _MASKINGS))}')
+
 def _take(tokens, ids):  # (b, n, d), (b, k) -> (b, k, d)
     "Those tokens, sample by sample."
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
@@ -99,8 +111,9 @@ def _block_from(block, x, start):
     x = x[:, start:] + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return x + block.mlp(block.norm2(x))
 
-class _Parts(nn.Module):
+class _Parts(Flagged, PixelStats):
     "What a masked autoencoder is made of."
+    norm_pix_loss = Flagged.flag
     def __init__(self,
         img_size,             # pixels: side of a square, or (height, width)
         patch,                # side of a patch, in pixels
@@ -115,6 +128,9 @@ class _Parts(nn.Module):
         mean=0.5, std=0.5,    # numbers, or one a channel: inside, the model works on (x - mean)/std
     ):
         super().__init__()
+        patch, channels = check_whole(patch, 'patch', 1), check_whole(channels, 'channels', 1)
+        dec_dim = check_whole(dec_dim, 'dec_dim', 1)
+        dec_depth = check_whole(dec_depth, 'dec_depth', 0)
         self.encoder = ViTEncoder(img_size, patch, dim, depth, heads, channels)
         self.decoder_embed = nn.Linear(dim, dec_dim)
         self.mask_token = nn.Parameter(0.02*torch.randn(1, 1, dec_dim))
@@ -123,8 +139,7 @@ class _Parts(nn.Module):
         self.decoder_norm = nn.LayerNorm(dec_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dec_dim, patch*patch*channels)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred): part.apply(ViTEncoder._init)
-        for name, v in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self.set_stats(mean, std, channels)
         self.norm_pix_loss = norm_pix_loss
 
     def targets(self, imgs):  # (b, c, h, w) -> (b, n, p*p*c), and the mean and deviation of each patch that were taken out
@@ -161,12 +176,14 @@ class MAE(_Parts):
     ):  # -> loss (a scalar), pred (b, n, p*p*c) or, not whole, (b, removed, p*p*c), mask (b, n) with 1 = removed
         "The mean squared error over the removed patches alone, what was drawn, and which patches were removed."
         enc, hw = self.encoder, tuple(g*self.encoder.patch for g in self.encoder.grid)
-        if masking not in _MASKINGS: raise ValueError(f'masking is {masking!r}; expected one of {", ".join(map(repr, _MASKINGS))}')
+        remove = _masking_of(masking)
         if not torch.compiler.is_compiling(): check_images(imgs, 'imgs', channels=enc.channels)
+        if not len(imgs): raise ValueError('imgs holds no image; expected one at least')
         if imgs.shape[-2:] != hw: raise ValueError(f'imgs is {imgs.shape[-2]} x {imgs.shape[-1]}; expected {hw[0]} x {hw[1]}, which the model was made for')
         patches = patchify((imgs - self.mean)/self.std, enc.patch)
         numbers = torch.arange(patches.shape[1], device=imgs.device)[:, None].expand(len(imgs), -1, 1)
-        shown, mask, ids_restore = _MASKINGS[masking](numbers, mask_ratio, generator=generator, **({} if masking == 'random' else dict(hw=enc.grid)))
+        where = {} if masking == 'random' else dict(hw=enc.grid)
+        shown, mask, ids_restore = remove(numbers, mask_ratio, generator=generator, **where)
         shown, order = shown[..., 0], ids_restore.argsort(1)                  # (b, keep), and (b, n) with the removed ones behind
         hidden = order[:, shown.shape[1]:]
         if not hidden.shape[1]: raise ValueError(f'mask_ratio is {mask_ratio}, which removes no patch; expected more')
@@ -211,6 +228,11 @@ def pretrainer(
         imgs = batch if isinstance(batch, torch.Tensor) else batch[0]
         return model(imgs, mask_ratio, masking, whole=False)[0]
     from accelerate import PartialState
+    blr, weight_decay = check_number(blr, 'blr', 0), check_number(weight_decay, 'weight_decay', 0)
+    warmup = check_number(warmup, 'warmup', 0, 1)
+    if not 0 <= mask_ratio < 1:
+        raise ValueError(f'mask_ratio is {mask_ratio!r}; expected 0 to below 1')
+    _masking_of(masking)
     if not isinstance(getattr(train, 'batch_size', None), int): raise TypeError(f'train is {type(train).__name__}; expected a torch DataLoader with a batch size')
     images = train.batch_size*options.get('accumulate', 1)*PartialState(cpu=options.get('cpu', False)).num_processes
     groups = param_groups(model, blr*images/256, weight_decay=weight_decay)
@@ -224,8 +246,8 @@ def reconstruct(
     mask_ratio=0.75,   # share of patches to remove
     masking='random',  # 'random', 'block' or 'grid'
     generator=None,    # torch.Generator of the masks
-    stats='truth',     # of a norm-pix model: 'truth' takes each removed patch's mean and deviation from imgs, which nobody has at deployment;
-                       # 'visible' takes those of all visible pixels
+    stats='visible',   # of a norm-pix model: mean and deviation of all visible pixels; 'truth':
+                       # each removed patch's own, from imgs: a leak, nobody has them at deployment
     paste=True,        # put the visible patches in their places?
 ):  # -> x_hat (b, c, h, w), not clipped, and mask (b, n)
     "Pixels that can be shown, whatever the model's targets were. Evaluation mode; the mode before comes back."
@@ -251,42 +273,129 @@ def features(
     "The mean of an encoder's patch tokens, nothing masked, in evaluation mode."
     mae, encoder = encoder, getattr(encoder, 'encoder', encoder)
     check_images(imgs, 'imgs', channels=encoder.channels)
+    batch = check_whole(batch, 'batch', 1)
     inside = lambda x: (x - mae.mean)/mae.std if mae is not encoder else x
     device = next(encoder.parameters()).device
     with _deployed(encoder): return torch.cat([encoder(inside(x.to(device)))[0][:, encoder.cls_token is not None:].mean(1).cpu() for x in imgs.split(batch)])
 
 # %% ../nbs/06_mae.ipynb #06-041
 def _fetch(source):
-    "The file at a path, or at an address (kept in torch hub's folder)."
-    if not str(source).startswith(('http://', 'https://')): return Path(source).expanduser()
-    path = Path(torch.hub.get_dir())/'checkpoints'/str(source).rsplit('/', 1)[1]
+    "The file at a path, or at an address: kept below torch hub's folder, by the whole address."
+    address = str(source)
+    if not address.startswith(('http://', 'https://')): return Path(source).expanduser()
+    name = Path(urlsplit(address).path).name
+    if name in ('', '..'):
+        raise ValueError(f'{address} ends in no file name; expected the address of a file')
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]         # two sites may use one name
+    path = Path(torch.hub.get_dir())/'checkpoints'/key/name
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: torch.hub.download_url_to_file(str(source), str(path), progress=False)
-    except (OSError, RuntimeError) as error: raise FileNotFoundError(f'{source} could not be fetched ({error}); put the file at {path}') from error
+    found = re.search(r'-([0-9a-f]{8,})\.', name)       # torch hub's custom: its SHA-256 begins so
+    begins = found[1] if found else None
+    try: torch.hub.download_url_to_file(address, str(path), hash_prefix=begins, progress=False)
+    except (OSError, RuntimeError) as error:
+        said = f'{address} could not be fetched ({error}); put the file at {path}'
+        raise FileNotFoundError(said) from error
     return path
 
-def _state_of(path):
-    "(state, args) of a published checkpoint; argparse.Namespace, its arguments, is the one class that is allowed."
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
+def _read(path, device):
+    "A file by torch.save, without running code from it; 'meta' reads names and shapes only."
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]): kept = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error: raise ValueError(f'{path} is no checkpoint that can be read without running code from it: {(str(error) or type(error).__name__).splitlines()[0]}') from error
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        what = f'{path} is no checkpoint that can be read without running code from it'
+        raise ValueError(f'{what}: {said}') from error
+
+def _check_archive(path):
+    "ValueError for an archive that says that it unpacks to far more than it holds."
+    try:
+        with zipfile.ZipFile(path) as archive: members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f'{path} is no checkpoint that can be read: {error}') from error
+    size, unpacked = path.stat().st_size, sum(m.file_size for m in members)
+    if unpacked <= 2*size + 2**20: return                           # weights can hardly be packed
+    expected = 'expected a file by torch.save, which does not compress'
+    raise ValueError(f'{path} has {size:,} bytes and unpacks to {unpacked:,}; {expected}')
+
+def _named(kept, path):
+    "(state, args) of what a published file holds; ValueError names what is no part of a MAE."
     state = kept.get('model', kept) if isinstance(kept, dict) else None
     if not isinstance(state, dict) or 'patch_embed.proj.weight' not in state:
         raise ValueError(f"{path} holds no MAE: expected 'model' with 'patch_embed.proj.weight' and others")
     lacks = [k for k in ('cls_token', 'pos_embed', 'patch_embed.proj.bias', 'blocks.0.norm1.weight') if k not in state]
     if lacks: raise ValueError(f'{path} lacks {", ".join(lacks)}; expected the names of a published MAE')
-    return state, kept.get('args')
+    plain = lambda v: isinstance(v, torch.Tensor) and v.layout is torch.strided
+    odd = [k for k, v in state.items() if not isinstance(k, str) or not plain(v)]
+    if odd:
+        kind = type(state[odd[0]]).__name__
+        raise ValueError(f'{path} holds {odd[0]!r}: {kind}; expected names with dense tensors')
+    short = [k for k, v in state.items() if v.nbytes > v.untyped_storage().nbytes()]
+    if short:
+        shape = tuple(state[short[0]].shape)
+        raise ValueError(f'{path}: {short[0]} has shape {shape}, but fewer numbers than that')
+    args = kept.get('args')
+    if not isinstance(args, (dict, argparse.Namespace, type(None))):
+        expected = 'expected a dict or an argparse.Namespace'
+        raise ValueError(f'{path}: args is {type(args).__name__}; {expected}')
+    return state, args if isinstance(args, dict) else vars(args or argparse.Namespace())
+
+def _state_of(path):
+    "(state, args as a dict) of a published file; argparse.Namespace is the one class allowed."
+    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+        _named(_read(path, 'meta'), path)                           # before anything is unpacked
+    return _named(_read(path, 'cpu'), path)
+
+def _check_shapes(state, shapes):
+    "ValueError for a tensor that is absent or has another shape; None fits any length."
+    for name, shape in shapes.items():
+        if name not in state:
+            raise ValueError(f'the file lacks {name}; expected the names of a published MAE')
+        found = tuple(state[name].shape)
+        if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape)):
+            wanted = ', '.join('any' if s is None else str(s) for s in shape)
+            raise ValueError(f'{name} has shape {found}; expected ({wanted})')
+
+def _depth(state, part):
+    "How many blocks a part has; ValueError unless they are numbered from 0 on."
+    numbers = {k.split('.')[1] for k in state if k.startswith(part + '.')}
+    if not numbers or numbers != {str(k) for k in range(len(numbers))}:
+        raise ValueError(f'{part} has the numbers {sorted(numbers)[:9]}; expected 0, 1, 2, ...')
+    return len(numbers)
 
 def _like(state, norm_pix_loss):
-    "An untrained MAE of the sizes of a published state."
-    depth = lambda part: 1 + max(int(k.split('.')[1]) for k in state if k.startswith(part + '.'))
+    "An untrained MAE of the sizes of a published state, which are compared before memory is taken."
+    _check_shapes(state, {'patch_embed.proj.weight': (None,)*4, 'pos_embed': (1, None, None)})
     dim, channels, patch, _ = state['patch_embed.proj.weight'].shape
     n = state['pos_embed'].shape[1] - 1
+    side = math.isqrt(max(n, 0))
+    _check_shapes(state, {'patch_embed.proj.weight': (dim, channels, patch, patch),
+                          'pos_embed': (1, side**2 + 1, dim),
+                          'blocks.0.attn.qkv.weight': (3*dim, dim)})
+    dec_dim, dec_depth = 512, 8
+    if 'mask_token' in state:
+        _check_shapes(state, {'mask_token': (1, 1, None)})
+        dec_dim, dec_depth = state['mask_token'].shape[2], _depth(state, 'decoder_blocks')
+        _check_shapes(state, {'decoder_embed.weight': (dec_dim, dim),
+                              'decoder_pred.weight': (patch**2*channels, dec_dim),
+                              'decoder_blocks.0.attn.qkv.weight': (3*dec_dim, dec_dim)})
+    heads, dec_heads = 16 if dim > 768 else max(1, dim//64), max(1, dec_dim//32)
     stats = _IMAGENET if channels == 3 else {}
-    dec = (len(state['mask_token'][0, 0]), depth('decoder_blocks')) if 'mask_token' in state else (512, 8)
-    return MAE(math.isqrt(n)*patch, patch, dim, depth('blocks'), 16 if dim > 768 else max(1, dim//64), *dec, max(1, dec[0]//32), norm_pix_loss, channels, **stats)
+    with torch.random.fork_rng(devices=[]):             # the caller's random state stays
+        return MAE(side*patch, patch, dim, _depth(state, 'blocks'), heads, dec_dim, dec_depth,
+                   dec_heads, norm_pix_loss, channels, **stats)
+
+def _was_normalised(state, args, model):
+    "What the file says of its targets, in its state or args; else the model; else True (paper)."
+    said = state['_extra_state'] if '_extra_state' in state else args.get('norm_pix_loss')
+    if said is None: return getattr(model, 'norm_pix_loss', True)
+    if isinstance(said, torch.Tensor) and said.numel() == 1: said = said.item()
+    if not isinstance(said, (bool, int)):
+        raise ValueError(f'norm_pix_loss of the file is {said!r}; expected True or False')
+    return bool(said)
 
 def load_pretrained(
     path_or_url,         # a published MAE checkpoint (.pth), or its address, from which it is then fetched
@@ -296,12 +405,18 @@ def load_pretrained(
     """A MAE with the published weights; encoder-only files leave the decoder untrained, and the report says so. ValueError for another size.
     Heads and pixel statistics are in no file: without `model`, those of the published models (64 numbers a head, 80 in ViT-H, 32 in decoders; ImageNet's)."""
     state, args = _state_of(_fetch(path_or_url))
-    if norm_pix_loss is None: norm_pix_loss = bool(getattr(args, 'norm_pix_loss', getattr(model, 'norm_pix_loss', True)))
+    if norm_pix_loss is None: norm_pix_loss = _was_normalised(state, args, model)
     model = _like(state, norm_pix_loss) if model is None else model
-    state = dict(state, **{'patch_embed.proj.weight': linear_from_conv(state['patch_embed.proj.weight'])})
-    ours = lambda k: k if k.startswith(('decoder', 'mask_token')) else 'encoder.' + k.replace('patch_embed.proj', 'patch_embed')
     own = model.state_dict()
-    encoder = sum(t.numel() for k, t in own.items() if k.startswith('encoder.') or 'mask_token' in state)/sum(t.numel() for t in own.values())
-    report = load_report(model, state, rename=ours, at_least=encoder - 1e-9)
-    model.norm_pix_loss = norm_pix_loss                                       # after the weights: a ValueError leaves the model as it was
+    flag = torch.tensor(bool(norm_pix_loss))
+    added = dict(mean=own['mean'], std=own['std'], _extra_state=flag)   # in no published file
+    embed = linear_from_conv(state['patch_embed.proj.weight'])
+    state = {**added, **state, '_extra_state': flag, 'patch_embed.proj.weight': embed}
+    def ours(k):
+        if k in added or k.startswith(('decoder', 'mask_token')): return k
+        return 'encoder.' + k.replace('patch_embed.proj', 'patch_embed')
+    wanted = [k for k in own if k in added or k.startswith('encoder.') or 'mask_token' in state]
+    share = sum(own[k].numel() for k in wanted)/sum(t.numel() for t in own.values())
+    report = load_report(model, state, rename=ours, at_least=share - 1e-9)
     return model, report
+

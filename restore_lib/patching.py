@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'linear_from_conv', 'Attention', 'DropPath', 'Mlp', 'Block', 'sincos_pos_embed',
-           'interpolate_pos_embed', 'random_masking', 'unshuffle', 'block_masking', 'grid_masking', 'ViTEncoder']
+           'interpolate_pos_embed', 'random_masking', 'unshuffle', 'block_masking', 'grid_masking', 'ViTEncoder',
+           'PixelStats', 'Flagged']
 
 # %% ../nbs/05_patching.ipynb #05-003
 import math
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import check_images
+from .data import check_images, check_interval, check_number, check_whole
 
 # %% ../nbs/05_patching.ipynb #05-013
 def _as_hw(hw, name='hw'):
@@ -83,6 +84,7 @@ class Attention(nn.Module):
         bias=True,  # of the queries, keys and values
     ):
         super().__init__()
+        dim, heads = check_whole(dim, 'dim', 1), check_whole(heads, 'heads')
         if heads < 1 or dim % heads: raise ValueError(f'dim is {dim}, heads is {heads}; expected a dim that heads divides')
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3*dim, bias=bias), nn.Linear(dim, dim)
@@ -100,14 +102,19 @@ class Attention(nn.Module):
         return (q @ k.transpose(-2, -1)/math.sqrt(q.shape[-1])).softmax(-1)
 
 # %% ../nbs/05_patching.ipynb #05-026
+def _check_drop(p):
+    "A chance from 0 to below 1."
+    if check_number(p, 'drop_path', 0, 1) == 1:
+        raise ValueError(f'drop_path is {p}; expected 0 to below 1')
+    return float(p)
+
 class DropPath(nn.Module):
     "In training, zeroes a residual branch for random samples and scales the others by 1/(1 - p): the mean stays (Huang et al. 2016; timm)."
     def __init__(self,
         p=0.0,  # chance that a sample loses the branch, 0 to below 1
     ):
         super().__init__()
-        if not 0 <= p < 1: raise ValueError(f'drop_path is {p}; expected 0 to below 1')
-        self.p = p
+        self.p = _check_drop(p)
 
     def forward(self, x):
         if not (self.training and self.p): return x
@@ -122,6 +129,7 @@ class Mlp(nn.Module):
         hidden,  # width between
     ):
         super().__init__()
+        dim, hidden = check_whole(dim, 'dim', 1), check_whole(hidden, 'hidden', 1)
         self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
 
     def forward(self, x): return self.fc2(self.act(self.fc1(x)))
@@ -135,6 +143,7 @@ class Block(nn.Module):
         drop_path=0.0,  # chance that a sample skips a step, in training
     ):
         super().__init__()
+        dim, mlp = check_whole(dim, 'dim', 1), check_number(mlp, 'mlp', above=0)
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), Mlp(dim, int(dim*mlp))
         self.drop_path = DropPath(drop_path)
@@ -151,7 +160,7 @@ def sincos_pos_embed(
 ) -> torch.Tensor:    # (n, dim) or (n + 1, dim), float32
     "Fixed two-dimensional sine-cosine positions: column in the first half of the channels, row in the second (MAE, He et al. 2022)."
     if not isinstance(dim, Integral) or dim < 4 or dim % 4: raise ValueError(f'dim is {dim!r}; expected a multiple of 4')
-    h, w = _as_hw(hw)
+    dim, (h, w) = int(dim), _as_hw(hw)
     omega = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim/4))
     angle = lambda n: torch.arange(n, dtype=torch.float64)[:, None]*omega
     waves = lambda n: torch.cat([angle(n).sin(), angle(n).cos()], 1)                                       # (n, dim/2)
@@ -166,11 +175,12 @@ def interpolate_pos_embed(
     extra=0,        # leading tokens without a place (1 for a class token), kept as they are
 ) -> torch.Tensor:  # as `pos`, with new_hw's n
     "Position embeddings stretched to another grid: bicubic, align_corners=False, no antialiasing (MAE, He et al. 2022)."
+    extra = check_whole(extra, 'extra', 0)
     (h, w), new_hw = _as_hw(old_hw, 'old_hw'), _as_hw(new_hw, 'new_hw')
     if pos.ndim not in (2, 3) or (pos.ndim == 3 and len(pos) != 1) or pos.shape[-2] != extra + h*w:
         raise ValueError(f'pos has shape {tuple(pos.shape)}; expected (1, n, dim) or (n, dim) with n = {extra} extra + {h} x {w} patches')
     flat = pos.reshape(-1, pos.shape[-1])
-    grid = flat[extra:].T.reshape(1, -1, h, w).float()
+    grid = flat[extra:].T.reshape(1, -1, h, w).to(torch.promote_types(pos.dtype, torch.float32))
     grid = F.interpolate(grid, size=new_hw, mode='bicubic', align_corners=False)[0].flatten(1).T.to(pos.dtype)
     return torch.cat([flat[:extra], grid]).reshape(*pos.shape[:-2], -1, pos.shape[-1])
 
@@ -245,6 +255,8 @@ def block_masking(
     "Removes random rectangles until the count is met exactly, the last one cut short (block-wise masking of BEiT, Bao et al. 2022)."
     (h, w), (b, n, _) = _check_hw(tokens, hw), tokens.shape
     removed = _n_removed(n, ratio)
+    area = check_interval(area, 'area', 0, 1)
+    aspect = check_interval(aspect, 'aspect', above=0)
     size, shape, top, left = _rand((4, b, _BLOCKS, 1), tokens, generator)
     low, high = (min(a, max(removed, 1)/n) for a in area)
     size, shape = n*(low + (high - low)*size), aspect[0]*(aspect[1]/aspect[0])**shape
@@ -295,6 +307,9 @@ class ViTEncoder(nn.Module):
         drop_path=0.0,   # chance of the last block's steps to be skipped in training; grows linearly from 0 at the first
     ):
         super().__init__()
+        patch, dim = check_whole(patch, 'patch', 1), check_whole(dim, 'dim', 1)
+        depth, channels = check_whole(depth, 'depth', 0), check_whole(channels, 'channels', 1)
+        drop_path = _check_drop(drop_path)
         self.patch, self.channels, self.grid = patch, channels, _grid_of(*_as_hw(img_size, 'img_size'), patch, 'img_size')
         self.patch_embed = nn.Linear(patch*patch*channels, dim)               # a convolution's weights: `linear_from_conv`
         self.cls_token = nn.Parameter(0.02*torch.randn(1, 1, dim)) if cls_token else None
@@ -328,3 +343,44 @@ class ViTEncoder(nn.Module):
         if masking: tokens, mask, ids_restore = masking(tokens)
         else: mask, ids_restore = tokens.new_zeros(b, n, dtype=torch.float32), torch.arange(n, device=x.device).expand(b, n)
         return self.transform(tokens), mask, ids_restore
+
+# %% ../nbs/05_patching.ipynb #05-061a
+class PixelStats(nn.Module):
+    """A module that works on (x - mean)/std, both part of its state: loaded weights bring the
+    statistics they were trained on. A strict `load_state_dict` refuses a state without them."""
+    def set_stats(self,
+        mean,      # a number, or one for each channel, of pixels in [0, 1]
+        std,       # the same, above 0
+        channels,  # of the images
+    ):
+        "Makes the buffers `mean` and `std`, (1 or channels, 1, 1); ValueError for other numbers."
+        for name, given, above in (('mean', mean, None), ('std', std, 0)):
+            values = torch.as_tensor(given, dtype=torch.float32, device='cpu').flatten().tolist()
+            values = [check_number(v, name, above=above) for v in values]
+            if len(values) not in (1, channels):
+                expected = f'expected 1 or {channels}, one for each channel'
+                raise ValueError(f'{name} holds {len(values)} numbers; {expected}')
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in ('mean', 'std'):
+            own, came = self._buffers[name], state_dict.get(prefix + name)
+            if not isinstance(came, torch.Tensor) or came.shape[1:] != (1, 1): continue
+            if len(came) != len(own):     # one number for one a channel, or back
+                self._buffers[name] = came.detach().clone().to(own)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+class Flagged(nn.Module):
+    """A module whose state holds a yes or no that no tensor's shape tells, as `_extra_state`: a
+    loaded model computes what the saved one did. It stays on the CPU: no GPU waits for a look.
+    A subclass gives it a name: `cosine = Flagged.flag`."""
+    def get_extra_state(self): return self._flag
+
+    def set_extra_state(self, state): self.flag = state
+
+    @property
+    def flag(self): return bool(self._flag)
+
+    @flag.setter
+    def flag(self, value):
+        self.__dict__.setdefault('_flag', torch.tensor(False, device='cpu')).fill_(bool(value))

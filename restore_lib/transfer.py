@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from .audit import load_report
-from .data import check_images
+from .data import check_images, check_interval, check_number, check_whole
 from .learner import Learner, warmup_cosine
-from .patching import ViTEncoder, interpolate_pos_embed
+from .patching import PixelStats, ViTEncoder, interpolate_pos_embed
 
 # %% ../nbs/07_transfer.ipynb #07-006
 def _check_labels(labels, classes, name='labels'):
@@ -29,6 +29,12 @@ def _check_labels(labels, classes, name='labels'):
         raise ValueError(f'{name} reaches from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}')
     return labels
 
+def _classes_of(labels, classes):
+    "How many classes there are: the number given, or the largest label + 1."
+    if classes is not None: return check_whole(classes, 'classes', 1)
+    if not len(labels): raise ValueError('labels holds none; expected one at least')
+    return int(labels.max()) + 1
+
 def few_labels(
     labels,         # (n,) int64, the class of each example
     per_class,      # how many of each class; None: all there are
@@ -36,10 +42,11 @@ def few_labels(
     seed=0,         # of the choice; with one seed, a larger `per_class` holds the smaller one
 ) -> torch.Tensor:  # indices into labels, sorted
     "So many random examples of each class; ValueError names a class that is empty or has fewer."
-    classes = classes or int(labels.max()) + 1
+    classes = _classes_of(labels, classes)
+    seed = check_whole(seed, 'seed')
+    if per_class is not None: per_class = check_whole(per_class, 'per_class', 1)
     counts = _check_labels(labels, classes).bincount(minlength=classes)
     least, worst = 1 if per_class is None else per_class, int(counts.argmin())
-    if least < 1: raise ValueError(f'per_class is {per_class}; expected at least 1')
     if counts[worst] < least: raise ValueError(f'class {worst} has {int(counts[worst])} labels; expected at least {least} of each of {classes} classes')
     if per_class is None: return torch.arange(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -48,10 +55,6 @@ def few_labels(
     return order[rank < per_class].sort().values
 
 # %% ../nbs/07_transfer.ipynb #07-009
-def _check_share(value, name, high=1.0):
-    "ValueError unless 0 <= value <= high."
-    if not 0 <= value <= high: raise ValueError(f'{name} is {value}; expected 0 to {high:g}')
-
 def weak_augment(
     size,              # side of the result, in pixels
     flip=False,        # mirror half of them? Right for photographs, wrong for digits and letters
@@ -59,7 +62,7 @@ def weak_augment(
 ):                     # (c, h, w) in [0, 1] -> (c, size, size)
     "A random crop, resized; from torchvision v2 (the linear probe of MAE, He et al. 2022, appendix A.2)."
     from torchvision.transforms import v2
-    _check_share(scale[0], 'scale[0]', scale[1]), _check_share(scale[1], 'scale[1]')
+    size, scale = check_whole(size, 'size', 1), check_interval(scale, 'scale', 0, 1)
     return v2.Compose([v2.RandomResizedCrop(size, scale, antialias=True), *([v2.RandomHorizontalFlip()] if flip else [])])
 
 def strong_augment(
@@ -72,7 +75,8 @@ def strong_augment(
 ):                     # (c, h, w) in [0, 1] -> (c, size, size)
     "Crop, RandAugment, random erasing, from torchvision v2 (the fine-tuning recipe of MAE, He et al. 2022, appendix A.2)."
     from torchvision.transforms import v2
-    _check_share(erase, 'erase')
+    erase, ops = check_number(erase, 'erase', 0, 1), check_whole(ops, 'ops', 0)
+    magnitude = check_whole(magnitude, 'magnitude', 0, 30)
     return v2.Compose([weak_augment(size, flip, scale), v2.RandAugment(ops, magnitude), v2.RandomErasing(erase)])
 
 # %% ../nbs/07_transfer.ipynb #07-012
@@ -85,6 +89,8 @@ class Labelled(Dataset):
         transform=None,  # function of (c, h, w), such as `strong_augment`
     ):
         check_images(images, 'images')
+        classes = check_whole(classes, 'classes', 1)
+        if not len(images): raise ValueError('images holds none; expected one at least')
         if len(images) != len(labels): raise ValueError(f'images holds {len(images)}, labels {len(labels)}; expected as many')
         self.images, self.labels, self.transform = images, _check_labels(labels, classes), transform
 
@@ -102,22 +108,28 @@ def labelled(
     batch=64,         # images a batch
 ) -> DataLoader:      # of (imgs (b, c, h, w), labels (b,))
     "A shuffling loader for `finetune` and `linear_probe`; a data set smaller than a batch is gone through several times a round."
+    batch = check_whole(batch, 'batch', 1)
     ds = Labelled(images, labels, classes, transform)
     return DataLoader(ds, batch, sampler=RandomSampler(ds, num_samples=max(len(ds), 8*batch)))
 
 # %% ../nbs/07_transfer.ipynb #07-019
-class Classifier(nn.Module):
+class Classifier(PixelStats):
     "An encoder, its tokens pooled, a head: forward(x (b, c, h, w) in [0, 1]) -> logits (b, classes). After MAE's models_vit and main_linprobe (He et al. 2022)."
     def __init__(self,
-        encoder,            # a ViTEncoder; with the head 'linear' on pooled tokens its last norm moves behind the pooling, as `fc_norm`
+        encoder,            # a ViTEncoder, or a MAE for its encoder, mean and std; with the head
+                            # 'linear' on pooled tokens the last norm moves behind them, as `fc_norm`
         classes,            # how many
         head='linear',      # 'linear'; 'bn': affine-free BatchNorm and linear, for probes; 'bn_mlp': BatchNorm and two layers
         pool='mean',        # of the patch tokens, or 'cls': the class token
-        mean=0.5, std=0.5,  # numbers, or one a channel: inside, the model works on (x - mean)/std
+        mean=None,          # a number, or one a channel: inside, the model works on (x - mean)/std;
+        std=None,           # default the MAE's, 0.5 for a bare encoder, which has none
     ):
         super().__init__()
         if head not in ('linear', 'bn', 'bn_mlp') or pool not in ('mean', 'cls'):
             raise ValueError(f"head is {head!r}, pool is {pool!r}; expected 'linear', 'bn' or 'bn_mlp', and 'mean' or 'cls'")
+        mean = getattr(encoder, 'mean', 0.5) if mean is None else mean
+        std = getattr(encoder, 'std', 0.5) if std is None else std
+        encoder, classes = getattr(encoder, 'encoder', encoder), check_whole(classes, 'classes', 1)
         if pool == 'cls' and encoder.cls_token is None: raise ValueError("pool is 'cls', but the encoder has no class token")
         dim, encoder = encoder.patch_embed.out_features, copy.deepcopy(encoder)      # a copy: the last norm moves, and the caller's stays
         self.encoder, self.classes, self.pool, self.frozen, self.fc_norm = encoder, classes, pool, False, nn.Identity()
@@ -126,10 +138,11 @@ class Classifier(nn.Module):
         nn.init.trunc_normal_(last.weight, std=0.01 if head == 'bn' else 2e-5), nn.init.zeros_(last.bias)
         self.head = {'linear': lambda: last, 'bn': lambda: nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), last),
                      'bn_mlp': lambda: nn.Sequential(nn.BatchNorm1d(dim), nn.Linear(dim, dim), nn.GELU(), last)}[head]()
-        for name, v in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+        self.set_stats(mean, std, encoder.channels)
 
     def forward(self, x):
+        if not torch.compiler.is_compiling():   # a grey x would be spread over mean's channels
+            check_images(x, channels=self.encoder.channels)
         if self.training and len(x) == 1 and isinstance(self.head, nn.Sequential):
             raise ValueError('x holds one image; BatchNorm needs at least two in training (call eval() to use the model)')
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -179,19 +192,36 @@ def load_encoder(
     odd = [f'{k}: {tuple(state[k].shape) if k in state else "nothing"} for {s}' for k, s in names.items() if k not in state or tuple(state[k].shape) != s]
     more = [k for k in state if k not in names and not k.startswith('encoder.norm.')]
     if odd or more: raise ValueError(f'source does not fit the model: {(odd or more)[0]} ({len(odd) + len(more)} such tensors); is it another size?')
-    if hasattr(source, 'mean'): model.mean, model.std = source.mean.clone(), source.std.clone()      # the pixels that the weights were trained on
+    if hasattr(source, 'mean'):
+        stats = {k: getattr(source, k).to(model.mean, copy=True) for k in ('mean', 'std')}
+        model.mean, model.std = stats['mean'], stats['std']     # what the weights were trained on
+        state |= stats
     return load_report(model, state, at_least=0)
 
 # %% ../nbs/07_transfer.ipynb #07-024
+def _check_shares(targets):
+    "Raises unless each row of `targets` (b, classes) holds probabilities (seen on the CPU only)."
+    if not targets.is_floating_point():
+        raise TypeError(f'targets is {targets.dtype}; expected floats for probabilities')
+    if targets.device.type != 'cpu': return
+    off = (targets.float().sum(1) - 1).abs()            # half precision is off by some thousandths
+    if bool((targets >= 0).all()) and bool((off < 0.01).all()): return
+    raise ValueError('targets holds no probabilities; expected numbers from 0 whose sum is 1')
+
 def soft_cross_entropy(
     logits,         # (b, classes)
     targets,        # (b,) labels, int64, or (b, classes) probabilities
     smoothing=0.0,  # share of the target that is spread over all classes, 0 to below 1
 ) -> torch.Tensor:  # a scalar
-    "Cross-entropy with smoothed or mixed targets; ValueError for labels or a smoothing out of range (Szegedy et al. 2016)."
+    """Cross-entropy with smoothed or mixed targets (Szegedy et al. 2016).
+    ValueError for labels, probabilities or a smoothing out of range."""
     if not 0 <= smoothing < 1: raise ValueError(f'smoothing is {smoothing}; expected 0 to below 1')
+    if not len(logits): raise ValueError('logits holds no image; expected one at least')
+    if targets.shape not in (logits.shape, logits.shape[:1]):
+        expected = f'expected {tuple(logits.shape)} or ({len(logits)},)'
+        raise ValueError(f'targets has shape {tuple(targets.shape)}; {expected}')
     if targets.ndim == 1: _check_labels(targets, logits.shape[1], 'targets')
-    elif targets.shape != logits.shape: raise ValueError(f'targets has shape {tuple(targets.shape)}; expected {tuple(logits.shape)} or ({len(logits)},)')
+    else: _check_shares(targets)
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 def mixer(
@@ -201,7 +231,8 @@ def mixer(
 ):               # function (imgs, labels) -> imgs, probabilities (b, classes)
     "torchvision's MixUp or CutMix, one of them for each batch at random; with neither, labels pass through as they are."
     from torchvision.transforms import v2
-    if min(mixup, cutmix) < 0: raise ValueError(f'mixup is {mixup}, cutmix is {cutmix}; expected 0 or more')
+    classes = check_whole(classes, 'classes', 1)
+    mixup, cutmix = check_number(mixup, 'mixup', 0), check_number(cutmix, 'cutmix', 0)
     ways = [way(alpha=a, num_classes=classes) for way, a in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if a]
     return v2.RandomChoice(ways) if ways else lambda imgs, labels: (imgs, labels)
 
@@ -224,9 +255,12 @@ def finetune(
     if model.frozen: raise ValueError('model has a frozen encoder (a probe was trained on it); make a new Classifier')
     if not 0 < layer_decay <= 1: raise ValueError(f'layer_decay is {layer_decay}; expected above 0, up to 1')
     if not 0 <= smoothing < 1: raise ValueError(f'smoothing is {smoothing}; expected 0 to below 1')
-    mix, lr = mixer(model.classes, mixup, cutmix), _scaled(blr, train, options)
-    def loss_fn(model, batch):
-        imgs, targets = mix(*batch) if model.training else batch
+    weight_decay = check_number(weight_decay, 'weight_decay', 0)
+    warmup = check_number(warmup, 'warmup', 0, 1)
+    lr, classes = _scaled(blr, train, options), model.classes
+    mixer(classes, mixup, cutmix)                       # refuses wrong numbers before training
+    def loss_fn(model, batch):  # holds plain numbers only: a run is known by them
+        imgs, targets = mixer(classes, mixup, cutmix)(*batch) if model.training else batch
         return soft_cross_entropy(model(imgs), targets, smoothing if model.training else 0.0)
     groups = [dict(params=g['params'], lr=lr*g['lr_scale'], weight_decay=g['weight_decay'])
               for g in param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)]
@@ -235,7 +269,11 @@ def finetune(
 def _scaled(blr, train, options):
     "The rate for the images of a step, blr being that for 256 (Goyal et al. 2017)."
     from accelerate import PartialState
-    return blr*train.batch_size*options.get('accumulate', 1)*PartialState(cpu=options.get('cpu', False)).num_processes/256
+    if not isinstance(getattr(train, 'batch_size', None), int):
+        expected = 'expected a torch DataLoader with a batch size'
+        raise TypeError(f'train is {type(train).__name__}; {expected}')
+    processes = PartialState(cpu=options.get('cpu', False)).num_processes
+    return check_number(blr, 'blr', 0)*train.batch_size*options.get('accumulate', 1)*processes/256
 
 # %% ../nbs/07_transfer.ipynb #07-031
 @torch.no_grad()
@@ -245,8 +283,10 @@ def predict(
     batch=256,      # images at a time
 ) -> torch.Tensor:  # (n, classes) on the CPU
     "Logits in evaluation mode and without gradients; the model's mode comes back."
+    batch = check_whole(batch, 'batch', 1)
     modes, device = [(m, m.training) for m in model.modules()], next(model.parameters()).device
-    try: return torch.cat([model.eval()(part.to(device)).cpu() for part in imgs.split(batch)])
+    parts = (part.to(device, copy=True) for part in imgs.split(batch))   # a model may write into it
+    try: return torch.cat([model.eval()(part).cpu() for part in parts])
     finally:
         for m, training in modes: m.training = training
 
@@ -256,13 +296,14 @@ def topk_correct(
     k=1,            # is the label among the k highest?
 ) -> torch.Tensor:  # (n,) float32, 0 or 1: what `audit.compare` takes
     "Which images are right; ValueError for labels or k out of range, and for logits that are NaN."
-    if not 1 <= k <= logits.shape[1]: raise ValueError(f'k is {k}; expected 1 to {logits.shape[1]}')
+    k = check_whole(k, 'k', 1, logits.shape[1])
     if logits.isnan().any(): raise ValueError(f'logits holds {int(logits.isnan().sum())} values that are NaN')
     if len(logits) != len(labels): raise ValueError(f'logits holds {len(logits)}, labels {len(labels)}; expected as many')
     return (logits.topk(k, 1).indices == _check_labels(labels, logits.shape[1])[:, None]).any(1).float()
 
 def topk_accuracy(logits, labels, k=1) -> float:
-    "The share of `topk_correct`."
+    "The share of `topk_correct`; ValueError for no image."
+    if not len(logits): raise ValueError('logits holds no image; expected one at least')
     return topk_correct(logits, labels, k).mean().item()
 
 # %% ../nbs/07_transfer.ipynb #07-040
@@ -275,7 +316,10 @@ def lars(
 ):                   # a torch optimizer
     "timm's LARS, set up as in MAE's probe: matrices are scaled with or without weight decay, biases and norms never (You et al. 2017)."
     from timm.optim import Lars
-    params = list(params)
+    params, lr = list(params), check_number(lr, 'lr', 0)
+    momentum = check_number(momentum, 'momentum', 0, 1)
+    weight_decay = check_number(weight_decay, 'weight_decay', 0)
+    trust = check_number(trust, 'trust', above=0)
     groups = [dict(params=[p for p in params if p.ndim > 1], always_adapt=True, weight_decay=weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], always_adapt=False, weight_decay=0.0)]
     return Lars([g for g in groups if g['params']], lr=lr, momentum=momentum, trust_coeff=trust)
@@ -291,10 +335,11 @@ def linear_probe(
     **options,    # of Learner: precision, accumulate, clip, cbs, seed, cpu
 ) -> Learner:
     "A Learner that trains the head alone, the encoder frozen and in evaluation mode: LARS, no weight decay, plain cross-entropy (He et al. 2022, table 10)."
+    rate, warmup = _scaled(blr, train, options), check_number(warmup, 'warmup', 0, 1)
     model.freeze()
     head = [p for p in model.parameters() if p.requires_grad]
     return Learner(model, lambda model, batch: soft_cross_entropy(model(batch[0]), batch[1]), train, valid,
-                   opt=(opt or lars)(head, _scaled(blr, train, options)), sched=warmup_cosine(warmup), **options)
+                   opt=(opt or lars)(head, rate), sched=warmup_cosine(warmup), **options)
 
 # %% ../nbs/07_transfer.ipynb #07-046
 def knn_probe(
@@ -306,10 +351,15 @@ def knn_probe(
     classes=None,      # how many classes there are; default the largest label + 1
 ) -> torch.Tensor:     # (m, classes), the shares of the votes
     "A weighted vote of the nearest neighbours by cosine (DINO, Caron et al. 2021); ValueError for k or temperature out of range."
-    classes = classes or int(train_labels.max()) + 1
+    classes = _classes_of(train_labels, classes)
     _check_labels(train_labels, classes, 'train_labels')
-    if not 1 <= k <= len(train_features): raise ValueError(f'k is {k}; expected 1 to {len(train_features)}, the number of labelled examples')
-    if temperature is not None and temperature <= 0: raise ValueError(f'temperature is {temperature}; expected above 0')
+    if len(train_labels) != len(train_features):
+        counts = f'{len(train_features)}, train_labels {len(train_labels)}'
+        raise ValueError(f'train_features holds {counts}; expected as many')
+    if not torch.isfinite(train_features).all() or not torch.isfinite(test_features).all():
+        raise ValueError('train_features or test_features holds values that are NaN or infinite')
+    k = check_whole(k, 'k', 1, len(train_features))
+    if temperature is not None: temperature = check_number(temperature, 'temperature', above=0)
     near, which = (F.normalize(test_features, dim=1) @ F.normalize(train_features, dim=1).T).topk(k, 1)      # (m, k)
     votes = torch.ones_like(near) if temperature is None else ((near - near[:, :1])/temperature).exp()
     shares = votes.new_zeros(len(near), classes).scatter_add_(1, train_labels.to(which.device)[which], votes)

@@ -396,3 +396,146 @@ def test_certified_accuracy_by_hand():
                                       (dict(sigma=-1), 'sigma is -1'), (dict(x=torch.zeros(1, 8, 8)), r'\(b, c, h, w\)')])
 def test_bad_certify(kw, says):
     with pytest.raises(ValueError, match=says): certify(Plane(), **(dict(x=flat(.5), sigma=.25, n0=5, n=5) | kw))
+
+
+# a saved model comes back as the same function ---------------------------------------------------------------------------
+
+STATS = dict(mean=(.4, .5, .6), std=(.2, .3, .25))
+
+def test_a_loaded_dmae_is_the_same_function():
+    model, other, (x, y) = small(**STATS), small(norm_pix_loss=True), pair()
+    assert str(other.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
+    assert other.norm_pix_loss is False and torch.equal(denoise(model, y), denoise(other, y)) and torch.equal(model(x, y, generator=gen())[0], other(x, y, generator=gen())[0])
+
+def test_made_of_a_mae_it_has_its_statistics_and_state():
+    mae = MAE(**SIZES, norm_pix_loss=True, **STATS)
+    model = DMAE.of(mae)
+    del mae
+    assert model.norm_pix_loss is True and model.std.flatten().tolist() == pytest.approx(STATS['std'])
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+    model.load_state_dict(small(**STATS).state_dict())                                 # the MAE that it was made of is gone
+    assert model.norm_pix_loss is False
+
+def test_weights_that_come_with_the_library_still_load():
+    "Files from before the statistics were part of a state: they hold them beside it."
+    from restore_lib.two_stage import load_restorer, restorers
+    for name in restorers():
+        model, says = load_restorer(name)
+        x = torch.rand(1, model.encoder.channels, 32, 32, generator=gen())
+        assert says['task'] and model.mean.flatten().tolist() == [.5] and torch.isfinite(model(x)[1]).all()
+
+# certificates --------------------------------------------------------------------------------------------------------------
+
+class Says(nn.Module):
+    "Class 1, and NaN for a share of the copies, counted from the first."
+    def __init__(self, share): super().__init__(); self.share, self.n = share, 0
+    def forward(self, z):
+        out = torch.tensor([0., 1., 0.]).repeat(len(z), 1)
+        out[(self.n + torch.arange(len(z))) % 100 < 100*self.share, 2] = math.nan
+        self.n += len(z)
+        return out
+
+def test_no_certificate_for_a_network_that_says_nan():
+    found = certify(lambda z: torch.full((len(z), 10), math.nan), torch.rand(3, 1, 8, 8), .25)
+    assert found.label.tolist() == [-1]*3 and found.radius.tolist() == [0]*3 and found.p_lower.tolist() == [0]*3
+    assert noisy_votes(Says(1), torch.rand(2, 1, 8, 8), .25, 50).tolist() == [[0]*3]*2
+
+@pytest.mark.parametrize('share', [0, .2, .4, .6])
+def test_copies_of_which_it_says_nan_count_against_the_class(share):
+    from scipy.stats import beta, norm
+    assert noisy_votes(Says(share), torch.rand(1, 1, 8, 8), .25, 200).tolist() == [[0, round(200*(1 - share)), 0]]
+    found = certify(Says(share), torch.rand(1, 1, 8, 8), .25, n0=100, n=1000)
+    p = beta.ppf(.001, 1000*(1 - share), 1000*share + 1)
+    assert found.p_lower.item() == pytest.approx(p, rel=1e-5)
+    assert found.label.item() == (1 if p > .5 else -1) and found.radius.item() == pytest.approx(.25*norm.ppf(max(p, .5)), abs=1e-6)
+
+def test_votes_need_no_memory_for_images_times_votes():
+    class Stop(Exception): pass
+    def model(z): raise Stop
+    with pytest.raises(Stop): noisy_votes(model, torch.rand(4, 1, 8, 8), .25, 10**13, batch=4)
+
+@pytest.mark.parametrize('n, batch', [(7, 4), (10, 512), (1, 1)])
+def test_the_noise_of_votes_is_that_of_one_stream(n, batch):
+    from restore_lib.degrade import gaussian
+    x, seen = torch.rand(3, 1, 8, 8), []
+    def model(z):
+        seen.append(z.clone())
+        return torch.stack([z.mean((1, 2, 3)) - .5, .5 - z.mean((1, 2, 3))], 1)
+    votes, g = noisy_votes(model, x, .25, n, gen(), batch), gen()
+    by_hand = [gaussian(x[i//n], .25, g) for i in torch.arange(3*n).split(batch)]
+    assert len(seen) == len(by_hand) and all(torch.equal(a, b) for a, b in zip(seen, by_hand))
+    wins = (torch.cat(seen).mean((1, 2, 3)) < .5).reshape(3, n).sum(1)
+    assert votes.tolist() == [[n - w, w] for w in wins.tolist()] and votes.dtype == torch.int64
+
+def test_certificates_from_numpy_and_the_caller_s_random_state():
+    model, x = Classifier(DMAE(**(SIZES | dict(channels=1))).encoder, 3), torch.rand(2, 1, 24, 24)
+    before, state = x.clone(), torch.get_rng_state()
+    plain = certify(model, x, .25, 5, 20, .01, 3, 16)
+    again = certify(model, x, np.float32(.25), np.int64(5), np.int32(20), np.float64(.01), np.int64(3), np.int64(16))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again)) and torch.equal(torch.get_rng_state(), state) and torch.equal(x, before)
+    assert certified_accuracy(plain, torch.zeros(2, dtype=torch.int64), (np.float32(0), np.int64(1))).shape == (2,)
+    assert certified_accuracy(plain, torch.zeros(2, dtype=torch.int64), 0.5).shape == (1,)
+
+NAN, X = float('nan'), torch.rand(2, 1, 8, 8)
+def thirds(z): return z.flatten(1)[:, :3]
+def found(n=2): return Certified(torch.zeros(n, dtype=torch.int64), torch.ones(n), torch.ones(n))
+
+@pytest.mark.parametrize('call, says', [
+    *[(lambda s=s: certify(thirds, X, s), 'sigma is') for s in (0, -1, NAN, math.inf)], *[(lambda s=s: noisy_votes(thirds, X, s, 5), 'sigma is') for s in (-1, NAN, math.inf)],
+    *[(lambda a=a: certify(thirds, X, .25, alpha=a), 'alpha is') for a in (0, 1, -.1, NAN)], *[(lambda n=n: certify(thirds, X, .25, n0=n), 'n0 is') for n in (0, -3, 2.5, True)],
+    *[(lambda n=n: certify(thirds, X, .25, n=n), 'n is') for n in (0, 2.5, NAN)], *[(lambda n=n: noisy_votes(thirds, X, .25, n), 'n is') for n in (0, -1, 1.5)],
+    *[(lambda n=n: noisy_votes(thirds, X, .25, 5, batch=n), 'batch is') for n in (0, -1, 1.5)], (lambda: certify(thirds, X, .25, seed=.5), 'seed is 0.5'),
+    (lambda: certify(thirds, X[:0], .25), 'x holds no image'), (lambda: noisy_votes(thirds, X[:0], .25, 5), 'x holds no image'),
+    *[(lambda r=r: certified_accuracy(found(), torch.zeros(2, dtype=torch.int64), r), 'radii is') for r in ((-1.,), (0., NAN), (math.inf,))],
+    (lambda: certified_accuracy(found(0), torch.zeros(0, dtype=torch.int64)), 'found holds no image'), (lambda: certified_accuracy(found(), torch.zeros(2)), 'labels is torch.float32'),
+    (lambda: certified_accuracy(found(), torch.zeros(2, 1, dtype=torch.int64)), 'labels is'), *[(lambda k=k: consistency(torch.zeros(2, 3, 4), **{k: NAN}), f'{k} is nan') for k in ('lam', 'eta')],
+    (lambda: consistency(torch.zeros(2, 0, 4)), 'one image at least'), *[(lambda c=c: smoothing_loss(nn.Flatten(), (X, torch.zeros(2, dtype=torch.int64)), .25, c), 'copies is') for c in (0, 1.5)],
+    (lambda: small()(torch.zeros(0, 3, 24, 24), torch.zeros(0, 3, 24, 24)), 'x holds no image')])
+def test_numbers_out_of_range(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+# learners ------------------------------------------------------------------------------------------------------------------
+
+def clean(n=8, c=3): return DataLoader(torch.rand(n, c, 24, 24), 4)
+
+@pytest.mark.parametrize('kw, says', [(dict(mask_ratio=1), 'mask_ratio is 1'), (dict(mask_ratio=-.1), 'mask_ratio is -0.1'), (dict(mask_ratio=NAN), 'mask_ratio is nan'), (dict(masking='stripes'), "masking is 'stripes'"),
+                                      (dict(sigma=-1), 'sigma is -1'), (dict(sigma=NAN), 'sigma is nan'), (dict(sigma=(.3, .1)), 'sigma is'), (dict(sigma=3), 'sigma is 3'), (dict(blr=NAN), 'blr is nan')])
+def test_pretraining_refuses_before_training(kw, says):
+    with pytest.raises(ValueError, match=says): dmae_pretrainer(DMAE(**SIZES), clean(), cpu=True, **kw)
+
+@pytest.mark.parametrize('kw, says', [(dict(sigma=-1), 'sigma is -1'), (dict(sigma=NAN), 'sigma is nan'), (dict(copies=0), 'copies is 0'), (dict(copies=1.5), 'copies is 1.5'), (dict(lam=NAN), 'lam is nan'), (dict(eta=-1), 'eta is -1'), (dict(blr=-1), 'blr is -1')])
+def test_fine_tuning_refuses_before_training(kw, says):
+    train = labelled(torch.rand(8, 3, 24, 24), torch.arange(8) % 2, 2, batch=4)
+    with pytest.raises(ValueError, match=says): smoothing_finetune(Classifier(DMAE(**SIZES).encoder, 2), train, cpu=True, **kw)
+
+def test_losses_hold_plain_numbers():
+    "A run is known by them, and NumPy's would be known by another name."
+    learn = dmae_pretrainer(DMAE(**SIZES), clean(), sigma=(np.float32(.25), np.float64(.5)), mask_ratio=.5, cpu=True)
+    assert learn.loss_fn.keywords == dict(sigma=(.25, .5), mask_ratio=.5, masking='random') and all(type(s) is float for s in learn.loss_fn.keywords['sigma'])
+    train = labelled(torch.rand(8, 3, 24, 24), torch.arange(8) % 2, 2, batch=4)
+    tuned = smoothing_finetune(Classifier(DMAE(**SIZES).encoder, 2), train, sigma=np.float32(.25), copies=np.int64(3), cpu=True)
+    assert tuned.loss_fn.keywords == dict(sigma=.25, copies=3, lam=2.0, eta=.5) and type(tuned.loss_fn.keywords['sigma']) is float and type(tuned.loss_fn.keywords['copies']) is int
+
+def test_a_denoiser_of_one_patch_may_be_trained():
+    "Nothing is removed, so nothing need be left."
+    learn = dmae_pretrainer(DMAE(**(SIZES | dict(img_size=4))), DataLoader(torch.rand(8, 3, 4, 4), 4), mask_ratio=0, cpu=True).fit(1)
+    assert math.isfinite(learn.history[-1]['loss'])
+
+def test_denoising_leaves_images_and_random_state_alone():
+    model, (_, y) = small(), pair()
+    before, state = y.clone(), torch.get_rng_state()
+    for ratio in (0, np.float32(.5)): denoise(model, y, ratio, gen())
+    assert torch.equal(y, before) and torch.equal(torch.get_rng_state(), state)
+
+def test_arguments_as_a_dict_and_two_addresses(tmp_path, monkeypatch):
+    "As in `mae.load_pretrained`, through which DMAEs are loaded."
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    site = {}
+    for k, url in enumerate(('http://h/a/dmae.pth', 'http://h/b/dmae.pth')):
+        state = {key.removeprefix('encoder.').replace('patch_embed.', 'patch_embed.proj.'): v for key, v in shake(DMAE(24, 4, 64, 2, 1, 32, 1, 1)).state_dict().items() if key not in ('mean', 'std', '_extra_state')}
+        state['patch_embed.proj.weight'] = state['patch_embed.proj.weight'].unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2).contiguous()
+        site[url] = dict(model=state, args=dict(norm_pix_loss=bool(k)))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, to, **kw: torch.save(site[url], to))
+    for k, url in enumerate(site):
+        model, _ = load_dmae(url)
+        assert isinstance(model, DMAE) and model.norm_pix_loss is bool(k) and torch.equal(model.encoder.blocks[0].mlp.fc1.weight, site[url]['model']['blocks.0.mlp.fc1.weight'])

@@ -219,7 +219,7 @@ def test_positions_are_fixed_and_those_of_the_formula():
     model = MAE(**SIZES)
     assert torch.equal(model.encoder.pos_embed[0], sincos_pos_embed(32, 6, True)) and torch.equal(model.decoder_pos_embed[0], sincos_pos_embed(16, 6, True))
     assert not any(k.endswith('pos_embed') for k, _ in model.named_parameters())
-    assert {'encoder.pos_embed', 'decoder_pos_embed'} < set(model.state_dict()) and not {'mean', 'std'} & set(model.state_dict())
+    assert {'encoder.pos_embed', 'decoder_pos_embed'} < set(model.state_dict()) and not {'mean', 'std'} & {k for k, _ in model.named_parameters()}
 
 def test_initialisation():
     model = MAE(24, 4, 64, 1, 4, 64, 1, 4)
@@ -273,7 +273,7 @@ def test_parity_with_transformers(norm_pix):
     (mae_vit_base, 111.9, 768, 12, 12, 16), (mae_vit_large, 329.5, 1024, 24, 16, 16), (mae_vit_huge, 657.1, 1280, 32, 16, 14)])
 def test_presets_have_the_published_size(preset, published, dim, depth, heads, patch):
     with torch.device('meta'): model = preset()
-    count = sum(t.numel() for t in model.state_dict().values())                    # fixed positions are counted as published
+    count = sum(t.numel() for k, t in model.state_dict().items() if k not in ('mean', 'std', '_extra_state'))     # fixed positions are counted as published
     assert count/1e6 == pytest.approx(published, abs=.06)
     n, dec, out = (224//patch)**2 + 1, 512, 3*patch*patch
     block = lambda d: 12*d*d + 13*d
@@ -308,7 +308,7 @@ def test_perfect_prediction_is_undone_exactly(norm_pix):
     x = torch.rand(2, 3, 24, 24)
     model = Perfect(**SIZES, norm_pix_loss=norm_pix, mean=(.4, .5, .6), std=(.2, .3, .25))
     model.answer = model.targets(x)[0]
-    for paste in (True, False): assert torch.allclose(reconstruct(model, x, paste=paste)[0], x, atol=1e-5)
+    for paste in (True, False): assert torch.allclose(reconstruct(model, x, stats='truth', paste=paste)[0], x, atol=1e-5)
     assert model(x)[0] < 1e-10
 
 def test_stats_of_visible_pixels_by_hand():
@@ -610,9 +610,198 @@ def test_addresses(tmp_path, monkeypatch):
     def fetch(url, to, **kw): asked.append(url), open(to, 'wb').write(path.read_bytes())
     monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
     for _ in range(2): assert load_pretrained('https://example.org/a/mae.pth')[1]
-    assert asked == ['https://example.org/a/mae.pth'] and (tmp_path/'hub/checkpoints/mae.pth').exists()       # fetched once
+    assert asked == ['https://example.org/a/mae.pth'] and len(list((tmp_path/'hub/checkpoints').glob('*/mae.pth'))) == 1       # fetched once
     from urllib.error import HTTPError, URLError
     for error in (URLError('no route'), HTTPError('u', 404, 'gone', {}, None), OSError('disk'), RuntimeError('invalid hash')):
         def fail(*a, **kw): raise error
         monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
-        with pytest.raises(FileNotFoundError, match='https://example.org/other.pth could not be fetched.*checkpoints/other.pth'): load_pretrained('https://example.org/other.pth')
+        with pytest.raises(FileNotFoundError, match='https://example.org/other.pth could not be fetched.*checkpoints/.*/other.pth'): load_pretrained('https://example.org/other.pth')
+
+
+# a saved model comes back as the same function ---------------------------------------------------------------------------
+
+STATS = dict(mean=(.4, .5, .6), std=(.2, .3, .25))
+
+@pytest.mark.parametrize('norm_pix', [False, True])
+def test_a_loaded_state_is_the_same_function(norm_pix, tmp_path):
+    "Pixel statistics and the kind of target, which no shape tells, come along."
+    from safetensors.torch import load_file, save_file
+    model, other = small(norm_pix_loss=norm_pix, **STATS), small(norm_pix_loss=not norm_pix)
+    save_file(model.state_dict(), tmp_path/'mae.safetensors')
+    assert str(other.load_state_dict(load_file(tmp_path/'mae.safetensors'))) == '<All keys matched successfully>'
+    x = torch.rand(2, 3, 24, 24)
+    assert other.norm_pix_loss is norm_pix and torch.equal(model(x, generator=gen())[0], other(x, generator=gen())[0])
+    assert torch.equal(reconstruct(model, x, generator=gen())[0], reconstruct(other, x, generator=gen())[0])
+    model.norm_pix_loss = not norm_pix                                                 # set after construction
+    other.load_state_dict(model.state_dict())
+    assert other.norm_pix_loss is not norm_pix and model.norm_pix_loss is not norm_pix
+
+@pytest.mark.parametrize('key', ['mean', 'std', '_extra_state'])
+def test_a_state_without_it_is_refused(key):
+    "Nobody's own statistics are kept in silence."
+    state = small(**STATS).state_dict()
+    state.pop(key, None)
+    with pytest.raises(RuntimeError, match=f'Missing.*{key}'): small().load_state_dict(state)
+
+def test_load_report_carries_them_too():
+    from restore_lib.audit import load_report
+    model, other = small(norm_pix_loss=True, **STATS), small(mean=(0, 0, 0), std=(1, 1, 1))
+    assert load_report(other, model.state_dict()) and other.norm_pix_loss is True and torch.equal(other.std, model.std)
+
+def test_copies_are_apart():
+    import copy
+    model = small(norm_pix_loss=True, **STATS)
+    twin = copy.deepcopy(model)
+    twin.norm_pix_loss = False
+    twin.mean.zero_()
+    assert model.norm_pix_loss and not twin.norm_pix_loss and model.mean.all() and '_extra_state' in twin.state_dict()
+    with torch.device('meta'): assert MAE(**SIZES, norm_pix_loss=True).norm_pix_loss
+
+def test_learner_keeps_the_statistics(tmp_path):
+    learn = pretrainer(MAE(**SIZES, norm_pix_loss=True, **STATS), loader(images(8), 8), cpu=True).fit(1, folder=tmp_path, save_every=1)
+    again = pretrainer(fresh(), loader(images(8), 8), cpu=True).load(tmp_path)
+    assert again.bare.norm_pix_loss and torch.equal(again.bare.std, learn.bare.std)
+
+# drawing -----------------------------------------------------------------------------------------------------------------
+
+def test_reconstruct_takes_visible_statistics_by_default():
+    model, x = small(norm_pix_loss=True), torch.rand(3, 3, 24, 24)
+    drawn, mask = reconstruct(model, x, generator=gen())
+    assert torch.equal(drawn, reconstruct(model, x, generator=gen(), stats='visible')[0])
+    assert not torch.allclose(drawn, reconstruct(model, x, generator=gen(), stats='truth')[0], atol=1e-3)
+    hidden = mask_pixels(mask, 4, 24) > 0
+    other = torch.where(hidden, torch.rand_like(x), x)                                 # another truth behind the mask
+    assert torch.equal(reconstruct(model, other, generator=gen(), paste=False)[0], reconstruct(model, x, generator=gen(), paste=False)[0])
+
+def test_drawing_leaves_images_and_random_state_alone():
+    model, x = small(norm_pix_loss=True), torch.rand(3, 3, 24, 24)
+    before, state = x.clone(), torch.get_rng_state()
+    for stats in ('truth', 'visible'): reconstruct(model, x, generator=gen(), stats=stats), features(model, x)
+    assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
+
+# numbers -----------------------------------------------------------------------------------------------------------------
+
+def test_sizes_from_numpy():
+    torch.manual_seed(3)
+    one = mae_tiny(np.int64(32), np.int64(4), dim=np.int64(32), depth=np.int64(1), heads=np.int64(4), dec_dim=np.int32(16), dec_depth=np.int64(1), dec_heads=np.int64(2), channels=np.int64(3))
+    torch.manual_seed(3)
+    two, x = mae_tiny(32, 4, dim=32, depth=1, heads=4, dec_dim=16, dec_depth=1, dec_heads=2, channels=3), torch.rand(2, 3, 32, 32)
+    for ratio, masking in ((.75, 'random'), (.5, 'block'), (.75, 'grid')):
+        assert torch.equal(one(x, np.float32(ratio), masking, gen())[0], two(x, ratio, masking, gen())[0])
+    assert torch.equal(features(one, x, np.int64(1)), features(one, x, 1))
+    known = (torch.rand(1, 1, 8, 8) < .5).float().index_fill(3, torch.tensor([0]), 1)
+    assert torch.equal(inpaint_bilinear(torch.rand(1, 3, 8, 8, generator=gen()), known, np.int64(2)), inpaint_bilinear(torch.rand(1, 3, 8, 8, generator=gen()), known, 2))
+
+@pytest.mark.parametrize('call, says', [
+    (lambda: small()(torch.zeros(0, 3, 24, 24)), 'imgs holds no image'), (lambda: reconstruct(small(), torch.zeros(0, 3, 24, 24)), 'imgs holds no image'),
+    (lambda: features(small(), torch.rand(2, 3, 24, 24), 0), 'batch is 0'), (lambda: features(small(), torch.rand(2, 3, 24, 24), 1.5), 'batch is 1.5'),
+    (lambda: inpaint_bilinear(torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8), -1), 'sweeps is -1'),
+    (lambda: MAE(**SIZES, std=0), 'std is 0'), (lambda: MAE(**SIZES, mean=math.nan), 'mean is nan'), (lambda: MAE(**SIZES, mean=(.1, .2)), 'mean holds 2'),
+    (lambda: MAE(**(SIZES | dict(depth=1.5))), 'depth is 1.5'), (lambda: MAE(**(SIZES | dict(patch=True))), 'patch is True')])
+def test_numbers_out_of_range(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+@pytest.mark.parametrize('kw, says', [
+    (dict(mask_ratio=1), 'mask_ratio is 1'), (dict(mask_ratio=-.1), 'mask_ratio is -0.1'), (dict(mask_ratio=math.nan), 'mask_ratio is nan'), (dict(masking='stripes'), "masking is 'stripes'"),
+    (dict(blr=-1), 'blr is -1'), (dict(blr=math.nan), 'blr is nan'), (dict(blr=math.inf), 'blr is inf'), (dict(weight_decay=-.1), 'weight_decay is -0.1'),
+    (dict(warmup=math.nan), 'warmup is nan'), (dict(warmup=1.5), 'warmup is 1.5')])
+def test_the_recipe_refuses_before_training(kw, says):
+    with pytest.raises(ValueError, match=says): pretrainer(fresh(), loader(images(8), 8), cpu=True, **kw)
+
+def test_the_recipe_from_numpy():
+    rates = [pretrainer(fresh(), loader(images(8), 8), blr=blr, mask_ratio=ratio, cpu=True).rates
+             for blr, ratio in ((1e-3, .75), (np.float64(1e-3), np.float32(.75)))]
+    assert rates[0] == rates[1] and all(type(r) is float for r in rates[1])
+
+# published files: addresses, arguments, sizes ------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "Torch hub's folder for this test, and what was asked for: {address: content} is to be filled."
+    site, asked = {}, []
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'hub'))
+    def fetch(url, to, hash_prefix=None, progress=True):
+        asked.append((url, hash_prefix))
+        torch.save(site[url], to)
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
+    return site, asked
+
+def test_two_addresses_are_two_files(hub):
+    site, asked = hub
+    addresses = ['http://h/a/checkpoint.pth', 'http://h/b/checkpoint.pth', 'http://h/b/checkpoint.pth?v=2']
+    for url in addresses: site[url] = published()
+    for _ in range(2):
+        for url in addresses:
+            model, report = load_pretrained(url)
+            assert report and torch.equal(model.encoder.blocks[0].mlp.fc1.weight, site[url]['model']['blocks.0.mlp.fc1.weight'])
+    assert asked == [(url, None) for url in addresses]                                 # each once
+
+def test_a_hash_in_the_name_is_checked(hub):
+    site, asked = hub
+    for name in ('mae-0123abcd.pth', 'mae-base.pth', 'mae-ab.pth'):
+        site[f'http://h/{name}'] = published()
+        load_pretrained(f'http://h/{name}')
+    assert [h for _, h in asked] == ['0123abcd', None, None]                           # torch hub: eight hex digits or more
+
+@pytest.mark.parametrize('url', ['http://h', 'http://h/', 'http://h/?a=b/c.pth', 'http://h/a/..'])
+def test_an_address_without_a_name(hub, url):
+    with pytest.raises(ValueError, match='no file name'): load_pretrained(url)
+    assert not hub[1]
+
+@pytest.mark.parametrize('args, wanted', [(dict(norm_pix_loss=False), False), (dict(norm_pix_loss=True), True), (dict(lr=1), True), (None, True), (dict(norm_pix_loss=0), False)])
+def test_arguments_as_a_dict(tmp_path, args, wanted):
+    path = kept(tmp_path, dict(published(), args=args))
+    assert load_pretrained(path)[0].norm_pix_loss is wanted
+    model = MAE(24, 4, 64, 2, 1, 32, 1, 1, norm_pix_loss=not wanted)
+    assert load_pretrained(path, model)[0].norm_pix_loss is (wanted if args and 'norm_pix_loss' in args else not wanted)
+
+def test_a_file_that_knows_its_statistics(tmp_path):
+    content = published()
+    content['model'] |= dict(mean=torch.tensor([.1, .2, .3])[:, None, None], std=torch.tensor([.4, .5, .6])[:, None, None], _extra_state=torch.tensor(False))
+    model, report = load_pretrained(kept(tmp_path, content))
+    assert report and model.std.flatten().tolist() == pytest.approx([.4, .5, .6]) and model.norm_pix_loss is False
+
+def changed(**state): return dict(published(), model={**published()['model'], **state})
+
+@pytest.mark.parametrize('content, says', [
+    (dict(published(), args=[1]), 'args is list'), (dict(published(), args=dict(norm_pix_loss='yes')), "norm_pix_loss of the file is 'yes'"),
+    (dict(published(), args=argparse.Namespace(norm_pix_loss=2.5)), 'norm_pix_loss of the file is 2.5'),
+    (dict(model={**published()['model'], 7: torch.zeros(1)}), '7'), (changed(epoch=3), "'epoch': int"), (changed(**{'patch_embed.proj.weight': [1, 2]}), 'patch_embed.proj.weight.*list'),
+    (changed(**{'patch_embed.proj.weight': torch.zeros(64, 48)}), r'patch_embed.proj.weight has shape \(64, 48\)'), (changed(pos_embed=torch.zeros(37, 64)), r'pos_embed has shape \(37, 64\)'),
+    (changed(pos_embed=torch.zeros(1, 36, 64)), 'pos_embed has shape'), (changed(mask_token=torch.zeros(32)), r'mask_token has shape \(32,\)'),
+    (changed(**{'blocks.x.norm1.weight': torch.zeros(64)}), "blocks has the numbers"), (changed(**{'blocks.9.norm1.weight': torch.zeros(64)}), 'blocks has the numbers'),
+    (changed(**{'decoder_blocks.5.norm1.weight': torch.zeros(32)}), 'decoder_blocks has the numbers'), (changed(cls_token=torch.zeros(1, 1, 64).to_sparse()), 'cls_token'),
+    (changed(mask_token=torch.zeros(1).expand(1, 1, 512)), 'mask_token has shape.*fewer numbers'), (changed(mask_token=torch.zeros(1, 1, 512)), r'decoder_embed.weight has shape'),
+    (changed(**{'patch_embed.proj.weight': torch.zeros(512, 3, 4, 4)}), 'has shape')])
+def test_files_of_the_wrong_kind(tmp_path, content, says):
+    path = kept(tmp_path, content)
+    with pytest.raises(ValueError, match=says): load_pretrained(path)
+
+def deflated(path, extra=0):
+    "The same archive packed, with so many zeros more in its first tensor's record."
+    import zipfile
+    out = path.with_name('packed.pth')
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(out, 'w', zipfile.ZIP_DEFLATED) as new:
+        for m in old.infolist(): new.writestr(m.filename, old.read(m) + bytes(extra if m.filename.endswith('data/0') else 0))
+    return out
+
+def test_a_packed_file_is_looked_at_before_it_is_unpacked(tmp_path, monkeypatch):
+    asked, load = [], torch.load
+    def spy(path, map_location=None, **kw):
+        asked.append(str(map_location))
+        return load(path, map_location=map_location, **kw)
+    monkeypatch.setattr(torch, 'load', spy)
+    with pytest.raises(ValueError, match='unpacks to 2[0-9],[0-9]{3},[0-9]{3}'): load_pretrained(deflated(kept(tmp_path, published()), 20*2**20))
+    assert asked == []                                                                 # declared sizes come first
+    path = kept(tmp_path, dict(model={f'theirs.{k}': v for k, v in published()['model'].items()}))
+    for p in (path, deflated(path)):
+        with pytest.raises(ValueError, match='holds no MAE'): load_pretrained(p)
+    assert asked == ['meta', 'meta']                                                   # then names, of tensors that were not read
+    content = published()
+    model, report = load_pretrained(deflated(kept(tmp_path, content)))
+    assert report and torch.equal(model.decoder_pred.weight, content['model']['decoder_pred.weight'])     # an honest one is read
+
+def test_loading_leaves_the_random_state_alone(tmp_path):
+    path, state = kept(tmp_path, published()), torch.get_rng_state()
+    load_pretrained(path)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,5 +1,5 @@
 """What lesson 05 does not teach: parity with timm and with formulas written anew, adjoints, exact counts, dtypes and devices, bad input."""
-import math
+import json, math
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -371,3 +371,65 @@ def test_the_whole_model_in_half_precision():
 ])
 def test_bad_encoder_input(call, error, says):
     with pytest.raises(error, match=says): call()
+
+
+# what comes from NumPy, numbers out of range, states --------------------------------------------------------------------
+
+def test_sizes_from_numpy_are_python_integers():
+    torch.manual_seed(3)
+    one = ViTEncoder(np.int64(24), np.int64(4), np.int64(32), np.int32(2), np.int64(4), np.int64(3), mlp=np.float32(2), drop_path=np.float32(.25))
+    torch.manual_seed(3)
+    two = ViTEncoder(24, 4, 32, 2, 4, 3, mlp=2.0, drop_path=.25)
+    x = torch.rand(2, 3, 24, 24)
+    assert torch.equal(one.eval()(x)[0], two.eval()(x)[0])
+    sizes = [one.patch, one.channels, *one.grid, one.blocks[0].attn.heads, one.blocks[1].drop_path.p]
+    assert json.loads(json.dumps(sizes)) == [4, 3, 6, 6, 4, .25] and all(type(v) in (int, float) for v in sizes)
+
+@pytest.mark.parametrize('kw, name', [(dict(area=(-1, 5)), 'area'), (dict(area=(.3, .1)), 'area'), (dict(area=(.1, math.nan)), 'area'), (dict(area=(.1, 1.5)), 'area'),
+                                      (dict(aspect=(0, 3)), 'aspect'), (dict(aspect=(-1, 3)), 'aspect'), (dict(aspect=(3, .3)), 'aspect'), (dict(aspect=(.3, math.inf)), 'aspect')])
+def test_rectangles_out_of_range(kw, name):
+    with pytest.raises(ValueError, match=f'^{name} is'): block_masking(torch.zeros(1, 48, 1), .5, (6, 8), **kw)
+
+def test_rectangles_from_numpy():
+    plain = block_masking(torch.zeros(2, 48, 1), .5, (6, 8), gen(), (.25, .5), (.5, 2))
+    again = block_masking(torch.zeros(2, 48, 1), np.float32(.5), (np.int64(6), np.int64(8)), gen(), (np.float32(.25), np.float64(.5)), (np.float32(.5), np.int64(2)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+@pytest.mark.parametrize('p', [1, 1.5, -.1, math.nan, math.inf])
+def test_the_chance_of_one_block_is_checked_too(p):
+    "With one block it is multiplied by 0."
+    with pytest.raises(ValueError, match='drop_path is'): ViTEncoder(24, 4, 32, 1, 4, drop_path=p)
+
+def test_positions_in_double_stay_double():
+    pos = torch.randn(1, 1 + 12, 8, dtype=torch.float64)
+    by_hand = F.interpolate(pos[0, 1:].T.reshape(1, 8, 3, 4), size=(5, 6), mode='bicubic', align_corners=False)[0].flatten(1).T
+    got = interpolate_pos_embed(pos, (3, 4), (np.int64(5), np.int64(6)), extra=np.int64(1))
+    assert got.dtype == torch.float64 and torch.equal(got[0, 0], pos[0, 0]) and (got[0, 1:] - by_hand).abs().max() < 1e-12
+
+@pytest.mark.parametrize('extra', [-1, 1.0, True, math.nan])
+def test_leading_tokens_are_counted(extra):
+    pos = torch.zeros(12 + int(extra if extra == extra else 0), 8)
+    with pytest.raises(ValueError, match='extra is'): interpolate_pos_embed(pos, (3, 4), (5, 6), extra=extra)
+
+def pixel_model(*stats):
+    from restore_lib.patching import PixelStats
+    model = PixelStats()
+    model.set_stats(*stats)
+    return model
+
+@pytest.mark.parametrize('mean, std', [(.5, .5), ((.4, .5, .6), (.1, .2, .3)), (np.float32(.25), np.array([.5, .25, 2])), (torch.tensor(.1), torch.tensor([[[.5]], [[.6]], [[.7]]])), (0, 1)])
+def test_statistics_are_state(mean, std):
+    model, other = pixel_model(mean, std, 3), pixel_model(.3, (.7, .8, .9), 3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.mean, model.mean) and torch.equal(other.std, model.std) and model.mean.shape[1:] == (1, 1)
+    assert torch.allclose(model.std.flatten(), torch.as_tensor(np.asarray(std), dtype=torch.float32).flatten())
+    other.mean.add_(1)
+    assert not torch.equal(other.mean, model.mean)                                     # a copy
+    for key in ('mean', 'std'):
+        with pytest.raises(RuntimeError, match=key): other.load_state_dict({k: v for k, v in model.state_dict().items() if k != key})
+
+@pytest.mark.parametrize('mean, std, says', [(math.nan, 1, 'mean is nan'), (0, 0, 'std is 0.0; expected a number above 0'), (0, -1, 'std is -1'), (0, (1, 1, math.inf), 'std is inf'),
+                                             ((1, 2), 1, 'mean holds 2 numbers; expected 1 or 3'), (0, [1]*4, 'std holds 4'), (0, [], 'std holds 0')])
+def test_statistics_out_of_range(mean, std, says):
+    PixelStats = getattr(__import__('restore_lib.patching', fromlist=['PixelStats']), 'PixelStats')
+    with pytest.raises(ValueError, match=says): PixelStats().set_stats(mean, std, 3)

@@ -1,6 +1,7 @@
 """What lesson 07 does not teach: parity with timm, scikit-learn and formulas written anew, what is frozen, devices, bad input."""
 import subprocess, sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ def test_parity_with_timm(pool):
     model = Classifier(encoder(28, 32, 3), 10, pool=pool).eval()
     nn.init.normal_(model.head.weight), nn.init.normal_(model.encoder.cls_token)
     timm = VisionTransformer(28, 7, 1, 10, 'avg' if pool == 'mean' else 'token', 32, 3, 4, fc_norm=pool == 'mean').eval()
-    state = {k.replace('encoder.', '').replace('patch_embed', 'patch_embed.proj'): v for k, v in model.state_dict().items()}
+    state = {k.replace('encoder.', '').replace('patch_embed', 'patch_embed.proj'): v for k, v in model.state_dict().items() if k not in ('mean', 'std')}
     state['patch_embed.proj.weight'] = state['patch_embed.proj.weight'].reshape(32, 7, 7, 1).permute(0, 3, 1, 2)
     timm.load_state_dict(state)
     x = torch.rand(3, 1, 28, 28)
@@ -301,3 +302,102 @@ def test_finetune_refuses_a_model_that_a_probe_froze():
     mae = mae_tiny(28, 7, channels=1, dim=64, depth=2)
     model = Classifier(encoder_like(mae), 10, 'bn').freeze()
     with pytest.raises(ValueError, match='frozen'): finetune(model, labelled(torch.rand(20, 1, 28, 28), torch.arange(20) % 10, 10, batch=4))
+
+
+# a saved model comes back as the same function ---------------------------------------------------------------------------
+
+STATS = dict(mean=(.4, .5, .6), std=(.1, .3, .25))
+
+@pytest.mark.parametrize('head', ['linear', 'bn', 'bn_mlp'])
+def test_a_loaded_classifier_is_the_same_function(head):
+    model, other, x = Classifier(encoder(channels=3), 5, head, **STATS).eval(), Classifier(encoder(channels=3), 5, head).eval(), torch.rand(6, 3, 14, 14)
+    for p in model.parameters(): nn.init.normal_(p, std=.3)
+    assert str(other.load_state_dict(model.state_dict())) == '<All keys matched successfully>'
+    assert torch.equal(model(x), other(x)) and model(x).std() > .01
+    without = {k: v for k, v in model.state_dict().items() if k not in ('mean', 'std')}
+    with pytest.raises(RuntimeError, match='Missing.*mean.*std'): Classifier(encoder(channels=3), 5, head).load_state_dict(without)
+
+def test_a_classifier_made_of_a_mae_has_its_statistics():
+    mae, x = tiny(channels=3, **STATS), torch.rand(4, 3, 14, 14)
+    model, by_hand = Classifier(mae, 5), Classifier(mae.encoder, 5, **STATS)
+    by_hand.load_state_dict(model.state_dict())
+    assert torch.equal(model.mean, mae.mean) and torch.equal(model.std, mae.std)
+    assert torch.equal(model.eval()(x), by_hand.eval()(x)) and model.encoder is not mae.encoder
+    model.mean.zero_()
+    assert mae.mean.all() and Classifier(mae, 5, mean=.1).mean.flatten().tolist() == pytest.approx([.1])
+    assert Classifier(mae.encoder, 5).mean.flatten().tolist() == [.5]                  # a bare encoder does not know
+
+def test_load_encoder_carries_and_reports_the_statistics():
+    mae, model = tiny(channels=3, **STATS), Classifier(encoder(channels=3), 5)
+    report = load_encoder(model, mae)
+    assert {'mean', 'std'} <= set(report.copied) and torch.equal(model.std, mae.std) and model.mean.data_ptr() != mae.mean.data_ptr()
+    report = load_encoder(model, mae.encoder)                                         # it has none: what was there stays, and is named
+    assert {'mean', 'std'} <= set(report.missing) and torch.equal(model.std, mae.std)
+
+def test_a_grey_image_is_not_spread_over_the_channels_of_mean():
+    model = Classifier(encoder(channels=3), 5, **STATS)
+    for channels in (1, 2, 5):
+        with pytest.raises(ValueError, match=f'x has {channels} channels'): model(torch.rand(2, channels, 14, 14))
+
+# numbers -----------------------------------------------------------------------------------------------------------------
+
+def test_numbers_from_numpy():
+    labels = torch.randint(0, 5, (400,))
+    assert torch.equal(few_labels(labels, np.int64(5), np.int64(5), np.int64(3)), few_labels(labels, 5, 5, 3))
+    assert torch.equal(few_labels(labels, 5, seed=np.int32(4)), few_labels(labels, 5, seed=4))
+    logits = torch.randn(20, 5)
+    assert topk_accuracy(logits, labels[:20], np.int64(2)) == topk_accuracy(logits, labels[:20], 2)
+    train, test = torch.randn(20, 8), torch.randn(5, 8)
+    assert torch.equal(knn_probe(train, labels[:20], test, np.int64(3), np.float32(.5), np.int64(5)), knn_probe(train, labels[:20], test, 3, .5, 5))
+    assert torch.equal(soft_cross_entropy(logits, labels[:20], np.float64(.25)), soft_cross_entropy(logits, labels[:20], .25))
+    x, labels = toy()
+    model = Classifier(encoder(), np.int64(4))
+    assert type(model.classes) is int and torch.equal(predict(model, x, np.int64(7)), predict(model, x, 7))
+    assert len(next(iter(labelled(x, labels, np.int64(4), batch=np.int64(8))))[0]) == 8
+    assert weak_augment(np.int64(20), scale=(np.float32(.7), np.int64(1)))(x[0]).shape == (1, 20, 20) and strong_augment(np.int64(20), ops=np.int64(1), magnitude=np.int64(3))(x[0]).shape == (1, 20, 20)
+
+def probe(**kw): return linear_probe(Classifier(encoder(), 4, 'bn'), labelled(*toy(), 4, batch=8), **kw)
+
+def tune(**kw): return finetune(Classifier(encoder(), 4), labelled(*toy(), 4, batch=8), **kw)
+
+NAN = float('nan')
+
+@pytest.mark.parametrize('call, says', [
+    (lambda: few_labels(torch.arange(4) % 2, 1.5), 'per_class is 1.5'), (lambda: few_labels(torch.arange(4) % 2, NAN), 'per_class is nan'), (lambda: few_labels(torch.arange(4) % 2, 1, seed=.5), 'seed is 0.5'),
+    (lambda: few_labels(torch.zeros(0, dtype=torch.int64), 1), 'labels holds none'), (lambda: few_labels(torch.arange(4) % 2, 1, classes=0), 'classes is 0'),
+    (lambda: knn_probe(torch.randn(4, 2), torch.tensor([0, 1, 0, 1, 1, 0]), torch.randn(2, 2), 3), 'train_features holds 4, train_labels 6'),
+    (lambda: knn_probe(torch.full((4, 2), NAN), torch.tensor([0, 1, 0, 1]), torch.randn(2, 2), 3), 'NaN'), (lambda: knn_probe(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), torch.full((2, 2), NAN), 3), 'NaN'),
+    (lambda: knn_probe(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), torch.randn(2, 2), 3, NAN), 'temperature is nan'), (lambda: knn_probe(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), torch.randn(2, 2), 2.5), 'k is 2.5'),
+    (lambda: soft_cross_entropy(torch.zeros(2, 2), torch.tensor([[1.5, -.5], [.5, .5]])), 'targets holds no probabilities'), (lambda: soft_cross_entropy(torch.zeros(2, 2), torch.tensor([[.5, .2], [.5, .5]])), 'targets holds no probabilities'),
+    (lambda: soft_cross_entropy(torch.zeros(2, 2), torch.tensor([[NAN, NAN], [.5, .5]])), 'targets holds no probabilities'), (lambda: soft_cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1, 2])), r'targets has shape \(3,\)'),
+    (lambda: soft_cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 'logits holds no image'), (lambda: topk_accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)), 'logits holds no image'),
+    (lambda: mixer(4, NAN), 'mixup is nan'), (lambda: mixer(4, .8, NAN), 'cutmix is nan'), (lambda: mixer(0), 'classes is 0'), (lambda: tune(mixup=-1), 'mixup is -1'), (lambda: tune(cutmix=NAN), 'cutmix is nan'),
+    (lambda: tune(smoothing=1), 'smoothing is 1'), (lambda: tune(smoothing=NAN), 'smoothing is nan'), (lambda: tune(blr=-1), 'blr is -1'), (lambda: tune(blr=NAN), 'blr is nan'),
+    (lambda: tune(layer_decay=NAN), 'layer_decay is nan'), (lambda: tune(weight_decay=-1), 'weight_decay is -1'), (lambda: tune(warmup=NAN), 'warmup is nan'),
+    (lambda: probe(blr=NAN), 'blr is nan'), (lambda: probe(warmup=-.1), 'warmup is -0.1'), (lambda: lars([torch.zeros(2, requires_grad=True)], NAN), 'lr is nan'),
+    (lambda: lars([torch.zeros(2, requires_grad=True)], 1, momentum=1.5), 'momentum is 1.5'), (lambda: weak_augment(20, scale=(.7, 1.5)), 'scale is'), (lambda: weak_augment(20, scale=(NAN, 1)), 'scale is'),
+    (lambda: strong_augment(20, erase=NAN), 'erase is nan'), (lambda: strong_augment(20, magnitude=50), 'magnitude is 50'), (lambda: labelled(*toy(), 4, batch=0), 'batch is 0'),
+    (lambda: labelled(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), 4), 'images holds none'), (lambda: predict(Classifier(encoder(), 4), toy()[0], 0), 'batch is 0'),
+    (lambda: Classifier(encoder(), 0), 'classes is 0'), (lambda: Classifier(encoder(), 4, std=0), 'std is 0')])
+def test_numbers_out_of_range(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+def test_a_wrong_rate_freezes_nothing():
+    model = Classifier(encoder(), 4, 'bn')
+    with pytest.raises(ValueError, match='blr'): linear_probe(model, labelled(*toy(), 4, batch=8), blr=-1)
+    assert not model.frozen and all(p.requires_grad for p in model.parameters())
+
+def test_soft_targets_in_half_precision():
+    logits, p = torch.randn(64, 10), torch.rand(64, 10).softmax(1)
+    for dtype in (torch.bfloat16, torch.float16): assert torch.isfinite(soft_cross_entropy(logits.to(dtype), p.to(dtype)))
+
+def test_predict_gives_the_model_a_copy():
+    x = torch.rand(5, 1, 14, 14) - .5
+    before = x.clone()
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(196, 3))
+    assert torch.equal(predict(model, x), model(before.clone())) and torch.equal(x, before)
+
+def test_the_loss_of_finetuning_holds_plain_numbers():
+    "A run is known by what its loss function captures."
+    held = {k: c.cell_contents for k, c in zip(tune().loss_fn.__code__.co_freevars, tune().loss_fn.__closure__)}
+    assert held == dict(classes=4, mixup=.8, cutmix=1.0, smoothing=.1)
