@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ResidualCNN', 'seed_all', 'positioned', 'as_json', 'save_checkpoint', 'load_checkpoint', 'Callback', 'Progress',
            'EMA', 'Metrics', 'LiveCurve', 'TensorBoard', 'warmup_cosine', 'param_groups', 'to_device', 'Loop',
-           'as_terms', 'Trainer', 'fingerprint', 'files_digest', 'digest', 'Learner', 'record_study', 'studies']
+           'as_terms', 'Trainer', 'fingerprint', 'files_digest', 'digest', 'Learner', 'plot_history', 'record_study',
+           'studies']
 
 # %% ../nbs/03_learner.ipynb #03-003
 import dis, hashlib, importlib.util, json, math, os, random, shutil, sys, time, types, warnings
@@ -565,9 +566,9 @@ class _Prints:
 
     def code(self, v, name, body):
         "Code of the user's: by name, if it can be found by it, so that functions may name each other; else as it is."
-        if not _stands(v): return 'local', *body(self, v, name)
-        self.named.setdefault((v.__module__, v.__qualname__), (v, v.__qualname__, body))
-        return 'named', v.__module__, v.__qualname__
+        key = v.__module__, v.__qualname__
+        if not _stands(v) or self.named.setdefault(key, (v, v.__qualname__, body))[0] is not v: return 'local', *body(self, v, name)
+        return 'named', *key
 
     def outside(self, f, chain, name):
         "The digest of what a function reads from outside itself, as `_reads` names it."
@@ -847,6 +848,22 @@ def _check_made_by(info, here, optimizer, where):
         told = [', '.join(of) or 'none' for of in (there, here)]
         raise ValueError(f'{where} was made with other callbacks that keep a state, or in another order: {told[0]} there, {told[1]} here')
     if info['optimizer'] != optimizer: raise ValueError(f'{where} was made with another optimizer: {info["optimizer"]} there, {optimizer} here')
+
+def plot_history(history, title=''):
+    "The training loss, and what else the history holds, against steps; a figure."
+    import matplotlib.pyplot as plt
+    names = [k for k in dict.fromkeys(k for row in history for k in row) if k not in ('step', 'lr', 'seconds')]
+    losses, others = [k for k in names if 'loss' in k] or names[:1], []
+    others = [k for k in names if k not in losses]
+    fig, axes = plt.subplots(1, 1 + bool(others), figsize=(4.6*(1 + bool(others)), 2.6), dpi=75, squeeze=False, layout='constrained')
+    for a, group in zip(axes[0], (losses, others)):
+        for k in group:
+            rows = [(r['step'], r[k]) for r in history if k in r]
+            a.plot(*zip(*rows), '.-' if len(rows) < 40 else '-', label=k, lw=1)
+        a.set_xlabel('step'), a.legend(fontsize=8), a.grid(alpha=.3)
+    if all(r[k] > 0 for k in losses for r in history if k in r): axes[0, 0].set_yscale('log')
+    if title: fig.suptitle(title, fontsize=10)
+    return fig
 
 # %% ../nbs/03_learner.ipynb #03-079
 def record_study(
