@@ -31,7 +31,8 @@ def _seeds_of(row, seeds):
     if isinstance(own, str) or not hasattr(own, '__iter__'): raise TypeError(f'seeds is {own!r}; expected a list of whole numbers, or a dict row -> list')
     own = [check_whole(s, f'seeds[{k}]') for k, s in enumerate(own)]
     if not own: raise ValueError(f'seeds is empty{f" for {row!r}" if isinstance(seeds, dict) else ""}; expected at least one')
-    if len(set(own)) < len(own): raise ValueError(f'seeds is {own}; expected different whole numbers')
+    if len(set(own)) < len(own):
+        raise ValueError(f'seeds is {own}; expected different whole numbers')
     return own
 
 def _plan(reference, grid, seeds, several):
@@ -49,7 +50,8 @@ def _plan(reference, grid, seeds, several):
         if odd: raise ValueError(f'row {row!r} turns {odd[0]!r}, which the reference does not have; its knobs are {", ".join(reference)}')
         if row != 'reference' and len(knobs) != 1 and not (several and knobs):
             raise ValueError(f'row {row!r} turns {len(knobs)} knobs ({", ".join(knobs)}); expected one: with two, nobody knows which of them did it (several=True allows it)')
-        out.append((row, as_json(knobs, f'grid[{row!r}]'), as_json({**reference, **knobs}, 'reference'), _seeds_of(row, seeds)))
+        config = as_json({**reference, **knobs}, 'reference')
+        out.append((row, as_json(knobs, f'grid[{row!r}]'), config, _seeds_of(row, seeds)))
     return out
 
 # %% ../nbs/18_ablations.ipynb #18-010
@@ -169,7 +171,7 @@ def ablate(
     jobs=None,       # worker processes; default one for each GPU where there are several, else none: rows run here
     budget=None,     # minutes after which no new row is begun
     several=False,   # allow rows that turn more than one knob
-    version=None,    # of `train`, any JSON: rows of another version are not used; default its `fingerprint`: its code and what it binds and reads, by content
+    version=None,    # of `train`, any JSON: rows of another are not used; default its `fingerprint`
 ):                   # -> Ablation
     """Runs what is missing of a grid of trainings and returns the whole table. A finished (config, seed) is never run again, whatever rows or order it came from; every
     seed's rows come before the next seed's; a row that raises is recorded and tried again by the next call. Each row starts from the random state of its seed.
@@ -234,9 +236,10 @@ class _Runs:
     def metrics(self): return list(dict.fromkeys(k for r in self.rows for k in r.get('figures', {})))
 
     def _metric(self, name=None):
-        "The name of a figure: `name`, or the first there is. ValueError where no row has finished, KeyError for one that is none."
+        "`name`, or the first figure; ValueError where no row has finished, KeyError for no figure."
         if not self.metrics: raise ValueError('no row has finished; there are no figures yet')
-        if name is not None and name not in self.metrics: raise KeyError(f'{name!r} is no figure; there are {", ".join(self.metrics)}')
+        if name is not None and name not in self.metrics:
+            raise KeyError(f'{name!r} is no figure; there are {", ".join(self.metrics)}')
         return name or self.metrics[0]
 
     def runs(self, row, metric=None):
@@ -264,7 +267,7 @@ class _Runs:
 
     def sentence(self, row, metric=None, to='reference', digits=2, paired_seeds=False):
         "What a comparison found, in one sentence."
-        if not self.metrics: return f'{row} cannot be compared with {to}: no row has finished; there are no figures yet.'
+        if not self.metrics: return f'{row} cannot be compared with {to}: no row has finished.'
         metric = self._metric(metric)
         try: r = self.compare(row, metric, to, paired_seeds)
         except ValueError as error: return f'{row}: {metric} cannot be compared with {to}: {error}.'
@@ -323,7 +326,8 @@ class Ablation(_Runs):
         import matplotlib.pyplot as plt
         metric = self._metric(metric)
         base = self.mean('reference', metric)
-        if math.isnan(base): raise ValueError(f'reference has no {metric}; expected a finished run, for differences are drawn from it')
+        if math.isnan(base):
+            raise ValueError(f'reference has no {metric}; expected a finished run to draw from')
         rows = [(n, _judged(self, n, metric, paired_seeds)) for n in self.names if self.runs(n)]
         fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.27*len(rows)), dpi=75, layout='constrained')
         for k, (name, r) in enumerate(rows):
@@ -347,7 +351,8 @@ class WaveletPacketCodec(PacketCodec):
         super().__init__(channels, check_whole(level, 'level', 1))
         self.wavelet = wavelet
         dwt2(torch.zeros(1, 1, 2, 2), wavelet)               # raises for a name that is none
-    def extra_repr(self): return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
+    def extra_repr(self):
+        return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
     def _apart(self, x):
         c = x.shape[1]
         for _ in range(self.level):
@@ -362,7 +367,7 @@ class WaveletPacketCodec(PacketCodec):
         return z
 
 def swap_wavelet(
-    model,    # a LatentSR, trained or not, whose codec is a PacketCodec (none of another class that is made from it) or has a `wavelet`; it is not changed
+    model,    # a LatentSR whose codec is a PacketCodec itself, or has a `wavelet`; it is not changed
     wavelet,  # a discrete wavelet's name in PyWavelets
 ):            # -> a copy of the model with the same weights and scales
     "The same network in another wavelet's latent: DifIISR-DWT log, 3.3 and 3.4. TypeError for a codec without wavelet, ValueError for a name that is none."

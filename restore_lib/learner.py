@@ -106,43 +106,50 @@ def positioned(
 
 # %% ../nbs/03_learner.ipynb #03-028
 def as_json(
-    value,        # plain data: dicts, lists, text and numbers; NumPy's numbers, tuples and paths, too
+    value,        # plain data: dicts, lists, text, numbers; NumPy's numbers, tuples and paths, too
     name,         # the argument's name, for the message
     finite=True,  # refuse NaN and infinity?
-):                # the same as a JSON file would give it back: tuples are lists, paths and keys are text
-    "Plain data as JSON holds it. ValueError for NaN and for two keys of one text, TypeError for tensors, sets and other objects."
+):                # as a JSON file would give it back: tuples are lists, paths and keys are text
+    "Plain data as JSON holds it; ValueError for NaN and colliding keys, TypeError for the rest."
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, os.PathLike): return os.fspath(value)
-    if isinstance(value, (list, tuple)): return [as_json(v, f'{name}[{k}]', finite) for k, v in enumerate(value)]
+    if isinstance(value, (list, tuple)):
+        return [as_json(v, f'{name}[{k}]', finite) for k, v in enumerate(value)]
     if isinstance(value, dict):
         out = {}
         for key, v in value.items():
             text = as_json(key, f'a key of {name}')
             text = text if isinstance(text, str) else json.dumps(text)
-            if text in out: raise ValueError(f'{name} has two keys that are {text!r} in JSON; expected one')
+            if text in out: raise ValueError(f'{name} has two keys that are {text!r} in JSON')
             out[text] = as_json(v, f'{name}[{text!r}]', finite)
         return out
     if isinstance(value, float) and finite and not math.isfinite(value):
         raise ValueError(f'{name} is {value!r}, which JSON cannot hold; expected a finite number')
-    if value is None or isinstance(value, (str, bool, int, float)): return json.loads(json.dumps(value))
-    raise TypeError(f'{name} is {type(value).__name__}, which JSON cannot hold; expected text, numbers, lists and dicts')
+    if value is not None and not isinstance(value, (str, bool, int, float)):
+        raise TypeError(f'{name} is {type(value).__name__}, which JSON cannot hold; '
+                        'expected text, numbers, lists and dicts')
+    return json.loads(json.dumps(value))
 
 def _flatten(state):
-    "A nested state as (tensors by dotted name, each its own; the rest with a mark where a tensor was)."
+    "A nested state as (tensors by dotted name, the rest with a mark where a tensor was)."
     tensors = {}
-    def walk(v, name):
-        if isinstance(v, torch.Tensor):
-            while name in tensors: name += "'"                       # {'a.b': ...} beside {'a': {'b': ...}}, 1 beside '1'
-            tensors[name] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return {'tensor': name}
-        if isinstance(v, dict): return {'dict': [[plain(k, f'a key of {name}'), walk(w, f'{name}.{k}')] for k, w in v.items()]}
-        if isinstance(v, (list, tuple)):
-            return {'list' if isinstance(v, list) else 'tuple': [walk(w, f'{name}.{i}') for i, w in enumerate(v)]}
-        return {'value': plain(v, name)}
     def plain(v, name):
         v = v.item() if isinstance(v, np.generic) else v
         if v is None or isinstance(v, (str, int, float, bool)): return v
-        raise TypeError(f'{name} is {type(v).__name__}; expected tensors, numbers, strings, lists and dicts')
+        raise TypeError(f'{name} is {type(v).__name__}; '
+                        'expected tensors, numbers, strings, lists and dicts')
+    def walk(v, name):
+        if isinstance(v, torch.Tensor):
+            while name in tensors: name += "'"       # 'a.b' beside a: {b: ...}, 1 beside '1'
+            tensors[name] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {'tensor': name}
+        if isinstance(v, dict):
+            keys = [plain(k, f'a key of {name}') for k in v]
+            return {'dict': [[k, walk(w, f'{name}.{k}')] for k, w in zip(keys, v.values())]}
+        if isinstance(v, (list, tuple)):
+            kind = 'list' if isinstance(v, list) else 'tuple'
+            return {kind: [walk(w, f'{name}.{i}') for i, w in enumerate(v)]}
+        return {'value': plain(v, name)}
     return tensors, walk(state, 'state')
 
 def _unflatten(form, tensors):
@@ -150,7 +157,8 @@ def _unflatten(form, tensors):
     (kind, v), = form.items()
     if kind == 'tensor': return tensors[v]
     if kind == 'dict': return {k: _unflatten(w, tensors) for k, w in v}
-    if kind in ('list', 'tuple'): return (list if kind == 'list' else tuple)(_unflatten(w, tensors) for w in v)
+    if kind == 'list': return [_unflatten(w, tensors) for w in v]
+    if kind == 'tuple': return tuple(_unflatten(w, tensors) for w in v)
     if kind != 'value': raise ValueError(f'{kind!r} is no part of a state')
     return v
 
@@ -172,29 +180,32 @@ def _steps(folder):
     "The checkpoints below a folder, oldest first."
     return sorted(Path(folder).glob('step_' + 9*'[0-9]'))
 
-_FILES = ('state.safetensors', 'state.json')
+_TENSORS, _JSON, _SUMS = 'state.safetensors', 'state.json', 'sums.json'
 
 def save_checkpoint(
     folder,      # where checkpoints are kept, one folder a step below it
     step,        # whole number of at most nine digits
     state,       # nested dicts and lists of tensors, numbers and strings
-    info=None,   # what a reader may want to know: configuration, metric, ...; JSON, see `as_json`
-    keep=2,      # how many to keep of those up to this step, from 1; later ones are another run's and stay
+    info=None,   # what a reader may want to know: configuration, metric, ...; see `as_json`
+    keep=2,      # how many to keep, from 1, of those up to this step; later ones stay
 ) -> Path:
-    "Writes `step_NNN/state.safetensors`, `.json` and checksums beside the older ones, then renames: OSError leaves those intact."
+    """Writes `step_NNN/state.safetensors`, `state.json` and checksums beside the older ones, then
+    renames: OSError leaves those intact."""
     from safetensors.torch import save_file
     step, keep = check_whole(step, 'step', 0, 10**9 - 1), check_whole(keep, 'keep', 1)
     folder, name = Path(folder), f'step_{step:09d}'
     part = folder/f'{name}.part'
     said = {k: as_json(v, k, finite=k == 'config') for k, v in (info or {}).items()}
-    if own := said.keys() & {'step', 'form'}: raise ValueError(f'info has the key {min(own)!r}; that is the checkpoint\'s own')
+    if own := said.keys() & {'step', 'form'}:
+        raise ValueError(f'info has the key {min(own)!r}, which is the checkpoint\'s own')
     tensors, form = _flatten(state)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(tensors, part/_FILES[0])
-        (part/_FILES[1]).write_text(json.dumps(dict(said, step=step, form=form)), encoding='utf-8')
-        (part/'sums.json').write_text(json.dumps({f: _file_hash(part/f) for f in _FILES}), encoding='utf-8')
+        save_file(tensors, part/_TENSORS)
+        (part/_JSON).write_text(json.dumps(dict(said, step=step, form=form)), encoding='utf-8')
+        sums = {f: _file_hash(part/f) for f in (_TENSORS, _JSON)}
+        (part/_SUMS).write_text(json.dumps(sums), encoding='utf-8')
         for p in (*part.iterdir(), part): _sync(p)
         shutil.rmtree(folder/name, ignore_errors=True)
         part.rename(folder/name)
@@ -202,20 +213,21 @@ def save_checkpoint(
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f'checkpoint {folder/name} could not be written ({error}); the ones before it are intact') from error
-    for old in [p for p in _steps(folder) if p.name <= name][:-keep]: shutil.rmtree(old, ignore_errors=True)
+    up_to_this = [p for p in _steps(folder) if p.name <= name]
+    for old in up_to_this[:-keep]: shutil.rmtree(old, ignore_errors=True)
     return folder/name
 
 def _read_checkpoint(path):
-    "State and info of one checkpoint; ValueError, or what reading raises, where it is not as it was written."
+    "State and info of one checkpoint; raises where it is not as it was written."
     from safetensors.torch import load_file
-    if (path/'sums.json').exists():                                  # checkpoints of older versions have none
-        sums = json.loads((path/'sums.json').read_text(encoding='utf-8'))
-        changed = [f for f in _FILES if sums[f] != _file_hash(path/f)]
+    if (path/_SUMS).exists():                                # older versions wrote none
+        sums = json.loads((path/_SUMS).read_text(encoding='utf-8'))
+        changed = [f for f in (_TENSORS, _JSON) if sums[f] != _file_hash(path/f)]
         if changed: raise ValueError(f'{", ".join(changed)}: not the bytes that were written')
-    info = json.loads((path/_FILES[1]).read_text(encoding='utf-8'))
-    if not isinstance(info, dict): raise ValueError(f'{_FILES[1]} holds {type(info).__name__}; expected a dict')
-    if info['step'] != int(path.name[5:]): raise ValueError(f'{_FILES[1]} is of step {info["step"]}')
-    return _unflatten(info.pop('form'), load_file(path/_FILES[0])), info
+    info = json.loads((path/_JSON).read_text(encoding='utf-8'))
+    if not isinstance(info, dict): raise ValueError(f'{_JSON} holds {info!r}; expected a dict')
+    if info['step'] != int(path.name[5:]): raise ValueError(f'{_JSON} is of step {info["step"]}')
+    return _unflatten(info.pop('form'), load_file(path/_TENSORS)), info
 
 def load_checkpoint(
     folder,        # as given to `save_checkpoint`
@@ -223,19 +235,24 @@ def load_checkpoint(
 ) -> tuple[dict, dict]:  # state, info
     "The newest checkpoint that is whole; a damaged one is named in a warning and the one before it is taken."
     from safetensors import SafetensorError
-    if config is not None and not isinstance(config, dict): raise TypeError(f'config is {type(config).__name__}; expected a dict')
-    wanted = None if config is None else as_json(config, 'config')
+    if config is not None and not isinstance(config, dict):
+        raise TypeError(f'config is {type(config).__name__}; expected a dict')
+    config = None if config is None else as_json(config, 'config')
+    damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+              SafetensorError)
     found = _steps(folder)[::-1]
     for path in found:
         try: state, info = _read_checkpoint(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            warnings.warn(f'{path} is damaged ({type(error).__name__}: {error}); taking the one before it')
+        except damage as error:
+            reason = f'{type(error).__name__}: {error}'
+            warnings.warn(f'{path} is damaged ({reason}); taking the one before it')
             continue
         was = info.get('config')
-        if wanted is not None and was != wanted:
+        if config is not None and was != config:
             was = was if isinstance(was, dict) else {}
-            differ = [k for k in {**was, **wanted} if k not in was or k not in wanted or was[k] != wanted[k]]
-            raise ValueError(f'{path} was made with another configuration; ' + ', '.join(f'{k}: {was.get(k)!r} there, {wanted.get(k)!r} here' for k in differ))
+            told = ', '.join(f'{k}: {was.get(k)!r} there, {config.get(k)!r} here'
+                             for k in {**was, **config} if was.get(k, was) != config.get(k, config))
+            raise ValueError(f'{path} was made with another configuration; {told}')
         return state, info
     raise FileNotFoundError(f'{folder} holds no whole checkpoint ({len(found)} damaged)')
 
@@ -480,15 +497,17 @@ class Trainer(Loop):
 
 # %% ../nbs/03_learner.ipynb #03-047a
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_IDLE = ('IPython', 'ipywidgets', 'matplotlib', 'tqdm', 'logging', 'threading', '_thread', 'accelerate')   # show or start things
-_SEEDED = (random._inst, np.random.mtrand._rand, torch.default_generator)      # `seed_all` sets them before each step
-_MODULE_OWN = frozenset(vars(nn.Module()))                                     # what torch keeps in every module
+_IDLE = ('IPython', 'ipywidgets', 'matplotlib', 'tqdm', 'logging', 'threading', '_thread',
+         'accelerate')                                       # show or start things, decide nothing
+_SEEDED = (random._inst, np.random.mtrand._rand, torch.default_generator)       # by `seed_all`
+_MODULE_OWN = frozenset(vars(nn.Module()))                   # what torch keeps in every module
 
 def _hash(*parts):
     "16 bytes that stand for a row of texts and bytes, and for no other."
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
-        data = part if isinstance(part, (bytes, memoryview)) else str(part).encode('utf-8', 'surrogatepass')
+        raw = isinstance(part, (bytes, memoryview))
+        data = part if raw else str(part).encode('utf-8', 'surrogatepass')
         h.update(len(data).to_bytes(8, 'big'))
         h.update(data)
     return h.digest()
@@ -498,15 +517,16 @@ def _hash_as_of(path, size, changed): return _file_hash(path)
 
 @lru_cache(maxsize=None)
 def _library(module):
-    "Name and version of the installed library that a module is of; '' for this library, notebooks and the user's own files."
+    "Name and version of a module's library; '' for this one, notebooks and the user's own files."
     top = (module or '__main__').partition('.')[0]
     if top in ('__main__', 'restore_lib'): return ''
-    if top in sys.stdlib_module_names: return f'python {sys.version_info[0]}.{sys.version_info[1]}'
-    spec = getattr(sys.modules.get(top), '__spec__', None) or (None if top in sys.modules else importlib.util.find_spec(top))
-    place = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
-    if not place or not {'site-packages', 'dist-packages'} & set(Path(place).parts): return ''
-    version = getattr(sys.modules.get(top), '__version__', '')
-    return f'{top} {str(version).partition("+")[0]}'
+    if top in sys.stdlib_module_names: return 'python {}.{}'.format(*sys.version_info)
+    known = sys.modules.get(top)
+    spec = getattr(known, '__spec__', None) if known else importlib.util.find_spec(top)
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec else []
+    folders = {part for place in places if place for part in Path(place).parts}
+    if not folders & {'site-packages', 'dist-packages'}: return ''
+    return f'{top} {str(getattr(known, "__version__", "")).partition("+")[0]}'
 
 def _stands(v):
     "Is the function or class `v` what its module has under its name?"
@@ -518,21 +538,25 @@ def _stands(v):
     return False
 
 def _reads(code):
-    "What code, with the code inside it, reads from outside: chains (global, attribute, ...), and (None, module, names) of imports."
+    """What code, with the code inside it, reads from outside: (global, attribute, ...), and
+    (None, module, names) for imports."""
     out, steps = set(), list(dis.get_instructions(code))
     for k, step in enumerate(steps):
         if step.opname in ('LOAD_GLOBAL', 'LOAD_NAME'):
-            rest = takewhile(lambda s: s.opname in ('LOAD_ATTR', 'LOAD_METHOD'), steps[k + 1:])
-            out.add((step.argval, *(s.argval for s in rest)))
-        if step.opname == 'IMPORT_NAME': out.add((None, '.'*steps[k - 2].argval + step.argval, steps[k - 1].argval or ()))
+            after = takewhile(lambda s: s.opname in ('LOAD_ATTR', 'LOAD_METHOD'), steps[k + 1:])
+            out.add((step.argval, *(s.argval for s in after)))
+        if step.opname == 'IMPORT_NAME':
+            level, names = steps[k - 2].argval, steps[k - 1].argval
+            out.add((None, '.'*level + step.argval, names or ()))
     return out.union(*(_reads(c) for c in code.co_consts if isinstance(c, types.CodeType)))
 
 # %% ../nbs/03_learner.ipynb #03-047b
 class _Prints:
-    "Digests of values by what they are and hold; `unseen` has, by name, what cannot be looked into."
+    "Digests of values by what they are and hold; `unseen` has, by name, what is closed to it."
     def __init__(self):
         self.done, self.above, self.unseen = {}, {}, {}
-        self.named, self.order = {}, {}       # functions and classes that are told by name and hashed once; parameters as they come
+        self.named = {}       # functions and classes that are told by name and hashed once
+        self.order = {}       # parameters as they come, to tell tied ones
 
     def all(self, value, name):
         "The digest of a value, with the code of all functions and classes that it leads to."
@@ -548,12 +572,12 @@ class _Prints:
         if isinstance(v, np.generic): v = v.item()
         if type(v) in _PLAIN: return _hash(type(v).__name__, repr(v))
         if id(v) in self.done: return self.done[id(v)][0]
-        if id(v) in self.above: return _hash('above', len(self.above) - self.above[id(v)])     # it holds itself
-        self.above[id(v)] = len(self.above)
+        if id(v) in self.above: return _hash('above', len(self.above) - self.above[id(v)])
+        self.above[id(v)] = len(self.above)                  # it may hold itself
         try: out = _hash(*_way(v)(self, v, name))
         except Exception: out = _hash(*self.blind(v, name))
         finally: del self.above[id(v)]
-        self.done[id(v)] = out, v             # kept alive, or another value could come to lie at its address
+        self.done[id(v)] = out, v                            # kept alive: its id stays its own
         return out
 
     def blind(self, v, name):
@@ -562,23 +586,20 @@ class _Prints:
 
     def held(self, values, name):
         "Digests of a dict of values by attribute name."
-        return [part for k in sorted(values, key=str) for part in (k, self.of(values[k], f'{name}.{k}'))]
+        keys = sorted(values, key=str)
+        return [part for k in keys for part in (k, self.of(values[k], f'{name}.{k}'))]
 
     def code(self, v, name, body):
-        "Code of the user's: by name, if it can be found by it, so that functions may name each other; else as it is."
+        "Code of the user's: by name where it is found by it, for functions may name each other."
         key = v.__module__, v.__qualname__
-        if not _stands(v) or self.named.setdefault(key, (v, v.__qualname__, body))[0] is not v: return 'local', *body(self, v, name)
-        return 'named', *key
+        if _stands(v) and self.named.setdefault(key, (v, v.__qualname__, body))[0] is v:
+            return 'named', *key
+        return 'local', *body(self, v, name)
 
     def outside(self, f, chain, name):
         "The digest of what a function reads from outside itself, as `_reads` names it."
         first, *rest = chain
-        if first is None:
-            where = importlib.util.resolve_name(rest[0], f.__globals__.get('__package__'))
-            if lib := _library(where): return lib
-            found = importlib.import_module(where)
-            if not rest[1]: return self.of(found, f'module `{where}` that {name} imports')
-            return _hash(*(self.of(getattr(found, n), f'`{n}` that {name} imports') for n in rest[1]))
+        if first is None: return self.imported(f, *rest, name)
         if first not in f.__globals__: return 'built in, or not yet defined'
         v, where = f.__globals__[first], first
         while rest and isinstance(v, types.ModuleType) and not _library(v.__name__):
@@ -586,12 +607,21 @@ class _Prints:
             v = getattr(v, rest.pop(0), None)
         return self.of(v, f'global `{where}` of {name}')
 
-# Each way gives the parts of which the digest of such a value is made.
+    def imported(self, f, module, names, name):
+        module = importlib.util.resolve_name(module, f.__globals__.get('__package__'))
+        if lib := _library(module): return lib
+        found = importlib.import_module(module)
+        if not names: return self.of(found, f'module `{module}` that {name} imports')
+        of = {n: self.of(getattr(found, n), f'`{n}` that {name} imports') for n in names}
+        return _hash(*of.values())
+
+# Each of these gives the parts of which the digest of a value is made.
 
 def _tensor(seen, t, name):
-    if t.device.type == 'meta' or t.layout != torch.strided or t.is_quantized: return seen.blind(t, name)
-    flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return 'tensor', t.dtype, tuple(t.shape), memoryview(flat.numpy())
+    if t.device.type == 'meta' or t.layout != torch.strided or t.is_quantized:
+        return seen.blind(t, name)
+    flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return 'tensor', t.dtype, tuple(t.shape), memoryview(flat.view(torch.uint8).numpy())
 
 def _array(seen, a, name):
     if a.dtype.hasobject: return 'array', a.shape, seen.of(a.tolist(), name)
@@ -605,8 +635,9 @@ def _row(seen, v, name):
 def _set(seen, v, name): return 'set', *sorted(seen.of(u, f'an element of {name}') for u in v)
 
 def _dict(seen, v, name):
-    keys = {seen.of(k, f'a key of {name}'): k for k in v}
-    return 'dict', *(part for h in sorted(keys) for part in (h, seen.of(v[keys[h]], f'{name}[{keys[h]!r:.40}]')))
+    keys = sorted(((seen.of(k, f'a key of {name}'), k) for k in v), key=lambda pair: pair[0])
+    pairs = [(h, seen.of(v[k], f'{name}[{k!r:.40}]')) for h, k in keys]
+    return 'dict', *(part for pair in pairs for part in pair)
 
 def _path(seen, p, name):
     stat = p.stat() if p.is_file() else None
@@ -630,7 +661,8 @@ def _function_body(seen, f, name):
     for chain in sorted(_reads(f.__code__), key=repr):
         yield repr(chain)
         try: yield seen.outside(f, chain, name)
-        except (ImportError, AttributeError): yield from seen.blind(f, f'`{chain[1]}` that {name} imports')
+        except (ImportError, AttributeError):
+            yield from seen.blind(f, f'`{chain[1]}` that {name} imports')
 
 def _function(seen, f, name):
     lib = _library(f.__module__)
@@ -639,26 +671,45 @@ def _function(seen, f, name):
 
 def _class_body(seen, cls, name):
     kinds = (types.FunctionType, staticmethod, classmethod, property)
-    own = {k: v for k, v in vars(cls).items() if isinstance(v, kinds) or not (k.startswith('__') or k == '_abc_impl')}
-    own = {k: v for k, v in own.items() if isinstance(v, kinds) or not (k.startswith('_') and k.endswith('_'))}
-    return 'class', *(seen.of(b, f'a base of {name}') for b in cls.__bases__), *seen.held(own, name)
+    def noted(k):                                            # by Python, abc, enum and dataclass
+        return k == '_abc_impl' or (k.startswith('_') and k.endswith('_'))
+    own = {k: v for k, v in vars(cls).items()
+           if isinstance(v, kinds) or callable(v) or not noted(k)}
+    bases = [seen.of(b, f'a base of {name}') for b in cls.__bases__]
+    return 'class', seen.of(type(cls), name), *bases, *seen.held(own, name)
 
 def _class(seen, cls, name):
     lib = _library(cls.__module__)
-    return ('library', lib, cls.__module__, cls.__qualname__) if lib else seen.code(cls, name, _class_body)
+    if lib: return 'library', lib, cls.__module__, cls.__qualname__
+    return seen.code(cls, name, _class_body)
 
 def _builtin(seen, f, name):
     owner = f.__self__
-    if owner is not None and not isinstance(owner, types.ModuleType): return 'method', f.__name__, seen.of(owner, f'what {name} is bound to')
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        return 'method', f.__name__, seen.of(owner, f'what {name} is bound to')
     module = f.__module__ or getattr(owner, '__name__', '')
-    return 'library', _library(module), module, f.__qualname__
+    lib = _library(module)
+    return ('library', lib, module, f.__qualname__) if lib else seen.blind(f, name)
 
-def _method(seen, m, name): return 'method', seen.of(m.__func__, name), seen.of(m.__self__, f'what {name} is bound to')
-def _partial(seen, p, name): return 'partial', *(seen.of(v, name) for v in (p.func, p.args, p.keywords))
-def _property(seen, p, name): return 'property', *(seen.of(v, name) for v in (p.fget, p.fset, p.fdel))
-def _wrapper(seen, v, name): return type(v).__name__, seen.of(v.__func__ if isinstance(v, (staticmethod, classmethod)) else v.__wrapped__, name)
-def _enum(seen, v, name): return 'enum', v.__class__.__module__, v.__class__.__qualname__, v.name, seen.of(v.value, name)
-def _generator(seen, g, name): return 'generator', g.device, '' if g in _SEEDED else seen.of(g.get_state(), name)
+def _method(seen, m, name):
+    return 'method', seen.of(m.__func__, name), seen.of(m.__self__, f'what {name} is bound to')
+
+def _partial(seen, p, name):
+    return 'partial', *(seen.of(v, name) for v in (p.func, p.args, p.keywords))
+
+def _property(seen, p, name):
+    return 'property', *(seen.of(v, name) for v in (p.fget, p.fset, p.fdel))
+
+def _wrapper(seen, v, name):
+    return type(v).__name__, seen.of(v.__wrapped__, name)
+
+def _enum(seen, v, name):
+    kind = v.__class__
+    return 'enum', kind.__module__, kind.__qualname__, v.name, seen.of(v.value, name)
+
+def _generator(seen, g, name):
+    own = not any(g is s for s in _SEEDED)
+    return 'generator', g.device, seen.of(g.get_state(), name) if own else ''
 
 def _python_module(seen, m, name):
     lib = _library(m.__name__)
@@ -666,33 +717,41 @@ def _python_module(seen, m, name):
 
 def _thing(seen, v, name):
     "Any other object: what pickle would store of it."
-    if any(v is g for g in _SEEDED) or type(v).__module__.partition('.')[0] in _IDLE: return 'idle', type(v).__module__, type(v).__qualname__
+    kind = type(v)
+    if any(v is s for s in _SEEDED) or kind.__module__.partition('.')[0] in _IDLE:
+        return 'idle', kind.__module__, kind.__qualname__
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         made = v.__reduce_ex__(4)
-    if isinstance(made, str): return 'global', type(v).__module__, type(v).__qualname__, made
+    if isinstance(made, str): return 'global', kind.__module__, kind.__qualname__, made
     make, args, state, items, pairs = (*made, None, None, None)[:5]
-    state = seen.held(state, name) if type(state) is dict else [seen.of(state, name)]
-    return 'thing', seen.of(type(v), name), seen.of(make, name), seen.of(args, name), *state, seen.of(list(items or ()), name), seen.of(dict(pairs or ()), name)
+    parts = [kind, make, args, list(items or ()), dict(pairs or ())]
+    inside = seen.held(state, name) if type(state) is dict else [seen.of(state, name)]
+    return 'thing', *(seen.of(p, name) for p in parts), *inside
 
 # %% ../nbs/03_learner.ipynb #03-047c
 def _network(seen, m, name):
-    wrapped = ('forward', '_original_forward') if hasattr(m, '_original_forward') else ()      # by accelerate, for mixed precision
     yield from ('network', seen.of(type(m), name), sorted(m._non_persistent_buffers_set))
-    yield from seen.held({k: v for k, v in vars(m).items() if k not in _MODULE_OWN and k not in wrapped}, name)
-    yield from seen.held({k: list(vars(m)[k].values()) for k in _MODULE_OWN if k.endswith('hooks') and vars(m)[k]}, name)
+    skip = _MODULE_OWN
+    if hasattr(m, '_original_forward'): skip |= {'forward', '_original_forward'}    # accelerate's
+    yield from seen.held({k: v for k, v in vars(m).items() if k not in skip}, name)
+    hooks = {k: list(v.values()) for k, v in vars(m).items() if k.endswith('_hooks') and v}
+    yield from seen.held(hooks, name)
     for k, p in m._parameters.items():
         yield from (k, seen.of(p, f'{name}.{k}'))
-        if p is not None: yield from (seen.order.setdefault(id(p), len(seen.order)), p.requires_grad)      # tied or not
+        if p is None: continue
+        yield from (seen.order.setdefault(id(p), len(seen.order)), p.requires_grad)
     yield from seen.held(m._buffers, name)
     for k, child in m._modules.items(): yield from (k, seen.of(child, f'{name}.{k}'))
 
 def _optimizer(seen, opt, name, skip=('params',)):
-    opt = getattr(opt, 'optimizer', opt)                       # accelerate's holds the one that was given
+    opt = getattr(opt, 'optimizer', opt)                     # within accelerate's
     yield from ('optimizer', seen.of(type(opt), name))
     for group in opt.param_groups:
         yield from seen.held({k: v for k, v in group.items() if k not in skip}, name)
-        for p in group['params']: yield from (seen.order.get(id(p), ''), seen.of(p, name), seen.of(opt.state.get(p), name))
+        for p in group['params']:
+            which = seen.order.get(id(p), '')
+            yield from (which, seen.of(p, name), seen.of(opt.state.get(p), name))
 
 def _sampler(seen, s, name):
     "Without the state of its generator, which is set anew for each round."
@@ -701,72 +760,99 @@ def _sampler(seen, s, name):
 
 def _loader(seen, loader, name):
     "What decides its batches; not its workers and memory."
-    keys = ('dataset', 'collate_fn', 'worker_init_fn', 'batch_size', 'drop_last', 'sampler' if loader.batch_size else 'batch_sampler')
+    keys = ('dataset', 'collate_fn', 'worker_init_fn', 'batch_size', 'drop_last')
+    keys += ('sampler',) if loader.batch_size else ('batch_sampler',)
     return 'loader', *seen.held({k: getattr(loader, k) for k in keys}, name)
 
 def _learner(seen, learn, name):
-    "What decides its result: all but the number of steps."
-    yield from ('learner', seen.of(learn.bare, 'model'), *_optimizer(seen, learn.opt, 'opt', ('params', 'lr')))
-    shown = (Progress, LiveCurve, TensorBoard)
+    "What decides its result, but the number of steps."
+    yield from ('learner', seen.of(learn.bare, 'model'))
+    yield from _optimizer(seen, learn.opt, 'opt', ('params', 'lr'))    # a schedule moves lr
+    cbs = [cb for cb in learn.cbs if type(cb) not in (Progress, LiveCurve, TensorBoard)]
+    classes = [c for c in type(learn).__mro__ if issubclass(c, Loop)]
     yield from seen.held(dict(
         train=getattr(learn.train.batch_sampler, 'loader', learn.train), valid=learn.valid,
-        loss_fn=learn.loss_fn, sched=learn.sched, rates=learn.rates, clip=learn.clip, accumulate=learn.accumulate,
-        cbs=[cb for cb in learn.cbs if type(cb) not in shown],
-        precision=learn.acc.mixed_precision, processes=learn.acc.num_processes, seed=learn.seed, step=learn.step,
-        how=[getattr(type(learn), f) for f in ('one_step', 'validate')] + [positioned]), 'learn')
+        loss_fn=learn.loss_fn, sched=learn.sched, rates=learn.rates, cbs=cbs, clip=learn.clip,
+        accumulate=learn.accumulate, precision=learn.acc.mixed_precision, seed=learn.seed,
+        processes=learn.acc.num_processes, step=learn.step,
+        how=[learn.one_step, learn.validate, positioned],
+        classes=[c for c in classes if c not in (Loop, Trainer, Learner)]), 'learn')
 
-_EXACT = {list: _row, tuple: _row, set: _set, frozenset: _set, dict: _dict, OrderedDict: _dict, types.MappingProxyType: _dict}
-_WAYS = {torch.Tensor: _tensor, np.ndarray: _array, nn.Module: _network, torch.optim.Optimizer: _optimizer, DataLoader: _loader,
-         Sampler: _sampler, Loop: _learner, torch.Generator: _generator, type: _class, types.FunctionType: _function,
-         types.BuiltinFunctionType: _builtin, types.MethodType: _method, types.ModuleType: _python_module, types.CodeType: _bytecode,
-         partial: _partial, property: _property, (staticmethod, classmethod, type(_hash_as_of)): _wrapper, Enum: _enum, Path: _path}
+_EXACT = {list: _row, tuple: _row, set: _set, frozenset: _set,
+          dict: _dict, OrderedDict: _dict, types.MappingProxyType: _dict}
+_KINDS = {torch.Tensor: _tensor, np.ndarray: _array, nn.Module: _network, DataLoader: _loader,
+          Sampler: _sampler, torch.optim.Optimizer: _optimizer, torch.Generator: _generator,
+          Loop: _learner, type: _class, types.FunctionType: _function, types.MethodType: _method,
+          types.BuiltinFunctionType: _builtin, types.ModuleType: _python_module,
+          types.CodeType: _bytecode, partial: _partial, property: _property,
+          (staticmethod, classmethod, type(_hash_as_of)): _wrapper, Enum: _enum, Path: _path}
 
 def _way(v):
     "How the parts of `v` are found."
-    return _EXACT.get(type(v)) or next((way for kind, way in _WAYS.items() if isinstance(v, kind)), _thing)
+    if type(v) in _EXACT: return _EXACT[type(v)]
+    return next((way for kind, way in _KINDS.items() if isinstance(v, kind)), _thing)
 
 def fingerprint(
     value,         # anything: a Learner, a model, a function, a data set, plain data
     name='value',  # for the warning
-) -> str:          # 32 hex digits: the same in every process, others whenever something that it sees is changed
-    """A digest of what `value` is and holds: tensors, arrays and files behind a Path by content; functions and classes of notebooks, of this library
-    and of the user's files by their bytecode, with all that they capture, bind and read from outside; those of installed libraries by name and
-    version. What cannot be looked into is named in a warning. Nothing is drawn, nothing is changed."""
+) -> str:          # 32 hex digits, the same in every process
+    """A digest of what `value` is and holds. Tensors, arrays and files behind a Path count by
+    content; functions and classes of notebooks, of this library and of the user's files by their
+    bytecode, with all that they capture, bind and read from outside; those of installed libraries
+    by name and version. A warning names what cannot be looked into. Nothing is drawn or changed."""
     seen = _Prints()
     out = seen.all(value, name).hex()
     if seen.unseen:
-        listed = '; '.join(f'{where} (a {kind})' for where, kind in list(seen.unseen.items())[:8])
-        warnings.warn(f'the fingerprint of {name} does not see into {len(seen.unseen)} values, and no change of them: {listed}', stacklevel=2)
+        listed = [f'{where} (a {kind})' for where, kind in seen.unseen.items()]
+        told = '; '.join(listed[:8] + ['...']*(len(listed) > 8))
+        warnings.warn(f'fingerprint of {name}: cannot see into {told}; changes there go unnoticed',
+                      stacklevel=2)
     return out
 
 def files_digest(
     paths,  # a file or a folder, or several
 ) -> str:   # 32 hex digits
-    "A digest of the names and bytes of files, and of all files below folders, in whatever order they come. FileNotFoundError for none."
+    """A digest of the names and bytes of files, and of all files below folders, in any order.
+    FileNotFoundError for none."""
     found = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
-        inside = [(p.relative_to(path.parent), p) for p in path.rglob('*') if p.is_file()] if path.is_dir() else [(path.name, path)]
-        found += [_hash(name, _file_hash(p)) for name, p in inside]
+        files = [p for p in path.rglob('*') if p.is_file()] if path.is_dir() else [path]
+        found += [_hash(p.relative_to(path.parent).as_posix(), _file_hash(p)) for p in files]
     if not found: raise FileNotFoundError(f'{paths} holds no file')
     return _hash(*sorted(found)).hex()
 
 # %% ../nbs/03_learner.ipynb #03-048
 def digest(value):
-    "Eight hex digits that change whenever `value`, anything that JSON can hold (see `as_json`), does."
-    return hashlib.blake2b(json.dumps(as_json(value, 'value'), sort_keys=True).encode(), digest_size=4).hexdigest()
+    "Eight hex digits that change whenever `value`, plain data (see `as_json`), does."
+    text = json.dumps(as_json(value, 'value'), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 def _check_name(value, name):
-    "Passes names of files through; ValueError for one that would lie in another folder, TypeError for no text."
-    if not isinstance(value, str): raise TypeError(f'{name} is {type(value).__name__}; expected text')
-    if value in ('', '.', '..') or set(value) & set('/\\\0'): raise ValueError(f'{name} is {value!r}; expected the name of a file, without a folder')
+    "Passes names of files through; ValueError for one that would lie in another folder."
+    if not isinstance(value, str): raise TypeError(f'{name} is {value!r}; expected text')
+    if value in ('', '.', '..') or set(value) & set('/\\\0'):
+        raise ValueError(f'{name} is {value!r}; expected the name of a file, without a folder')
     return value
 
 def _keeps(cb):
     "What a callback with a state is called in a checkpoint; '' for one without."
     if type(cb).state is Callback.state: return ''
-    fixed = {k: v for k, v in vars(cb).items() if isinstance(v, (int, float, str)) and k not in cb.state()}
-    return f'{type(cb).__name__}({", ".join(f"{k}={v!r}" for k, v in sorted(fixed.items()))})'
+    fixed = {k: v for k, v in vars(cb).items() if isinstance(v, (int, float, str))}
+    fixed = [f'{k}={v!r}' for k, v in sorted(fixed.items()) if k not in cb.state()]
+    return f'{type(cb).__name__}({", ".join(fixed)})'
+
+def _check_made_by(info, here, optimizer, where):
+    "ValueError unless a checkpoint is of this optimizer and these callbacks, in this order."
+    there, here = ([said for said in of if said] for of in (info['callbacks'], here))
+    kinds = [[said.partition('(')[0] for said in of] for of in (there, here)]
+    if kinds[0] != kinds[1] or (there != here and sorted(there) == sorted(here)):
+        told = [', '.join(of) or 'none' for of in (there, here)]
+        raise ValueError(f'{where} was made with other callbacks that keep a state, '
+                         f'or in another order: {told[0]} there, {told[1]} here')
+    if info['optimizer'] != optimizer:
+        raise ValueError(f'{where} was made with another optimizer: '
+                         f'{info["optimizer"]} there, {optimizer} here')
 
 class Learner(Trainer):
     "A Trainer that keeps checkpoints and goes on after a stop as if there had been none."
@@ -775,79 +861,93 @@ class Learner(Trainer):
         with self.deployed(): return self.acc.unwrap_model(deepcopy(self.bare), keep_fp32_wrapper=False)
 
     def fit(self, steps, valid_every=None, folder=None, save_every=None, config=None):
-        "As `Trainer.fit`; ValueError before any work where `folder` holds checkpoints that are not this run's."
+        "As `Trainer.fit`; ValueError at once where `folder` holds another run's checkpoints."
         if folder: self._claim(folder)
         return super().fit(steps, valid_every, folder, save_every, config)
 
     def _claim(self, folder):
-        "Takes note that this run's checkpoints lie in `folder`; ValueError where another run's do."
+        "Notes that this run's checkpoints lie in `folder`; ValueError where another run's do."
         folder, own = Path(folder).resolve(), vars(self).setdefault('folders', set())
         found = [] if folder in own else _steps(folder)
-        if found: raise ValueError(f'{folder} holds checkpoints of another run, up to step {int(found[-1].name[5:])}; expected an empty folder, or `load` it first to go on from there')
+        if found:
+            raise ValueError(f'{folder} holds checkpoints of another run, up to step '
+                             f'{int(found[-1].name[5:])}; '
+                             'expected an empty folder (to go on from there, `load` it)')
         own.add(folder)
 
     def _state(self):
         "What training needs to go on."
-        scaler = self.acc.scaler.state_dict() if self.acc.scaler else None
-        return dict(model=self.bare.state_dict(), opt=self.opt.state_dict(), scaler=scaler, cbs=[cb.state() for cb in self.cbs])
+        return dict(model=self.bare.state_dict(), opt=self.opt.state_dict(),
+                    scaler=self.acc.scaler.state_dict() if self.acc.scaler else None,
+                    cbs=[cb.state() for cb in self.cbs])
 
     def _take(self, state, cbs):
-        self.bare.load_state_dict(state['model']), self.opt.load_state_dict(state['opt'])
+        "Puts a state back; `cbs` are pairs (callback, its state)."
+        self.bare.load_state_dict(state['model'])
+        self.opt.load_state_dict(state['opt'])
         for p, kept in self.opt.state.items():            # the layout of the parameter, which files do not keep (channels last)
             kept.update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in kept.items() if isinstance(v, torch.Tensor) and v.shape == p.shape})
         if state['scaler']: self.acc.scaler.load_state_dict(state['scaler'])
         for cb, kept in cbs: cb.load_state(kept)
 
+    def _made_by(self):
+        "The callbacks that keep a state, '' for the others, and the optimizer, by name."
+        opt = getattr(self.opt, 'optimizer', self.opt)
+        return dict(callbacks=[_keeps(cb) for cb in self.cbs], optimizer=type(opt).__name__)
+
     def save(self, folder, config=None):
-        "A checkpoint of everything that training needs to go on; see `save_checkpoint`. ValueError where `folder` is another run's."
+        """A checkpoint of everything that training needs to go on; see `save_checkpoint`.
+        ValueError where `folder` holds another run's."""
         if self.acc.is_main_process:
             self._claim(folder)
-            made_by = dict(callbacks=[_keeps(cb) for cb in self.cbs], optimizer=type(getattr(self.opt, 'optimizer', self.opt)).__name__)
-            save_checkpoint(folder, self.step, self._state(), dict(config=config, seconds=self.seconds, metrics=self.metrics, history=self.history, **made_by))
+            info = dict(config=config, seconds=self.seconds, metrics=self.metrics,
+                        history=self.history)
+            save_checkpoint(folder, self.step, self._state(), info | self._made_by())
         self.acc.wait_for_everyone()
 
     def load(self, folder, config=None):
-        "Takes up the newest whole checkpoint below `folder`; see `load_checkpoint`. ValueError, and nothing taken, for one of another model, optimizer or callbacks."
+        """Takes up the newest whole checkpoint below `folder`; see `load_checkpoint`. ValueError,
+        and nothing is taken, where it is of another model, optimizer or callbacks."""
         state, info = load_checkpoint(folder, config)
-        here = [_keeps(cb) for cb in self.cbs]
-        if 'callbacks' in info: _check_made_by(info, here, type(getattr(self.opt, 'optimizer', self.opt)).__name__, folder)
-        elif len(state['cbs']) != len(here): raise ValueError(f'cbs holds {len(here)}; the checkpoint was made with {len(state["cbs"])}')
-        def of(kept, names): return list(zip([cb for cb, n in zip(self.cbs, here) if n], [k for k, n in zip(kept, names) if n]))
+        made_by = self._made_by()
+        here, there = made_by['callbacks'], info.get('callbacks', made_by['callbacks'])
+        if 'callbacks' in info: _check_made_by(info, here, made_by['optimizer'], folder)
+        if len(state['cbs']) != len(there):                  # of an older version, without names
+            raise ValueError(f'cbs holds {len(here)}; '
+                             f'the checkpoint was made with {len(state["cbs"])}')
+        def pairs(kept, names):
+            own = [cb for cb, said in zip(self.cbs, here) if said]
+            return list(zip(own, [k for k, said in zip(kept, names) if said]))
         before = _unflatten(*_flatten(self._state())[::-1])
-        try: self._take(state, of(state['cbs'], info.get('callbacks', here)))
+        try: self._take(state, pairs(state['cbs'], there))
         except Exception as error:
-            self._take(before, of(before['cbs'], here))
-            raise ValueError(f'{folder} holds another model, or other callbacks, than this Learner: {error}') from error
-        self.step, self.seconds, self.metrics, self.history = info['step'], info['seconds'], info['metrics'], info['history']
+            self._take(before, pairs(before['cbs'], here))
+            raise ValueError(f'{folder} holds another model or other callbacks: {error}') from error
+        self.step, self.seconds = info['step'], info['seconds']
+        self.metrics, self.history = info['metrics'], info['history']
         vars(self).setdefault('folders', set()).add(Path(folder).resolve())
         return self
 
     def fit_or_load(self,
         name,              # of the run, such as '03_denoise': a folder of runs_home() is named after it
-        config,            # JSON (see `as_json`): what decides the result and cannot be seen from here, such as what is behind the names of folders
+        config,            # plain data (see `as_json`): what decides the result, unseen by `fingerprint`
         steps,             # train up to this step
         valid_every=None,  # as in `fit`
         save_every=None,   # default every tenth of the way
     ):
-        "Loads what an earlier run of the same configuration and `fingerprint` left, goes on where one was stopped, or trains; prints which."
-        if not isinstance(config, dict): raise TypeError(f'config is {type(config).__name__}; expected a dict')
+        """Loads what an earlier run of the same configuration and fingerprint left, goes on where
+        one was stopped, or trains; prints which."""
+        if not isinstance(config, dict):
+            raise TypeError(f'config is {type(config).__name__}; expected a dict')
         steps = check_whole(steps, 'steps', 0)
-        config = as_json(dict(config, steps=steps, seed=self.seed, made_of=fingerprint(self, 'learn')), 'config')
+        made_of = fingerprint(self, 'learn')
+        config = as_json(dict(config, steps=steps, seed=self.seed, made_of=made_of), 'config')
         folder = runs_home()/f'{_check_name(name, "name")}-{digest(config)}'
         if _steps(folder): self.load(folder, config)
         say = 'loaded' if self.step >= steps else f'resumed at step {self.step}' if self.step else 'trained'
         if self.step < steps: self.fit(steps, valid_every, folder, save_every or max(1, steps//10), config)
         if self.acc.is_main_process: print(f'{name}: {say}; {self.step} steps, {self.seconds/60:.1f} min of training')
         return self
-
-def _check_made_by(info, here, optimizer, where):
-    "ValueError unless a checkpoint was made with this optimizer and these callbacks, in this order."
-    there, here = ([said for said in of if said] for of in (info['callbacks'], here))
-    kinds = [[said.partition('(')[0] for said in of] for of in (there, here)]
-    if kinds[0] != kinds[1] or (there != here and sorted(there) == sorted(here)):
-        told = [', '.join(of) or 'none' for of in (there, here)]
-        raise ValueError(f'{where} was made with other callbacks that keep a state, or in another order: {told[0]} there, {told[1]} here')
-    if info['optimizer'] != optimizer: raise ValueError(f'{where} was made with another optimizer: {info["optimizer"]} there, {optimizer} here')
 
 def plot_history(history, title=''):
     "The training loss, and what else the history holds, against steps; a figure."
@@ -875,11 +975,13 @@ def record_study(
 ):
     "Appends a row to `data/studies/LESSON.jsonl` if this is a study (RESTORE_BUDGET=study); otherwise does nothing."
     path = _study_path(lesson)
-    config, figures, seed = as_json(config, 'config'), as_json(figures, 'figures', finite=False), check_whole(seed, 'seed')
+    config, figures = as_json(config, 'config'), as_json(figures, 'figures', finite=False)
+    seed = check_whole(seed, 'seed')
     if budget_mode() != 'study': return
     import torchvision
     rows = [r for r in studies(lesson) if (r['config'], r['seed']) != (config, seed)]
-    rows.append(dict(config=config, seed=seed, minutes=round(float(minutes), 1), figures=figures, device=str(torch.get_num_threads()) + ' CPU threads'
+    rows.append(dict(config=config, seed=seed, minutes=round(float(minutes), 1), figures=figures,
+                     device=str(torch.get_num_threads()) + ' CPU threads'
                      if not torch.cuda.is_available() else torch.cuda.get_device_name(),
                      versions=dict(torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0])))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -887,7 +989,8 @@ def record_study(
     part.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     part.replace(path)
 
-def _study_path(lesson): return project_home()/'data/studies'/f'{_check_name(lesson, "lesson")}.jsonl'
+def _study_path(lesson):
+    return project_home()/'data/studies'/f'{_check_name(lesson, "lesson")}.jsonl'
 
 def studies(lesson) -> list[dict]:
     "The recorded rows of a lesson's longer runs, oldest first; an empty list if there are none."
