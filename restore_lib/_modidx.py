@@ -695,6 +695,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'restore_lib.learner._optimizer': ('learner.html#_optimizer', 'restore_lib/learner.py'),
                                      'restore_lib.learner._partial': ('learner.html#_partial', 'restore_lib/learner.py'),
                                      'restore_lib.learner._path': ('learner.html#_path', 'restore_lib/learner.py'),
+                                     'restore_lib.learner._plainly': ('learner.html#_plainly', 'restore_lib/learner.py'),
                                      'restore_lib.learner._property': ('learner.html#_property', 'restore_lib/learner.py'),
                                      'restore_lib.learner._python_module': ('learner.html#_python_module', 'restore_lib/learner.py'),
                                      'restore_lib.learner._read_checkpoint': ('learner.html#_read_checkpoint', 'restore_lib/learner.py'),

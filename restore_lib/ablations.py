@@ -50,8 +50,9 @@ def _plan(reference, grid, seeds, several):
         if odd: raise ValueError(f'row {row!r} turns {odd[0]!r}, which the reference does not have; its knobs are {", ".join(reference)}')
         if row != 'reference' and len(knobs) != 1 and not (several and knobs):
             raise ValueError(f'row {row!r} turns {len(knobs)} knobs ({", ".join(knobs)}); expected one: with two, nobody knows which of them did it (several=True allows it)')
+        knobs = as_json(knobs, f'grid[{row!r}]')
         config = as_json({**reference, **knobs}, 'reference')
-        out.append((row, as_json(knobs, f'grid[{row!r}]'), config, _seeds_of(row, seeds)))
+        out.append((row, knobs, config, _seeds_of(row, seeds)))
     return out
 
 # %% ../nbs/18_ablations.ipynb #18-010

@@ -13,6 +13,7 @@ import dis, hashlib, importlib.util, json, math, os, random, shutil, sys, time, 
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from copyreg import dispatch_table
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -627,9 +628,16 @@ def _array(seen, a, name):
     if a.dtype.hasobject: return 'array', a.shape, seen.of(a.tolist(), name)
     return 'array', a.dtype.descr, a.shape, a.tobytes()
 
+def _plainly(v, depth=2):
+    "Plain data, in lists and tuples to this depth, as text; None where it holds something else."
+    if isinstance(v, np.generic): v = v.item()
+    if type(v) in _PLAIN: return repr(v)
+    if not depth or type(v) not in (list, tuple): return None
+    inside = [_plainly(u, depth - 1) for u in v]
+    return None if None in inside else f'{type(v).__name__}({", ".join(inside)})'
+
 def _row(seen, v, name):
-    plain = [u.item() if isinstance(u, np.generic) else u for u in v]
-    if all(type(u) in _PLAIN for u in plain): return type(v).__name__, 'plain', repr(plain)
+    if (text := _plainly(v)) is not None: return 'plain', text
     return type(v).__name__, *(seen.of(u, f'{name}[{k}]') for k, u in enumerate(v))
 
 def _set(seen, v, name): return 'set', *sorted(seen.of(u, f'an element of {name}') for u in v)
@@ -722,7 +730,7 @@ def _thing(seen, v, name):
         return 'idle', kind.__module__, kind.__qualname__
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        made = v.__reduce_ex__(4)
+        made = dispatch_table[kind](v) if kind in dispatch_table else v.__reduce_ex__(4)
     if isinstance(made, str): return 'global', kind.__module__, kind.__qualname__, made
     make, args, state, items, pairs = (*made, None, None, None)[:5]
     parts = [kind, make, args, list(items or ()), dict(pairs or ())]
