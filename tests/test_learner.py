@@ -536,7 +536,8 @@ PAIRS = dict(
     path=(Path, 'a', 'b'), dtype=(lambda v: v, torch.float32, torch.float64), device=(torch.device, 'cpu', 'meta'), kinds=(lambda v: v, 1, 1.), truth=(lambda v: v, True, 1), text=(lambda v: v, 'a', b'a'), shape=(torch.zeros, (2, 3), (3, 2)), tuple=(lambda v: v, [1], (1,)),
     bfloat=(lambda v: torch.full((2,), v, dtype=torch.bfloat16), 1., 2.), optimizer=(lambda v: torch.optim.SGD(module(1).parameters(), lr=.1, momentum=v), 0., .9), optimizer_kind=(lambda v: v(module(1).parameters(), lr=.1), torch.optim.SGD, torch.optim.Adam),
     data=(loader, 0., 1.), batch=(lambda v: loader(batch=v), 1, 2), shuffle=(lambda v: loader(shuffle=v), True, False), drop_last=(lambda v: loader(drop_last=v), True, False), collate=(lambda v: loader(collate_fn=closed(v)), 1, 2),
-    subset=(lambda v: torch.utils.data.Subset([1, 2, 3], v), [0, 1], [0, 2]), keys=(lambda v: {v: 1}, 'a', 'b'), schedule=(warmup_cosine, .1, .2))
+    subset=(lambda v: torch.utils.data.Subset([1, 2, 3], v), [0, 1], [0, 2]), keys=(lambda v: {v: 1}, 'a', 'b'), pattern=(re.compile, 'a', 'b'), rows=(lambda v: [('x', v), ('y', 2)], 1, 3), deep=(lambda v: [[[[v]]]], 1, 3),
+    ufunc=(lambda v: v, np.add, np.subtract), library=(lambda v: v, torch.relu, torch.tanh), classes=(lambda v: type('K', (), dict(v=v)), 1, 2), schedule=(warmup_cosine, .1, .2))
 
 
 @pytest.mark.parametrize('make, a, b', PAIRS.values(), ids=PAIRS)
@@ -555,7 +556,7 @@ def test_a_fingerprint_sees(make, a, b):
 
 def test_a_fingerprint_does_not_see_order_workers_and_showing():
     from restore_lib.learner import LiveCurve, fingerprint
-    for a, b in (({'a': 1, 'b': 2}, {'b': 2, 'a': 1}), ({'x', 'y', 3}, {3, 'y', 'x'}), (np.int64(3), 3), ([np.float64(.5)], [.5]), (loader(num_workers=2), loader(pin_memory=False)),
+    for a, b in (({'a': 1, 'b': 2}, {'b': 2, 'a': 1}), ({'x', 'y', 3}, {3, 'y', 'x'}), (np.int64(3), 3), ([np.float64(.5)], [.5]), ([(np.int64(1), 'a')], [(1, 'a')]), (loader(num_workers=2), loader(pin_memory=False)),
                  (toy.learner(), toy.learner(workers=2)), (toy.learner(), toy.learner(cbs=[Progress(), EMA(.9), LiveCurve()]))): assert fingerprint(a) == fingerprint(b)
 
 
