@@ -677,6 +677,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'restore_lib.learner._check_name': ('learner.html#_check_name', 'restore_lib/learner.py'),
                                      'restore_lib.learner._class': ('learner.html#_class', 'restore_lib/learner.py'),
                                      'restore_lib.learner._class_body': ('learner.html#_class_body', 'restore_lib/learner.py'),
+                                     'restore_lib.learner._descriptor': ('learner.html#_descriptor', 'restore_lib/learner.py'),
                                      'restore_lib.learner._dict': ('learner.html#_dict', 'restore_lib/learner.py'),
                                      'restore_lib.learner._enum': ('learner.html#_enum', 'restore_lib/learner.py'),
                                      'restore_lib.learner._file_hash': ('learner.html#_file_hash', 'restore_lib/learner.py'),

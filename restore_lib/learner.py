@@ -9,11 +9,10 @@ __all__ = ['ResidualCNN', 'seed_all', 'positioned', 'as_json', 'save_checkpoint'
            'studies']
 
 # %% ../nbs/03_learner.ipynb #03-003
-import dis, hashlib, importlib.util, json, math, os, random, shutil, sys, time, types, warnings
+import copyreg, dis, hashlib, importlib.util, json, math, os, random, shutil, sys, time, types, warnings
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from copyreg import dispatch_table
 from enum import Enum
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -711,6 +710,9 @@ def _property(seen, p, name):
 def _wrapper(seen, v, name):
     return type(v).__name__, seen.of(v.__wrapped__, name)
 
+def _descriptor(seen, v, name):
+    return 'descriptor', v.__name__, seen.of(v.__objclass__, name)
+
 def _enum(seen, v, name):
     kind = v.__class__
     return 'enum', kind.__module__, kind.__qualname__, v.name, seen.of(v.value, name)
@@ -730,7 +732,8 @@ def _thing(seen, v, name):
         return 'idle', kind.__module__, kind.__qualname__
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        made = dispatch_table[kind](v) if kind in dispatch_table else v.__reduce_ex__(4)
+        known = copyreg.dispatch_table.get(kind)
+        made = known(v) if known else v.__reduce_ex__(4)
     if isinstance(made, str): return 'global', kind.__module__, kind.__qualname__, made
     make, args, state, items, pairs = (*made, None, None, None)[:5]
     parts = [kind, make, args, list(items or ()), dict(pairs or ())]
@@ -792,6 +795,8 @@ _KINDS = {torch.Tensor: _tensor, np.ndarray: _array, nn.Module: _network, DataLo
           Sampler: _sampler, torch.optim.Optimizer: _optimizer, torch.Generator: _generator,
           Loop: _learner, type: _class, types.FunctionType: _function, types.MethodType: _method,
           types.BuiltinFunctionType: _builtin, types.ModuleType: _python_module,
+          types.GetSetDescriptorType: _descriptor, types.MemberDescriptorType: _descriptor,
+          types.ClassMethodDescriptorType: _descriptor,
           types.CodeType: _bytecode, partial: _partial, property: _property,
           (staticmethod, classmethod, type(_hash_as_of)): _wrapper, Enum: _enum, Path: _path}
 
