@@ -6,7 +6,7 @@
 __all__ = ['ablate', 'Ablation', 'WaveletPacketCodec', 'swap_wavelet']
 
 # %% ../nbs/18_ablations.ipynb #18-002
-import inspect, json, math, os, sys, tempfile, time, traceback, warnings
+import json, math, os, sys, tempfile, time, traceback, warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from html import escape
@@ -19,22 +19,20 @@ from tqdm import tqdm
 
 from .audit import _seeded, compare
 from .codecs import PacketCodec
+from .data import check_number, check_whole
+from .learner import as_json, fingerprint
 from .metrics import Table
 from .wavelets import dwt2, idwt2
 
 # %% ../nbs/18_ablations.ipynb #18-007
-def _json(value, name):
-    "`value` as a JSON file would give it back: tuples become lists. TypeError or ValueError names what JSON cannot hold."
-    try: return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error: raise type(error)(f'{name} is {value!r}, which JSON cannot hold: {error}') from None
-
 def _seeds_of(row, seeds):
     "The seeds of a row, from one list for all or a dict row -> list."
     own = seeds.get(row, seeds.get('reference', ())) if isinstance(seeds, dict) else seeds
     if isinstance(own, str) or not hasattr(own, '__iter__'): raise TypeError(f'seeds is {own!r}; expected a list of whole numbers, or a dict row -> list')
-    own = list(own)
+    own = [check_whole(s, f'seeds[{k}]') for k, s in enumerate(own)]
     if not own: raise ValueError(f'seeds is empty{f" for {row!r}" if isinstance(seeds, dict) else ""}; expected at least one')
-    if any(isinstance(s, bool) or not isinstance(s, int) for s in own) or len(set(own)) < len(own): raise ValueError(f'seeds is {own}; expected different whole numbers')
+    if len(set(own)) < len(own):
+        raise ValueError(f'seeds is {own}; expected different whole numbers')
     return own
 
 def _plan(reference, grid, seeds, several):
@@ -52,7 +50,9 @@ def _plan(reference, grid, seeds, several):
         if odd: raise ValueError(f'row {row!r} turns {odd[0]!r}, which the reference does not have; its knobs are {", ".join(reference)}')
         if row != 'reference' and len(knobs) != 1 and not (several and knobs):
             raise ValueError(f'row {row!r} turns {len(knobs)} knobs ({", ".join(knobs)}); expected one: with two, nobody knows which of them did it (several=True allows it)')
-        out.append((row, _json(knobs, f'grid[{row!r}]'), _json({**reference, **knobs}, 'reference'), _seeds_of(row, seeds)))
+        knobs = as_json(knobs, f'grid[{row!r}]')
+        config = as_json({**reference, **knobs}, 'reference')
+        out.append((row, knobs, config, _seeds_of(row, seeds)))
     return out
 
 # %% ../nbs/18_ablations.ipynb #18-010
@@ -134,17 +134,18 @@ def _read(path):
     "The records of a file, and its bytes up to the last whole line; a half line at its end, which a kill leaves, is dropped with a warning."
     if not path.exists(): return [], b''
     *lines, rest = path.read_bytes().split(b'\n')
-    if rest:
+    if rest.strip():
         try: json.loads(rest), lines.append(rest)
         except ValueError: warnings.warn(f'{path} ends in half a line, which is dropped: a run was stopped while it wrote', stacklevel=4)
     records = []
     for n, line in enumerate(lines, 1):
+        if not line.strip(): continue
         try:
             record = json.loads(line)
             _key(record['config'], record['seed'], record['version'])
             records.append(_numbers(record, float))
         except (ValueError, KeyError, TypeError) as error: raise ValueError(f'{path}, line {n} is no record of an ablation: {error!r}') from None
-    return records, b''.join(line + b'\n' for line in lines)
+    return records, b''.join(line + b'\n' for line in lines if line.strip())
 
 def _append(path, record):
     "One record as one line, on the disk when this returns."
@@ -161,18 +162,6 @@ def _locked(path):
     except Timeout: raise RuntimeError(f'{path} is being written by another run; wait for it, or give this one another path') from None
     return lock
 
-def _source(train):
-    "What stands for a training function: its source, else its name, with what `partial`, defaults and a closure bind; not the functions and globals that it uses."
-    f, bound = inspect.unwrap(train), []
-    while hasattr(f, 'func'):
-        bound.append(repr((f.args, sorted(f.keywords.items()))) if hasattr(f, 'keywords') else '')
-        f = inspect.unwrap(f.func)
-    cells = [c.cell_contents for c in getattr(f, '__closure__', None) or ()]
-    bound += [_source(v) if inspect.isfunction(v) and v is not f else repr(v) for v in (*(getattr(f, '__defaults__', None) or ()), *(getattr(f, '__kwdefaults__', None) or {}).values(), *cells)]
-    try: own = inspect.getsource(f)
-    except (OSError, TypeError): own = f'{getattr(f, "__module__", "")}.{getattr(f, "__qualname__", type(f).__qualname__)}'
-    return own if not any(bound) else [own, *bound]
-
 # %% ../nbs/18_ablations.ipynb #18-013
 def ablate(
     train,           # train(config, seed) -> figures: name -> number, or list of numbers, one an image
@@ -183,15 +172,16 @@ def ablate(
     jobs=None,       # worker processes; default one for each GPU where there are several, else none: rows run here
     budget=None,     # minutes after which no new row is begun
     several=False,   # allow rows that turn more than one knob
-    version=None,    # of `train`, any JSON: rows of another version are not used; default its source and what it binds, but not the functions and globals it uses: raise it where those change
+    version=None,    # of `train`, any JSON: rows of another are not used; default its `fingerprint`
 ):                   # -> Ablation
     """Runs what is missing of a grid of trainings and returns the whole table. A finished (config, seed) is never run again, whatever rows or order it came from; every
     seed's rows come before the next seed's; a row that raises is recorded and tried again by the next call. Each row starts from the random state of its seed.
     ValueError or TypeError for a bad grid or file, RuntimeError if another run holds the file."""
     if not callable(train): raise TypeError(f'train is {type(train).__name__}; expected a function train(config, seed)')
-    plan, version = _plan(reference, grid, seeds, several), _json(_source(train) if version is None else version, 'version')
-    for name, v, least in (('budget', budget, 0), ('jobs', jobs, 1)):
-        if v is not None and (isinstance(v, bool) or not isinstance(v, Real if name == 'budget' else int) or not v >= least): raise ValueError(f'{name} is {v!r}; expected a number from {least}')
+    if budget is not None and budget != math.inf: budget = check_number(budget, 'budget', 0)
+    if jobs is not None: jobs = check_whole(jobs, 'jobs', 1)
+    plan = _plan(reference, grid, seeds, several)
+    version = fingerprint(train, 'train') if version is None else as_json(version, 'version')
     path = None if path is None else Path(path)
     if path is not None and path.is_dir(): raise ValueError(f'{path} is a folder; expected the name of a file')
     records, start = _read(path)[0] if path else [], time.monotonic()
@@ -246,23 +236,30 @@ class _Runs:
     @property
     def metrics(self): return list(dict.fromkeys(k for r in self.rows for k in r.get('figures', {})))
 
+    def _metric(self, name=None):
+        "`name`, or the first figure; ValueError where no row has finished, KeyError for no figure."
+        if not self.metrics: raise ValueError('no row has finished; there are no figures yet')
+        if name is not None and name not in self.metrics:
+            raise KeyError(f'{name!r} is no figure; there are {", ".join(self.metrics)}')
+        return name or self.metrics[0]
+
     def runs(self, row, metric=None):
         "The finished runs of a row: their records, or a metric's values, (seeds, images). KeyError for a row or metric that is none."
         if row not in self.names: raise KeyError(f'{row!r} is no row; there are {", ".join(self.names)}')
         found = [r for r in self.rows if r['row'] == row and r['status'] == 'done']
         if metric is None: return found
-        if metric not in self.metrics: raise KeyError(f'{metric!r} is no figure; there are {", ".join(self.metrics)}')
+        metric = self._metric(metric)
         of = [r['figures'].get(metric, math.nan) for r in found]
         return [v if isinstance(v, list) else [v] for v in of]
 
     def mean(self, row, metric):
         "The mean over seeds and images, NaN without a finished run."
-        of = [sum(v)/len(v) for v in self.runs(row, metric)]
+        of = [sum(v)/len(v) for v in self.runs(row, metric)] if self.runs(row) else []
         return sum(of)/len(of) if of else math.nan
 
     def compare(self, row, metric=None, to='reference', paired_seeds=False):
         "The `Report` of restore_lib.audit.compare on a row against another; ValueError where the runs cannot be compared."
-        metric = metric or self.metrics[0]
+        metric = self._metric(metric)
         a, b = self.runs(row, metric), self.runs(to, metric)
         for name, runs in ((row, a), (to, b)):
             if not runs: raise ValueError(f'{name} has no finished run')
@@ -271,7 +268,8 @@ class _Runs:
 
     def sentence(self, row, metric=None, to='reference', digits=2, paired_seeds=False):
         "What a comparison found, in one sentence."
-        metric = metric or self.metrics[0]
+        if not self.metrics: return f'{row} cannot be compared with {to}: no row has finished.'
+        metric = self._metric(metric)
         try: r = self.compare(row, metric, to, paired_seeds)
         except ValueError as error: return f'{row}: {metric} cannot be compared with {to}: {error}.'
         n, low, high = min(len(self.runs(row)), len(self.runs(to))), *r.interval
@@ -327,7 +325,10 @@ class Ablation(_Runs):
     def figure(self, metric=None, title='', paired_seeds=False):
         "Each row's difference from the reference with its interval, and a dot a seed; say in `title` on what data."
         import matplotlib.pyplot as plt
-        metric, base = metric or self.metrics[0], self.mean('reference', metric or self.metrics[0])
+        metric = self._metric(metric)
+        base = self.mean('reference', metric)
+        if math.isnan(base):
+            raise ValueError(f'reference has no {metric}; expected a finished run to draw from')
         rows = [(n, _judged(self, n, metric, paired_seeds)) for n in self.names if self.runs(n)]
         fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.27*len(rows)), dpi=75, layout='constrained')
         for k, (name, r) in enumerate(rows):
@@ -348,9 +349,11 @@ class Ablation(_Runs):
 class WaveletPacketCodec(PacketCodec):
     "PacketCodec with any orthogonal or biorthogonal wavelet of PyWavelets, continued periodically; 'haar' is PacketCodec. Lossless (1e-5 in float32)."
     def __init__(self, channels=1, level=2, wavelet='haar'):
-        super().__init__(channels, level)
+        super().__init__(channels, check_whole(level, 'level', 1))
         self.wavelet = wavelet
         dwt2(torch.zeros(1, 1, 2, 2), wavelet)               # raises for a name that is none
+    def extra_repr(self):
+        return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
     def _apart(self, x):
         c = x.shape[1]
         for _ in range(self.level):
@@ -365,12 +368,12 @@ class WaveletPacketCodec(PacketCodec):
         return z
 
 def swap_wavelet(
-    model,    # a LatentSR, trained or not, whose codec is a PacketCodec or has a `wavelet`; it is not changed
+    model,    # a LatentSR whose codec is a PacketCodec itself, or has a `wavelet`; it is not changed
     wavelet,  # a discrete wavelet's name in PyWavelets
 ):            # -> a copy of the model with the same weights and scales
     "The same network in another wavelet's latent: DifIISR-DWT log, 3.3 and 3.4. TypeError for a codec without wavelet, ValueError for a name that is none."
     new = deepcopy(model)
-    if isinstance(new.codec, PacketCodec):
+    if type(new.codec) in (PacketCodec, WaveletPacketCodec):
         codec = WaveletPacketCodec(new.codec.channels, new.codec.level, wavelet).to(new.codec.gains)
         codec.gains.copy_(new.codec.gains)
         new.codec = codec.train(new.codec.training)

@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import pywt
 import torch
@@ -66,7 +67,7 @@ def test_seeds_by_row(counted):
     (dict(grid={'x': 3}), TypeError, 'expected a dict knob'), (dict(grid=[1]), TypeError, 'grid is list'), (dict(grid={'reference': dict(a=2)}), ValueError, "a row 'reference'"),
     (dict(reference=3), TypeError, 'reference is int'), (dict(reference={1: 2}), TypeError, 'expected text as keys'), (dict(reference=dict(a=float('nan'))), ValueError, 'JSON cannot hold'),
     (dict(reference=dict(a=torch.ones(1))), TypeError, 'JSON cannot hold'), (dict(seeds=()), ValueError, 'seeds is empty'), (dict(seeds=(0, 0)), ValueError, 'different whole numbers'),
-    (dict(seeds=3), TypeError, 'expected a list'), (dict(seeds=('0',)), ValueError, 'whole numbers'), (dict(seeds={'a 3': (0,)}), ValueError, 'empty'), (dict(seeds={'reference': (0,), 'z': (1,)}), ValueError, "'z', which is no row"),
+    (dict(seeds=3), TypeError, 'expected a list'), (dict(seeds=('0',)), TypeError, 'a whole number'), (dict(seeds={'a 3': (0,)}), ValueError, 'empty'), (dict(seeds={'reference': (0,), 'z': (1,)}), ValueError, "'z', which is no row"),
     (dict(budget=-1), ValueError, 'budget is -1'), (dict(jobs=0), ValueError, 'jobs is 0'), (dict(jobs=1.5), ValueError, 'jobs is 1.5'), (dict(train=3), TypeError, 'train is int')])
 def test_bad_input(change, error, says):
     with pytest.raises(error, match=re.escape(says)): ablate(**{**dict(train=toy, reference=REF, grid=GRID), **change})
@@ -395,8 +396,132 @@ def _closed(rate):
 
 @pytest.mark.parametrize('a, b', [(partial(_bound, lr=.1), partial(_bound, lr=.2)), (_closed(1.), _closed(2.)), (_bound, partial(_bound, lr=.1)), (_closed(_bound), _closed(_closed(1.)))])
 def test_a_version_sees_what_is_bound(a, b, tmp_path):
-    assert ablations._source(a) != ablations._source(b) and ablations._source(a) == ablations._source(a)
+    from restore_lib.learner import fingerprint
+    assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a)
 
 def test_rows_of_another_bound_value_are_not_used(tmp_path):
     figures = [ablate(partial(_bound, lr=lr), {'k': 0}, {'one': {'k': 1}}, path=tmp_path/'rows.jsonl', several=False).mean('one', 'PSNR') for lr in (.1, .2, .1)]
     assert figures == [.1, .2, .1]
+
+
+# what stands for a training function, by content ------------------------------------------------------------------------
+
+class Callable:
+    "A training with a setting."
+    def __init__(self, gain, seen=()): self.gain, self.seen = gain, seen
+    def __call__(self, config, seed): return dict(PSNR=self.gain)
+    def method(self, config, seed): return dict(PSNR=self.gain)
+
+
+def _global(value):
+    space = dict(gain=value, __name__='user')
+    exec('def train(config, seed): return dict(PSNR=float(gain.sum()))', space)
+    return space['train']
+
+
+def _over_data(value):
+    data = torch.utils.data.TensorDataset(torch.full((3,), value))
+    def train(config, seed): return dict(PSNR=data[0][0].item())
+    return train
+
+
+@pytest.mark.parametrize('make', [Callable, lambda v: Callable(v).method, lambda v: partial(Callable(v).method), lambda v: _global(torch.full((2,), v/2)), _over_data, lambda v: (lambda config, seed: dict(PSNR=v))],
+                         ids=['object', 'method', 'partial', 'global', 'data set', 'closure'])
+def test_rows_of_another_content_are_not_used_and_of_the_same_are(make, path):
+    "Another value is another training; the same value, made anew as in another process, is the same one."
+    figures = [ablate(make(v), REF, {}, path=path).mean('reference', 'PSNR') for v in (1., 2., 1., 2.)]
+    assert figures == [1., 2., 1., 2.] and len(path.read_text().splitlines()) == 2
+
+
+def test_what_is_not_seen_is_said(path):
+    with pytest.warns(UserWarning, match=r'`pool` that .*train captures \(a builtins.generator\)'):
+        pool = (k for k in range(3))
+        def train(config, seed): return dict(n=len(str(pool)))
+        ablate(train, REF, {}, path=path)
+
+
+# numbers, paths, empty tables, blank lines --------------------------------------------------------------------------------
+
+def test_numpy_numbers_and_paths(counted, path):
+    a = ablate(counted, dict(a=np.int64(1), b=np.float32(2), where=Path('x')), {'a 3': dict(a=np.int64(3))}, seeds=np.arange(2), path=path, jobs=np.int64(1), budget=np.float32(60), version=0)
+    b = ablate(counted, dict(a=1, b=2., where='x'), {'a 3': dict(a=3)}, seeds=[np.int64(0), 1], path=path, budget=math.inf, version=0)
+    assert len(counted.calls) == 4 and told(a) == told(b) and a.rows[1]['seed'] == 1 and a.rows[0]['config']['where'] == 'x'
+
+
+@pytest.mark.parametrize('change, error, says', [
+    (dict(seeds=(1.5,)), ValueError, 'seeds[0] is 1.5'), (dict(seeds=(True,)), ValueError, 'seeds[0] is True'), (dict(jobs=True), ValueError, 'jobs is True'), (dict(budget=math.nan), ValueError, 'budget is nan'),
+    (dict(budget='1'), TypeError, "budget is '1'"), (dict(reference=dict(a={1})), TypeError, "reference['a'] is set"), (dict(version=math.nan), ValueError, 'version is nan'), (dict(grid={'x': dict(a=math.inf)}), ValueError, "grid['x']['a'] is inf")])
+def test_bad_numbers_are_named(change, error, says):
+    with pytest.raises(error, match=re.escape(says)): ablate(**{**dict(train=toy, reference=REF, grid=GRID), **change})
+
+
+@pytest.mark.parametrize('make', [lambda: ablate(toy, REF, GRID, budget=0), lambda: ablate(Counted(os.devnull, wrong=(2, 5, 6)), REF, GRID, version=0)], ids=['open', 'failed'])
+def test_a_table_without_figures(make):
+    "No row has finished: tables say so, comparisons and figures are named errors."
+    a = make()
+    assert a.metrics == [] and math.isnan(a.mean('reference', 'PSNR')) and a.runs('reference') == [] and 'no row has finished' in a.sentence('a 3') and 'no row has finished' in a.sentence('a 3', 'PSNR')
+    for text in (str(a), a.html(), a.markdown(), str(a.table('PSNR')), a.markdown('PSNR')): assert 'a 3' in text and 'open or failed' in text
+    for act in (lambda: a.compare('a 3'), lambda: a.compare('a 3', 'PSNR'), a.figure, lambda: a.figure('PSNR')):
+        with pytest.raises(ValueError, match='no row has finished'): act()
+
+
+def test_a_figure_needs_the_reference():
+    a = ablate(Counted(os.devnull, wrong=(2,)), REF, {'b 5': dict(b=5)}, version=0)
+    assert [r['status'] for r in a.rows] == ['failed', 'done'] and 'cannot be compared' in a.sentence('b 5')
+    with pytest.raises(ValueError, match='reference has no PSNR'): a.figure()
+    assert 'reference has no finished run' in str(a) and a.markdown() and a.html()
+
+
+def test_failed_rows_beside_finished_ones_are_drawn():
+    a = ablate(Counted(os.devnull, wrong=(5,)), REF, GRID, version=0)
+    assert [t.get_text() for t in a.figure().axes[0].get_yticklabels()] == ['reference', 'a 3', 'b 6'] and '1 failed' in a.markdown()
+
+
+@pytest.mark.parametrize('blank', [b'\n', b'\n\n', b'  \n', b'   '])
+def test_blank_lines_are_no_records(counted, path, blank):
+    a = ablate(counted, REF, GRID, path=path, version=0)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(blank.strip(b' ') + b''.join(lines[:2]) + (blank if blank.endswith(b'\n') else b'') + b''.join(lines[2:]) + blank)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        b = ablate(counted, REF, GRID, path=path, version=0)
+        c = ablate(counted, REF, GRID, seeds=(0, 1), path=path, version=0)
+    assert told(a) == told(b) and len(counted.calls) == 8 and len(c.rows) == 8 and len([json.loads(line) for line in path.read_text().splitlines()]) == 8
+
+
+# codecs -------------------------------------------------------------------------------------------------------------------
+
+def test_a_swapped_codec_says_its_wavelet(model):
+    new = swap_wavelet(model, 'db2')
+    assert new.codec.wavelet == 'db2' and "wavelet='db2'" in repr(new) and "wavelet='haar'" in repr(WaveletPacketCodec())
+    x = torch.rand(1, 1, 16, 16)
+    assert not torch.allclose(new.codec.encode(x)[0], model.codec.encode(x)[0], atol=1e-3)
+
+
+def test_a_codec_made_from_a_packet_is_not_replaced(model):
+    class Moved(PacketCodec):
+        def _apart(self, x): return super()._apart(x.roll((4, 4), (-2, -1)))
+    moved = LatentSR(Moved(), torch.nn.Identity())
+    with pytest.raises(TypeError, match='Moved, which has no wavelet'): swap_wavelet(moved, 'db2')
+
+
+@pytest.mark.parametrize('level, error', [(0, ValueError), (1.5, ValueError), (True, ValueError), ('2', TypeError)])
+def test_levels(level, error):
+    assert WaveletPacketCodec(1, np.int64(2), 'db2').level == 2
+    with pytest.raises(error, match='level is'): WaveletPacketCodec(1, level)
+
+
+def test_exercise_4_of_the_lesson(tmp_path, monkeypatch):
+    "A row with the packet's rival, the DCT: trained by the lesson's own `fitted`, with as many channels."
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    lesson = Path(ablations.__file__).resolve().parent.parent/'nbs/18_ablations.ipynb'
+    cell = next(''.join(c['source']) for c in json.loads(lesson.read_text())['cells'] if c['id'] == '18-028')
+    from restore_lib.superres import sr_learner
+    pairs = sr_pairs(thermal(4, 64))
+    space = dict(make_sr=make_sr, SRConfig=SRConfig, swap_wavelet=swap_wavelet, io=__import__('io'), redirect_stdout=__import__('contextlib').redirect_stdout, n_train=4, size=64, train_pairs=pairs,
+                 net_options=dict(base=16, embed=16, head_channels=8), learner_with=lambda model, name: sr_learner(model, pairs, cpu=True))
+    exec(cell, space)
+    config = dict(codec='dct', level=2, wavelet='haar', T=15, kappa=2.0, etas_end=0.99, min_noise=0.04, loss='mse', steps=1, swap=None, then=None, sample=1)
+    learn = space['fitted'](config, 0)
+    assert learn.step == 1 and type(learn.bare.codec) is DCTCodec and learn.bare.codec.latent_channels == 16
+    assert type(space['fitted']({**config, 'codec': 'll'}, 0).bare.codec) is LLCodec

@@ -1,7 +1,9 @@
-import json, multiprocessing, os, random, signal, subprocess, sys, time, warnings
+import json, multiprocessing, os, random, re, signal, subprocess, sys, time, warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -254,6 +256,411 @@ def test_tied_weights_survive(tmp_path):
     w = torch.rand(4)
     save_checkpoint(tmp_path, 1, dict(a=w, b=w))
     assert torch.equal(load_checkpoint(tmp_path)[0]['b'], w)
+
+
+# checkpoints: what is damaged, what stands in one folder, what can be kept
+
+def linear(seed=0, **kw):
+    torch.manual_seed(seed)
+    return Learner(nn.Linear(4, 4), lambda m, b: (m(b) - b).square().mean(), torch.utils.data.DataLoader(torch.rand(20, 4), 4), cpu=True, seed=seed, **kw)
+
+
+def test_a_run_does_not_displace_another(tmp_path):
+    "A new run in a folder that holds a later step is refused before its first step; both runs would else lose checkpoints."
+    linear().fit(50, folder=tmp_path, save_every=25)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    new = linear(9)
+    for act in (lambda: new.fit(10, folder=tmp_path, save_every=5), lambda: new.fit(10).save(tmp_path)):
+        with pytest.raises(ValueError, match='checkpoints of another run, up to step 50'): act()
+    assert sorted(p.name for p in tmp_path.iterdir()) == before and new.step == 10                # the fit into the folder had not begun
+    assert linear().load(tmp_path).fit(60, folder=tmp_path).step == 60 and linear().load(tmp_path).step == 60
+
+
+def test_one_learner_goes_on_in_its_folder(tmp_path):
+    learn = linear().fit(4, folder=tmp_path)
+    learn.fit(8, folder=tmp_path).save(tmp_path)
+    assert linear().load(tmp_path).step == 8
+
+
+def test_keep_counts_the_steps_up_to_this_one(tmp_path):
+    for step in (25, 50, 5, 10, 15): save_checkpoint(tmp_path, step, state(step))
+    assert [p.name[-2:] for p in sorted(tmp_path.iterdir())] == ['10', '15', '25', '50']
+    save_checkpoint(tmp_path, 60, state(60), keep=1)
+    assert [p.name[-2:] for p in tmp_path.iterdir()] == ['60']
+
+
+@pytest.mark.parametrize('bad, error, says', [
+    (dict(keep=0), ValueError, 'keep is 0'), (dict(keep=-1), ValueError, 'keep is -1'), (dict(keep=1.5), ValueError, 'keep is 1.5'), (dict(keep='2'), TypeError, "keep is '2'"),
+    (dict(step=-1), ValueError, 'step is -1'), (dict(step=1.5), ValueError, 'step is 1.5'), (dict(step=10**9), ValueError, 'step is 1000000000'), (dict(step=True), ValueError, 'step is True'),
+    (dict(state={(1, 2): 3}), TypeError, 'a key of state is tuple'), (dict(state={'a': {1}}), TypeError, 'state.a is set'), (dict(info=dict(step=3)), ValueError, "info has the key 'step'")])
+def test_what_no_checkpoint_can_hold_is_named(tmp_path, bad, error, says):
+    save_checkpoint(tmp_path, 1, state(1))
+    with pytest.raises(error, match=re.escape(says)): save_checkpoint(tmp_path, **{**dict(step=2, state=state(2)), **bad})
+    assert [p.name for p in tmp_path.iterdir()] == ['step_000000001'] and load_checkpoint(tmp_path)[1]['step'] == 1
+
+
+def test_numpy_numbers_in_checkpoints(tmp_path):
+    for step in np.arange(4): save_checkpoint(tmp_path, step, dict(n=np.int64(3), x=np.float32(.5), by={np.int64(7): np.bool_(True)}), keep=np.int64(2))
+    got, info = load_checkpoint(tmp_path)
+    assert got == dict(n=3, x=.5, by={7: True}) and info['step'] == 3 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_keys_that_look_alike_stay_apart(tmp_path):
+    one, two, three, four = (torch.full((2,), float(k)) for k in range(4))
+    held = {'a.b': one, 'a': {'b': two, "b'": three}, 1: three, '1': four, "a.b'": four, None: one, 'None': two}
+    save_checkpoint(tmp_path, 1, held)
+    got = load_checkpoint(tmp_path)[0]
+    flat = lambda d: [(k, flat(v) if isinstance(v, dict) else v.tolist()) for k, v in d.items()]
+    assert flat(got) == flat(held) and [type(k) for k in got] == [type(k) for k in held]
+    save_checkpoint(tmp_path, 2, {True: one, 'True': two})
+    assert flat(load_checkpoint(tmp_path)[0]) == [(True, [0., 0.]), ('True', [1., 1.])]
+
+
+@pytest.mark.parametrize('file', ['state.safetensors', 'state.json', 'sums.json'])
+def test_a_flipped_bit_is_seen(tmp_path, file):
+    "Wherever it is: the checkpoint is named as damaged and the one before it is taken."
+    for step in (1, 2): save_checkpoint(tmp_path, step, state(step), dict(config=dict(a=1), metrics=dict(error=0.25)))
+    path = tmp_path/'step_000000002'/file
+    whole = path.read_bytes()
+    for at in range(0, len(whole), max(1, len(whole)//40)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1:])
+        with pytest.warns(UserWarning, match='step_000000002.*damaged'): got, info = load_checkpoint(tmp_path)
+        assert info['step'] == 1 and got['w'][0] == 1 and info['metrics'] == dict(error=0.25)
+    path.write_bytes(whole)
+    assert load_checkpoint(tmp_path)[1]['step'] == 2
+
+
+def test_a_flipped_exponent_does_not_load_as_infinity(tmp_path):
+    for step in (1, 2): save_checkpoint(tmp_path, step, dict(w=torch.full((256,), 1.5)))
+    path = tmp_path/'step_000000002/state.safetensors'
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x40]))
+    with pytest.warns(UserWarning, match='damaged'): got, info = load_checkpoint(tmp_path)
+    assert info['step'] == 1 and got['w'].unique().tolist() == [1.5]
+
+
+@pytest.mark.parametrize('text', ['null', '[]', '[1, 2]', '3', '"text"', '', '{', '{}', '{"step": 2}', '{"step": 2, "form": null}', '{"step": 2, "form": [1]}', '{"step": 2, "form": {"value": 1, "dict": []}}',
+                                  '{"step": 2, "form": {"tensor": "gone"}}', '{"step": 2, "form": {"dict": 3}}', '{"step": 2, "form": {"what": 3}}', '{"step": 7, "form": {"value": 1}}', '{"form": {"value": 1}}'])
+@pytest.mark.parametrize('sums', [True, False])
+def test_a_json_that_is_none_of_ours_is_damage(tmp_path, text, sums):
+    for step in (1, 2): save_checkpoint(tmp_path, step, state(step))
+    (tmp_path/'step_000000002/state.json').write_text(text)
+    if not sums: (tmp_path/'step_000000002/sums.json').unlink(missing_ok=True)
+    with pytest.warns(UserWarning, match='step_000000002.*damaged'): got, info = load_checkpoint(tmp_path)
+    assert info['step'] == 1 and got['w'][0] == 1
+
+
+def test_checkpoints_of_older_versions_load(tmp_path):
+    linear().fit(3, folder=tmp_path)
+    for path in tmp_path.iterdir():
+        (path/'sums.json').unlink()
+        info = json.loads((path/'state.json').read_text())
+        for k in ('callbacks', 'optimizer'): info.pop(k)
+        (path/'state.json').write_text(json.dumps(info))
+    assert linear().load(tmp_path).step == 3
+    with pytest.raises(ValueError, match='cbs holds 1; the checkpoint was made with 0'): linear(cbs=[EMA()]).load(tmp_path)
+
+
+def test_plain_data_of_every_kind_is_a_configuration(tmp_path):
+    config = dict(folder=tmp_path/'x', size=(32, 16), n=np.int64(3), x=np.float32(.5), on=np.bool_(True), by={2: 'two', None: [Path('a')]})
+    save_checkpoint(tmp_path/'c', 1, state(1), dict(config=config, where=Path('b'), error=float('nan')))
+    _, info = load_checkpoint(tmp_path/'c', config)
+    assert info['config'] == dict(folder=str(tmp_path/'x'), size=[32, 16], n=3, x=.5, on=True, by={'2': 'two', 'null': ['a']}) and info['where'] == 'b'
+    with pytest.raises(ValueError, match=r'size: \[32, 16\] there, \[32, 8\] here'): load_checkpoint(tmp_path/'c', dict(config, size=(32, 8)))
+
+
+@pytest.mark.parametrize('v, error, says', [(float('nan'), ValueError, 'nan, which JSON'), (np.float64('inf'), ValueError, 'inf, which JSON'), ({1, 2}, TypeError, 'set, which JSON'), (torch.ones(2), TypeError, 'Tensor, which JSON'),
+                                            (np.ones(2), TypeError, 'ndarray, which JSON'), (b'x', TypeError, 'bytes, which JSON'), ({1: 2, '1': 3}, ValueError, "two keys that are '1'"), (object(), TypeError, 'object, which JSON')])
+def test_what_json_cannot_hold_is_named(tmp_path, monkeypatch, v, error, says):
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path/'runs'))
+    name = r"config\['a'\]\[0\]" if not isinstance(v, dict) else r"config\['a'\]\[0\] has"
+    for act in (lambda c: save_checkpoint(tmp_path/'c', 1, state(1), dict(config=c)), lambda c: load_checkpoint(tmp_path, c), lambda c: linear().fit_or_load('x', c, 1)):
+        with pytest.raises(error, match=f'{name}.*{says}'): act(dict(a=[v]))
+    assert not (tmp_path/'runs').exists() and not (tmp_path/'c').exists()
+
+
+def test_a_run_is_found_by_a_configuration_with_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    for _ in range(2): toy.learner().fit_or_load('x', dict(data=Path('a')/'b', n=np.int64(3)), np.int64(2))
+    toy.learner().fit_or_load('x', dict(data='a/c', n=3), 2)
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ['trained;', 'loaded;', 'trained;']
+
+
+@pytest.mark.parametrize('name, error', [('../x', ValueError), ('/tmp/x', ValueError), ('a/b', ValueError), ('a\\b', ValueError), ('', ValueError), ('.', ValueError), ('..', ValueError), ('a\0b', ValueError), (None, TypeError), (Path('x'), TypeError)])
+def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
+    from restore_lib import learner
+    (tmp_path/'runs').mkdir()
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path/'runs')), monkeypatch.setenv('RESTORE_BUDGET', 'study'), monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    for act in (lambda: linear().fit_or_load(name, {}, 1), lambda: learner.record_study(name, {}, dict(a=1), 1), lambda: learner.studies(name)):
+        with pytest.raises(error, match='name is|lesson is'): act()
+    assert [p.name for p in tmp_path.rglob('*')] == ['runs']
+
+
+def test_studies(tmp_path, monkeypatch):
+    from restore_lib import learner
+    monkeypatch.setenv('RESTORE_BUDGET', 'study'), monkeypatch.delenv('IN_TEST', raising=False), monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    for k in range(2): learner.record_study('99', dict(size=(32, 16), where=Path('x'), n=np.int64(3)), dict(PSNR=np.float32(k), bad=float('nan')), np.float64(1), seed=np.int64(4))
+    path = tmp_path/'data/studies/99.jsonl'
+    path.write_text('\n' + path.read_text() + '  \n\n')                     # as an editor may leave it
+    row, = learner.studies('99')                                            # the second replaced the first
+    assert row['config'] == dict(size=[32, 16], where='x', n=3) and row['figures']['PSNR'] == 1 and row['seed'] == 4 and row['minutes'] == 1.0
+    with pytest.raises(TypeError, match='JSON cannot hold'): learner.record_study('99', dict(a={1}), {}, 1)
+
+
+# a checkpoint of another Learner
+
+class Counts(Callback):
+    def __init__(self, n=0): self.n = n
+    def state(self): return dict(n=self.n)
+    def load_state(self, state): self.n = state['n']
+
+
+@pytest.mark.parametrize('cbs, says', [
+    (lambda: [Counts(1), EMA(.5), EMA(.9)], r'another order: EMA\(decay=0.5\), EMA\(decay=0.9\), Counts\(\) there, Counts\(\), EMA'), (lambda: [EMA(.9), EMA(.5), Counts(1)], 'another order: EMA.decay=0.5., EMA.decay=0.9.'),
+    (lambda: [EMA(.5), EMA(.9)], 'other callbacks'), (lambda: [], r'Counts\(\) there, none here')])
+def test_callbacks_take_their_own_state_only(tmp_path, cbs, says):
+    linear(cbs=[EMA(.5), Progress(), EMA(.9), Counts(7)]).fit(3, folder=tmp_path)
+    learn = linear(1, cbs=cbs())
+    before = weights(learn)
+    with pytest.raises(ValueError, match=says): learn.load(tmp_path)
+    assert learn.step == 0 and same(before, weights(learn)) and all(cb.n != 7 for cb in learn.cbs)
+
+
+def test_callbacks_without_a_state_may_come_and_go(tmp_path):
+    linear(cbs=[EMA(.5), Progress(), Counts(7)]).fit(3, folder=tmp_path)
+    learn = linear(1, cbs=[Before(), EMA(.5), Counts()]).load(tmp_path)
+    assert learn.step == 3 and learn.cbs[1].n == 3 and learn.cbs[2].n == 7
+
+
+@pytest.mark.parametrize('other', [dict(model=lambda: nn.Linear(4, 5)), dict(model=lambda: nn.Sequential(nn.Linear(4, 4))), dict(opt=lambda p: torch.optim.SGD(p, lr=.1)),
+                                   dict(opt=lambda p: torch.optim.AdamW([dict(params=[q]) for q in p]))], ids=['shape', 'names', 'optimizer', 'groups'])
+def test_nothing_of_another_model_is_taken(tmp_path, other):
+    linear(cbs=[EMA(.5)]).fit(3, folder=tmp_path)
+    learn = Learner(other.get('model', lambda: nn.Linear(4, 4))(), lambda m, b: m(b).square().mean(), torch.utils.data.DataLoader(torch.rand(20, 4), 4), opt=other.get('opt'), cbs=[EMA(.5)], cpu=True).fit(2)
+    before, moments, shadow = weights(learn), learn.opt.state_dict(), dict(learn.cbs[0].shadow)
+    moments = {k: {n: v.clone() if hasattr(v, 'clone') else v for n, v in held.items()} for k, held in moments['state'].items()}
+    with pytest.raises(ValueError, match=r'another model|another optimizer: AdamW there, SGD here'): learn.load(tmp_path)
+    assert learn.step == 2 and same(before, weights(learn)) and same(shadow, learn.cbs[0].shadow)
+    for k, held in learn.opt.state_dict()['state'].items(): assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(moments[k][n])) for n, v in held.items() if v is not None)
+    assert learn.fit(4).step == 4
+
+
+# what a run is known by
+
+def runs(capsys): return [line.split()[1].strip(';') for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_run_of_the_library_is_known_by_what_it_captures(tmp_path, monkeypatch, capsys):
+    "Captured by a closure, kept in the model, or bound by a partial: another value is another run, the same value is not."
+    from restore_lib.mae import mae_tiny, pretrainer
+    from restore_lib.transfer import Classifier, finetune
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    images = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    def mae(mk={}, **kw):
+        torch.manual_seed(0)
+        return pretrainer(mae_tiny(16, 8, channels=1, **mk), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 2), cpu=True, **kw)
+    def tuned(**kw):
+        torch.manual_seed(0)
+        return finetune(Classifier(mae_tiny(16, 8, channels=1).encoder, 3), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(4) % 3), 2), cpu=True, **kw)
+    kinds = [(mae, k) for k in ({}, dict(mask_ratio=.25), dict(masking='block'), dict(mk=dict(norm_pix_loss=True)), dict(mk=dict(mean=.5, std=.25)))] + [(tuned, k) for k in ({}, dict(smoothing=.3), dict(mixup=.1))]
+    for make, kw in kinds * 2: make(**kw).fit_or_load('m', {}, 1)
+    assert runs(capsys) == ['trained']*len(kinds) + ['loaded']*len(kinds)
+
+
+class Degrade:
+    "A callable with a setting."
+    def __init__(self, by): self.by = by
+    def __call__(self, x): return x*self.by
+    def bound(self, x): return x*self.by
+
+
+def outside(code='g', name='user', **found):
+    "A function of a module of the user's that reads `found` from outside."
+    space = dict(found, __name__=name)
+    exec(f'def f(m, b): return {code}', space)
+    return space['f']
+
+
+def closed(v): return lambda m, b: v
+def twice(v): return closed(closed(v))
+def default(v):
+    def f(m, b, k=v): return k
+    return f
+def only_named(v):
+    def f(m, b, *, k=v): return k
+    return f
+def two_lambdas(k): return [lambda m, b: m(b), lambda m, b: m(-b)][k]                    # of one line of source
+def own_class(k):
+    class Net(nn.Module):
+        if k: forward = lambda self, x: x
+        else: forward = lambda self, x: -x
+    return Net()
+def module(v, buffer=1., persistent=True, weight=0., trains=True):
+    m = nn.Linear(2, 2)
+    m.weight.data.fill_(weight), m.bias.data.zero_()
+    m.weight.requires_grad_(trains)
+    m.v = v
+    m.register_buffer('b', torch.full((2,), buffer), persistent=persistent)
+    return m
+def tied(yes):
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    for p in (*a.parameters(), *b.parameters()): p.data.zero_()
+    if yes: b.weight = a.weight
+    return nn.Sequential(a, b)
+def ring(v):
+    held = dict(v=v)
+    held['me'] = [held]
+    return held
+def hooked(v):
+    m = module(1)
+    m.register_forward_pre_hook(closed(v))
+    return m
+@dataclass
+class Setting:
+    a: object
+    b: int = 2
+def generator(seed): return torch.Generator().manual_seed(seed)
+def loader(v=0., batch=2, **kw): return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.full((4, 2), v)), batch, **kw)
+
+
+PAIRS = dict(
+    closure=(closed, 1., 2.), nested_closure=(twice, 1., 2.), default=(default, 1, 2), keyword_default=(only_named, 1, 2), lambdas=(two_lambdas, 0, 1), object=(Degrade, 1., 2.),
+    method=(lambda v: Degrade(v).bound, 1., 2.), partial=(lambda v: partial(closed, v), 1., 2.), partial_object=(lambda v: partial(closed, Degrade(v)), 1., 2.), other_function=(lambda v: v, closed, default),
+    captured_tensor=(lambda v: closed(torch.full((3,), v)), 1., 2.), captured_array=(lambda v: closed(np.full(3, v)), 1., 2.), captured_set=(lambda v: closed({'a', 'b', v}), 'c', 'd'),
+    a_global=(lambda v: outside(g=v), 1., 2.), global_array=(lambda v: outside(g=np.full(3, v)), 1, 2), global_function=(lambda v: outside('g(b)', g=v), closed, default), global_object=(lambda v: outside('g(b)', g=Degrade(v)), 1., 2.),
+    global_chain=(lambda v: outside('g(b)', g=outside('h', h=v)), 1., 2.), nested_code=(lambda v: outside('[g for _ in b]', g=v), 1, 2), attribute_only=(lambda v: outside('b.g', g=1) if v else outside('b.h', g=1), 0, 1),
+    forward=(own_class, 0, 1), attribute=(module, 1, 2), buffer=(lambda v: module(1, buffer=v), 1., 2.), hidden_buffer=(lambda v: module(1, buffer=v, persistent=False), 1., 2.), persistent=(lambda v: module(1, persistent=v), True, False),
+    weights=(lambda v: module(1, weight=v), 0., 1.), frozen=(lambda v: module(1, trains=v), True, False), tied=(tied, True, False), hook=(hooked, 1, 2), dataclass=(Setting, 1, 2), captured_module=(lambda v: closed(module(v)), 1, 2),
+    ring=(ring, 1, 2), generator=(generator, 1, 2), python_random=(random.Random, 1, 2), numpy_generator=(np.random.default_rng, 1, 2), range=(range, 3, 4),
+    path=(Path, 'a', 'b'), dtype=(lambda v: v, torch.float32, torch.float64), device=(torch.device, 'cpu', 'meta'), kinds=(lambda v: v, 1, 1.), truth=(lambda v: v, True, 1), text=(lambda v: v, 'a', b'a'), shape=(torch.zeros, (2, 3), (3, 2)), tuple=(lambda v: v, [1], (1,)),
+    bfloat=(lambda v: torch.full((2,), v, dtype=torch.bfloat16), 1., 2.), optimizer=(lambda v: torch.optim.SGD(module(1).parameters(), lr=.1, momentum=v), 0., .9), optimizer_kind=(lambda v: v(module(1).parameters(), lr=.1), torch.optim.SGD, torch.optim.Adam),
+    data=(loader, 0., 1.), batch=(lambda v: loader(batch=v), 1, 2), shuffle=(lambda v: loader(shuffle=v), True, False), drop_last=(lambda v: loader(drop_last=v), True, False), collate=(lambda v: loader(collate_fn=closed(v)), 1, 2),
+    subset=(lambda v: torch.utils.data.Subset([1, 2, 3], v), [0, 1], [0, 2]), keys=(lambda v: {v: 1}, 'a', 'b'), pattern=(re.compile, 'a', 'b'), rows=(lambda v: [('x', v), ('y', 2)], 1, 3), deep=(lambda v: [[[[v]]]], 1, 3),
+    ufunc=(lambda v: v, np.add, np.subtract), library=(lambda v: v, torch.relu, torch.tanh), classes=(lambda v: type('K', (), dict(v=v)), 1, 2), schedule=(warmup_cosine, .1, .2))
+
+
+@pytest.mark.parametrize('make, a, b', PAIRS.values(), ids=PAIRS)
+def test_a_fingerprint_sees(make, a, b):
+    "Made anew with the same value it is the same, with another it is another; nothing is left unseen, nothing is drawn."
+    from restore_lib.learner import fingerprint
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    made = [make(v) for v in (a, a, b)]
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        one, again, other = map(fingerprint, made)
+    assert one == again != other and fingerprint(made[0]) == one
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+def test_a_fingerprint_does_not_see_order_workers_and_showing():
+    from restore_lib.learner import LiveCurve, fingerprint
+    for a, b in (({'a': 1, 'b': 2}, {'b': 2, 'a': 1}), ({'x', 'y', 3}, {3, 'y', 'x'}), (np.int64(3), 3), ([np.float64(.5)], [.5]), ([(np.int64(1), 'a')], [(1, 'a')]), (loader(num_workers=2), loader(pin_memory=False)),
+                 (toy.learner(), toy.learner(workers=2)), (toy.learner(), toy.learner(cbs=[Progress(), EMA(.9), LiveCurve()]))): assert fingerprint(a) == fingerprint(b)
+
+
+def test_what_a_fingerprint_cannot_see_is_named():
+    from restore_lib.learner import fingerprint
+    pool = (k for k in range(3))                                        # a generator: nobody can look into it
+    with pytest.warns(UserWarning, match=r'global `device_pool` of .*\(a builtins.generator\)'): fingerprint(outside('device_pool', device_pool=pool), 'loss_fn')
+    with pytest.warns(UserWarning, match='`v` that loss_fn captures'): fingerprint(closed(pool), 'loss_fn')
+    with pytest.warns(UserWarning, match=r'module `toy` that .* imports'): fingerprint(_imports, 'loss_fn')
+
+
+def _imports(m, b):
+    import toy
+    return toy.net()
+
+
+def test_a_fingerprint_follows_imports_and_modules():
+    from restore_lib.learner import fingerprint
+    def reads(m, b): return toy.net()                                   # a module of the user's: followed to what is read from it
+    def imports(m, b):
+        from toy import net
+        return net()
+    before = [fingerprint(f) for f in (reads, imports)]
+    real, toy.net = toy.net, closed(1)
+    try: after = [fingerprint(f) for f in (reads, imports)]
+    finally: toy.net = real
+    assert all(a != b for a, b in zip(before, after)) and before == [fingerprint(f) for f in (reads, imports)]
+
+
+def test_files_behind_paths_and_their_digest(tmp_path):
+    from restore_lib.learner import files_digest, fingerprint
+    (tmp_path/'a').write_bytes(b'one'), (tmp_path/'b').write_bytes(b'two')
+    before = files_digest(tmp_path), fingerprint([tmp_path/'a'])
+    stat = os.stat(tmp_path/'a')
+    (tmp_path/'a').write_bytes(b'eno')
+    os.utime(tmp_path/'a', ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert files_digest(tmp_path) != before[0] and fingerprint([tmp_path/'a']) != before[1]
+    files = [tmp_path/'a', tmp_path/'b']
+    assert files_digest(files) == files_digest(map(str, files[::-1])) != files_digest(files[0])
+    (tmp_path/'b').rename(tmp_path/'c')
+    assert files_digest(tmp_path) not in (before[0], files_digest([tmp_path/'a', tmp_path/'c', tmp_path/'a']))
+    with pytest.raises(FileNotFoundError): files_digest(tmp_path/'gone')
+    with pytest.raises(FileNotFoundError, match='holds no file'): files_digest([])
+
+
+def test_another_process_has_the_same_fingerprint():
+    from restore_lib import learner
+    from restore_lib.learner import fingerprint
+    run = 'import toy; from restore_lib.learner import fingerprint; print(fingerprint(toy.learner(), "learn"), fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
+    out = subprocess.run([sys.executable, '-c', run], capture_output=True, text=True, cwd=HERE, env=dict(os.environ, PYTHONHASHSEED='321', PYTHONPATH=str(Path(learner.__file__).parents[1])))
+    assert out.stdout.split() == [fingerprint(toy.learner(), 'learn'), fingerprint(({'a', 'b', 'c'}, frozenset('xyz'), toy.learner))], out.stderr
+
+
+def test_what_decides_a_run_is_in_its_name(tmp_path, monkeypatch, capsys):
+    "The data, the weights at the start, the metrics' functions and the validation set; a learner of a changed loop, too."
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    class Other(Learner):
+        def one_step(self, batches): super().one_step(batches)
+    def other(seed):
+        torch.manual_seed(seed)
+        return toy.learner(model=nn.Sequential(nn.Linear(8, 8)))
+    def validated(v):
+        learn = other(0)
+        learn.valid = v
+        return learn
+    def looped():
+        learn = other(0)
+        learn.__class__ = Other
+        return learn
+    makes = [lambda: other(0), lambda: other(1), lambda: validated([(torch.zeros(1, 8), torch.zeros(1, 8))]), lambda: validated([(torch.ones(1, 8), torch.zeros(1, 8))]), looped]
+    for make in makes*2: make().fit_or_load('x', {}, 2)
+    assert runs(capsys) == ['trained']*5 + ['loaded']*5
+
+
+def test_bound_by_a_partial_a_run_is_found_again(tmp_path, monkeypatch, capsys):
+    "No address in memory is part of a run's name."
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    def loss(model, batch, degrade): return (model(degrade(batch[0])) - batch[1]).square().mean()
+    for by in (.5, .5, .25): toy.learner(partial(loss, degrade=Degrade(by))).fit_or_load('a', {}, 2)
+    assert runs(capsys) == ['trained', 'loaded', 'trained']
+
+
+def test_an_interrupted_run_goes_on_after_a_restart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    real = Learner.log
+    def stops(self, sums):
+        real(self, sums)
+        if self.step == 7: raise KeyboardInterrupt
+    monkeypatch.setattr(Learner, 'log', stops)
+    with pytest.raises(KeyboardInterrupt): toy.learner().fit_or_load('x', {}, 12, save_every=5)
+    monkeypatch.setattr(Learner, 'log', real)
+    again = toy.learner().fit_or_load('x', {}, 12, save_every=5)
+    assert 'resumed at step 5' in capsys.readouterr().out and same(weights(again), weights(toy.learner().fit(12)))
+
+
+def test_loading_leaves_the_random_state(tmp_path, monkeypatch):
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    toy.learner().fit_or_load('x', {}, 2)
+    learn = toy.learner()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    want = torch.rand(1), np.random.rand(), random.random()
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    learn.fit_or_load('x', {}, 2)
+    assert (torch.rand(1), np.random.rand(), random.random()) == want
 
 
 # schedule, groups, bad input
