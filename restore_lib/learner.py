@@ -72,7 +72,7 @@ def _plain(key):
 _kept, _keeping = dict(uses=0, states=[]), threading.Lock()
 
 def _random_states():
-    "(function that sets it, state) of each random state of this process; CUDA's where CUDA has started."
+    "(function that sets it, state) of each random state of this process; CUDA's if it has started."
     states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
               (torch.set_rng_state, torch.get_rng_state())]
     if torch.cuda.is_initialized():
@@ -85,7 +85,7 @@ def _random_states():
 def keep_random(
     *generators,   # torch Generators whose state is kept, too; None is passed over
 ):
-    "Whatever is drawn or seeded inside, the random states of Python, NumPy and torch are as before when the outermost use ends."
+    "The random states of Python, NumPy and torch are as before when the outermost use ends."
     own = [(g.set_state, g.get_state()) for g in generators if g is not None]
     with _keeping:
         if not _kept['uses']: _kept['states'] = _random_states()
@@ -145,7 +145,9 @@ def positioned(
     rank=0,      # this process
     world=1,     # of so many
 ) -> DataLoader: # endless; `.batch_sampler.start = k` sets the batch to begin with
-    "Batches as `loader` gives them (a short last one left out), with randomness and position that can be set; the caller's random state stays."
+    """Batches as `loader` gives them (no short last one); their randomness and position can be set.
+
+    The caller's random state, and that of the loader's generator, stay as they are."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         raise TypeError(f'train is {type(loader).__name__}; expected a torch DataLoader with a batch size over a map-style data set')
     seed = check_whole(seed, 'seed')
@@ -153,7 +155,8 @@ def positioned(
     rank = check_whole(rank, 'rank', 0, world - 1)
     generator = getattr(loader.sampler, 'generator', None)
     if not isinstance(generator, torch.Generator | None):
-        raise TypeError(f"train's sampler draws from a {type(generator).__name__}; expected a torch Generator, or none")
+        raise TypeError(f"train's sampler draws from a {type(generator).__name__}; "
+                        'expected a torch Generator, or none')
     # in_order=False is not passed on: which worker is first would decide the order
     return _Endless(
         _SeededItems(loader.dataset, seed),
@@ -165,7 +168,7 @@ def positioned(
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator().manual_seed(seed),         # of the workers' first states; items have their own
+        generator=torch.Generator().manual_seed(seed),       # of the workers' first states
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers)
 
@@ -277,7 +280,7 @@ class EMA(Callback):
         decay=0.999,  # share of the average that is kept at each step, below 1
     ):
         self.decay, self.shadow, self.n = check_number(decay, 'decay', 0, 1), None, 0
-        if self.decay == 1: raise ValueError(f'decay is {decay!r}; expected a number from 0, below 1')
+        if self.decay == 1: raise ValueError(f'decay is {decay!r}; expected a number below 1')
     def weights(self, learn): return {k: v for k, v in learn.bare.state_dict().items() if v.is_floating_point()}
     def before_fit(self, learn):
         now = self.weights(learn)
@@ -289,7 +292,7 @@ class EMA(Callback):
         torch._foreach_lerp_(list(self.shadow.values()), list(self.weights(learn).values()), 1 - decay)
     @torch.no_grad()
     def swap(self, learn):
-        if self.shadow is None: return                               # nothing was averaged yet: the model's own weights
+        if self.shadow is None: return                 # before training: the model's own weights
         for k, v in self.weights(learn).items():
             was = v.clone()
             v.copy_(self.shadow[k])
@@ -300,16 +303,17 @@ class EMA(Callback):
 
 # %% ../nbs/03_learner.ipynb #03-036
 class Metrics(Callback):
-    """Means over the validation set of functions (model, batch) -> (b,), in `learn.metrics` and in the history.
+    """Means over the validation set of functions (model, batch) -> (b,), in `learn.metrics`.
 
-    Each value counts once; a scalar counts as the mean of its batch, with as many items as the batch has."""
+    Each value counts once; a scalar is taken as the mean over all items of its batch."""
     def __init__(self, **fns):
         for name, f in fns.items():
-            if not callable(f): raise TypeError(f'{name} is {type(f).__name__}; expected a function (model, batch) -> (b,)')
-            if name in _ROW: raise ValueError(f'a metric is called {name!r}; that name is taken in the history')
+            if not callable(f):
+                raise TypeError(f'{name} is {type(f).__name__}; expected (model, batch) -> (b,)')
+            if name in _ROW: raise ValueError(f'a metric is called {name!r}; expected another name')
         self.fns = fns
 
-_ROW = ('step', 'lr', 'seconds')   # what every row of the history may hold beside losses and metrics
+_ROW = ('step', 'lr', 'seconds')   # what a row of the history holds beside losses and metrics
 
 class LiveCurve(Callback):
     "The curve of `plot_history`, redrawn in the notebook every `every` seconds and at the end."
@@ -363,8 +367,9 @@ def param_groups(
     weight_decay=0.0,  # on matrices and kernels; never on biases and norms (one dimension)
 ) -> list[dict]:       # for a torch optimizer
     "Parameters in groups of equal learning rate and weight decay; ValueError for a prefix that names nothing."
-    rates, groups = {p: check_number(r, f'rates[{p!r}]', 0) for p, r in (rates or {}).items()}, {}
+    rates = {p: check_number(r, f'rates[{p!r}]', 0) for p, r in (rates or {}).items()}
     lr, weight_decay = check_number(lr, 'lr', 0), check_number(weight_decay, 'weight_decay', 0)
+    groups = {}
     idle = [p for p in rates if not any(n.startswith(p) for n, _ in model.named_parameters())]
     if idle: raise ValueError(f'rates names {", ".join(map(repr, idle))}; no parameter begins so')
     for name, p in model.named_parameters():
@@ -381,7 +386,9 @@ def to_device(batch, device):
     return send_to_device(batch, device)
 
 def count_items(batch) -> int:
-    "How many items a batch holds: the length of its first tensor, looked for in tuples, lists and dicts; 1 where there is none."
+    """How many items a batch holds: the length of its first tensor, of one or more dimensions.
+
+    It is looked for in tuples, lists and dicts; a batch without any counts as one item."""
     def lengths(part):
         if isinstance(part, torch.Tensor) and part.ndim: yield len(part)
         elif isinstance(part, (tuple, list)): yield from (n for p in part for n in lengths(p))
@@ -389,7 +396,7 @@ def count_items(batch) -> int:
     return next(lengths(batch), 1)
 
 def _accelerator(precision, cpu):
-    "An Accelerator that keeps its own precision and device; accelerate has one of each in a process, for all."
+    "An Accelerator with a precision and a device of its own, where accelerate has one for all."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     shared = AcceleratorState._shared_state, PartialState._shared_state
@@ -398,12 +405,12 @@ def _accelerator(precision, cpu):
     acc = Accelerator(mixed_precision=precision, cpu=cpu)
     acc.state.__dict__ = dict(acc.state.__dict__)
     for state, was in zip(shared, before):
-        if was:                                                # somebody else's Accelerator stays what it was
+        if was:                                     # somebody else's Accelerator stays as it was
             state.clear()
             state.update(was)
     return acc
 
-_PATCH = ('forward', '_original_forward', '_is_accelerate_prepared')   # what accelerate leaves on a model
+_PATCH = ('forward', '_original_forward', '_is_accelerate_prepared')   # accelerate's, on a model
 
 def _patch(model): return {k: vars(model)[k] for k in _PATCH if k in vars(model)}
 
@@ -420,10 +427,11 @@ def _unpatch(model):
 
 def _check_parts(model, loss_fn, valid, opt, sched, cbs):
     "TypeError or ValueError that names what a Loop cannot work with."
+    batches = valid is None or hasattr(valid, '__iter__') or hasattr(valid, '__getitem__')
     kinds = dict(
         model=(model, isinstance(model, nn.Module), 'an nn.Module'),
         loss_fn=(loss_fn, callable(loss_fn), 'a function (model, batch) -> loss'),
-        valid=(valid, valid is None or hasattr(valid, '__iter__') or hasattr(valid, '__getitem__'), 'batches'),
+        valid=(valid, batches, 'batches'),
         opt=(opt, opt is None or callable(opt) or isinstance(opt, torch.optim.Optimizer),
              'a torch optimizer, or a function of the parameters that makes one'),
         sched=(sched, sched is None or callable(sched), 'a function (step, steps) -> factor'),
@@ -431,9 +439,12 @@ def _check_parts(model, loss_fn, valid, opt, sched, cbs):
     for name, (value, right, expected) in kinds.items():
         if not right: raise TypeError(f'{name} is {type(value).__name__}; expected {expected}')
     for cb in cbs:
-        if isinstance(cb, type): raise TypeError(f'cbs holds a class; expected callbacks, such as {cb.__name__}()')
-        if not isinstance(cb, Callback): raise TypeError(f'cbs holds {type(cb).__name__}; expected callbacks')
-    if isinstance(valid, (list, tuple)) and not valid: raise ValueError('valid holds no batch; expected batches, or None')
+        if isinstance(cb, type):
+            raise TypeError(f'cbs holds a class; expected callbacks, such as {cb.__name__}()')
+        if not isinstance(cb, Callback):
+            raise TypeError(f'cbs holds {type(cb).__name__}; expected callbacks')
+    if isinstance(valid, (list, tuple)) and not valid:
+        raise ValueError('valid holds no batch; expected batches, or None')
 
 class Loop:
     "Training steps on accelerate: one model, one loss function, any number of devices; randomness depends on the seed and the step."
@@ -445,7 +456,7 @@ class Loop:
         opt=None,          # function of the parameters -> torch optimizer, or an optimizer; default AdamW at 1e-3
         sched=None,        # function (step, steps) -> factor of every learning rate
         cbs=(),            # callbacks, called in this order
-        *, precision='no', # 'no', 'bf16' or 'fp16'; of this Loop's work only: elsewhere the model is as it came
+        *, precision='no', # 'no', 'bf16' or 'fp16', while the Loop works; not of the model outside of it
         accumulate=1,      # batches a step
         clip=None,         # the largest gradient norm, above 0
         seed=0,            # of everything that is random in training
@@ -454,17 +465,19 @@ class Loop:
         _check_parts(model, loss_fn, valid, opt, sched, cbs)
         if precision not in ('no', 'bf16', 'fp16'):
             raise ValueError(f"precision is {precision!r}; expected 'no', 'bf16' or 'fp16'")
-        self.accumulate, self.seed = check_whole(accumulate, 'accumulate', 1), check_whole(seed, 'seed')
+        self.accumulate = check_whole(accumulate, 'accumulate', 1)
+        self.seed = check_whole(seed, 'seed')
         self.clip = None if clip is None else check_number(clip, 'clip', above=0)
         self.acc = _accelerator(precision, cpu)
         if precision == 'fp16' and self.acc.device.type == 'cpu':
-            raise ValueError("precision is 'fp16' on a CPU, where nothing would come of it; expected 'no' or 'bf16'")
+            raise ValueError("precision is 'fp16' on a CPU; expected 'no' or 'bf16'")
         self.train = positioned(train, self.seed, self.acc.process_index, self.acc.num_processes)
         if opt is None: opt = lambda params: torch.optim.AdamW(params, lr=1e-3)
         opt = opt if isinstance(opt, torch.optim.Optimizer) else opt(model.parameters())
         if not isinstance(opt, torch.optim.Optimizer):
             raise TypeError(f'opt gave {type(opt).__name__}; expected a torch optimizer')
-        self.rates = [float(g['lr']) if isinstance(g['lr'], Real) else g['lr'] for g in opt.param_groups]
+        rates = [g['lr'] for g in opt.param_groups]
+        self.rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
         before = _patch(model)
         _unpatch(model)
         self.model, self.opt = self.acc.prepare(model, opt)
@@ -480,7 +493,7 @@ class Loop:
 
     @contextmanager
     def precise(self):
-        "Inside, the model computes in this Loop's precision; before and after, in whatever it computed in."
+        "Inside, the model computes in this Loop's precision; afterwards, in the one it had before."
         before = _patch(self.bare)
         _put_patch(self.bare, self.patch)
         try: yield
@@ -505,28 +518,34 @@ class Loop:
                     loss = sum(self.losses.values())
                     if not torch.isfinite(loss):
                         self.bad_batch = batch
+                        terms = ', '.join(f'{n}={v.item():g}' for n, v in self.losses.items())
                         raise FloatingPointError(f'the loss of step {self.step} is {loss.item()} '
-                            f'({", ".join(f"{n}={v.item():g}" for n, v in self.losses.items())}); learn.bad_batch holds its batch')
+                                                 f'({terms}); learn.bad_batch holds its batch')
                     self.acc.backward(loss/self.accumulate)
-                if self.accumulate > 1: parts.append({n: v.detach() for n, v in self.losses.items()})
-        if self.accumulate > 1: self.losses = _mean_terms(parts)
-        norm = self.acc.clip_grad_norm_(self.model.parameters(), math.inf if self.clip is None else self.clip)
-        if self.acc.scaler is None and not torch.isfinite(norm):        # with a scaler, such a step is skipped
-            self.bad_batch = batch
-            raise FloatingPointError(f'the gradient of step {self.step} is {norm.item()}; learn.bad_batch holds its batch')
-        self.opt.step()
-        self.step += 1
+                parts.append({n: v.detach() for n, v in self.losses.items()})
+            if self.accumulate > 1: self.losses = _mean_terms(parts)
+            largest = math.inf if self.clip is None else self.clip
+            norm = self.acc.clip_grad_norm_(self.model.parameters(), largest)
+            if self.acc.scaler is None and not torch.isfinite(norm):   # a scaler skips such a step
+                self.bad_batch = batch
+                raise FloatingPointError(f'the gradient of step {self.step} is {norm.item()}; '
+                                         'learn.bad_batch holds its batch')
+            self.opt.step()
+            self.step += 1
 
 def as_terms(losses):
-    "What a loss function returned, as a dict of named scalars; TypeError or ValueError for anything else."
+    "What a loss function returned, as a dict of named scalars; TypeError, ValueError for all else."
     terms = losses if isinstance(losses, dict) else {'loss': losses}
     expected = 'a float tensor without dimensions, or a dict of such'
     if not terms: raise ValueError(f'loss_fn gave an empty dict; expected {expected}')
     for name, v in terms.items():
-        if not isinstance(v, torch.Tensor): raise TypeError(f'{name} of loss_fn is {type(v).__name__}; expected {expected}')
-        if v.ndim: raise ValueError(f'{name} of loss_fn has shape {tuple(v.shape)}; expected {expected}, such as its mean')
-        if not v.is_floating_point(): raise TypeError(f'{name} of loss_fn is {v.dtype}; expected {expected}')
-        if name in _ROW: raise ValueError(f'a term of loss_fn is called {name!r}; that name is taken in the history')
+        if not isinstance(v, torch.Tensor):
+            raise TypeError(f'{name} of loss_fn is {type(v).__name__}; expected {expected}')
+        if v.ndim:
+            raise ValueError(f'{name} of loss_fn has shape {tuple(v.shape)}; expected {expected}')
+        if not v.is_floating_point():
+            raise TypeError(f'{name} of loss_fn is {v.dtype}; expected {expected}')
+        if name in _ROW: raise ValueError(f'a loss term is called {name!r}; expected another name')
     return terms
 
 def _mean_terms(parts):
@@ -535,11 +554,11 @@ def _mean_terms(parts):
     return {n: torch.stack([part[n] for part in parts if n in part]).mean() for n in names}
 
 # %% ../nbs/03_learner.ipynb #03-046
-_modes, _changing = {}, threading.Lock()   # to become restore_lib.metrics.evaluating, with the function below
+_modes, _changing = {}, threading.Lock()   # with the next: to become restore_lib.metrics.evaluating
 
 @contextmanager
 def evaluating(model):
-    "Evaluation mode inside; a module has the mode that it had before the first of overlapping uses when the last one ends."
+    "Evaluation mode inside; after the last of overlapping uses, modes are as before the first."
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with _changing:
         for m in modules:
@@ -555,25 +574,29 @@ def evaluating(model):
                 else: m.training = mode
 
 def copied(model):
-    "A copy of a model; tensors with a gradient's history, which `deepcopy` refuses, are copied as values. TypeError where it fails."
+    """A copy of a model, in no one's precision; TypeError where it cannot be copied.
+
+    Tensors with a gradient's history, which `deepcopy` refuses, are copied as values."""
     class Values(TorchFunctionMode):
         def __torch_function__(self, f, types, args=(), kwargs=None):
-            if f is torch.Tensor.__deepcopy__ and not args[0].is_leaf: return args[0].detach().clone()
+            if f is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+                return args[0].detach().clone()
             return f(*args, **(kwargs or {}))
     try:
         with Values(): copy = deepcopy(model)
     except (TypeError, RuntimeError) as error:
-        raise TypeError(f'model is {type(model).__name__}, which cannot be copied: {error}') from error
+        name = type(model).__name__
+        raise TypeError(f'model is {name}, which cannot be copied: {error}') from error
     _unpatch(copy)
     from torch.nn.utils.spectral_norm import SpectralNorm
     from torch.nn.utils.weight_norm import WeightNorm
     with torch.no_grad():
-        for m in copy.modules():                           # a weight that is made before each call: of these weights
+        for m in copy.modules():                    # a weight that is made before each call
             for hook in m._forward_pre_hooks.values():
                 if isinstance(hook, (WeightNorm, SpectralNorm)): hook(m, None)
     return copy
 
-_turn = threading.RLock()                  # validations of several threads take turns: random state and weights are one
+_turn = threading.RLock()   # validations of several threads take turns: they share random state
 
 class Trainer(Loop):
     "A Loop that fits and validates."
@@ -588,7 +611,8 @@ class Trainer(Loop):
         self.steps, sums = check_whole(steps, 'steps', 1), {}
         if valid_every is not None: valid_every = check_whole(valid_every, 'valid_every', 1)
         if save_every is not None: save_every = check_whole(save_every, 'save_every', 1)
-        if save_every is not None and folder is None: raise ValueError(f'save_every is {save_every}, folder is None; expected a folder')
+        if save_every is not None and folder is None:
+            raise ValueError(f'save_every is {save_every}, folder is None; expected a folder')
         if self.valid is not None: self.measures()
         steps, log_every = self.steps, max(1, self.steps//200)
         due = lambda every: self.step == steps or bool(every) and self.step % every == 0
@@ -617,28 +641,30 @@ class Trainer(Loop):
         self.history.append(dict(step=self.step, lr=self.opt.param_groups[0]['lr'], seconds=round(self.seconds, 1), **means))
 
     def means(self, seen):
-        "{name: mean} over all processes of {name: [(mean, number of items), ...]}; every item weighs the same."
+        "{name: mean} over all processes of {name: [(mean, items), ...]}; items weigh the same."
         from accelerate.utils import gather_object
         parts = gather_object([seen])
-        names = dict.fromkeys(name for part in parts for name in part)
-        pairs = {n: [pair for part in parts for pair in part.get(n, [])] for n in names}
-        return {n: float(np.average([v for v, _ in p], weights=[w for _, w in p])) for n, p in pairs.items()}
+        means = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values, items = zip(*(pair for part in parts for pair in part.get(name, [])))
+            means[name] = float(np.average(values, weights=items))
+        return means
 
     def measures(self):
-        "{name: function} of all Metrics callbacks; ValueError for two of one name, and for batches that are none."
+        "{name: function} of all Metrics; ValueError for two of one name and for no batches."
         _check_parts(self.model, self.loss_fn, self.valid, None, self.sched, self.cbs)
         fns = {}
         for cb in self.cbs:
             for name, f in getattr(cb, 'fns', {}).items():
-                if name in fns: raise ValueError(f'two metrics are called {name!r}; expected a name for each')
+                if name in fns: raise ValueError(f'two metrics are called {name!r}')
                 fns[name] = f
         return fns
 
     @torch.no_grad()
     def validate(self):
-        """Means over `valid` of the loss terms and of the Metrics callbacks' functions, into `metrics` and the history.
+        """Means over `valid` of loss terms and Metrics, into `metrics` and the history.
 
-        Every item weighs the same: a loss term counts as the mean of its batch, whose items `count_items` counts."""
+        Every item weighs the same; a loss term is the mean of its batch of `count_items`."""
         if self.valid is None: raise ValueError('valid is None; expected batches to validate on')
         fns, seen = self.measures(), {}
         with self.deployed() as model, keep_random(*_generators(self.valid)):
@@ -646,16 +672,21 @@ class Trainer(Loop):
                 if k % self.acc.num_processes != self.acc.process_index: continue
                 batch = to_device(batch, self.acc.device)
                 items = count_items(batch)
-                if not items: raise ValueError(f'valid[{k}] is an empty batch; expected at least one item')
-                for name, f in ((None, self.loss_fn), *fns.items()):
-                    seed_all(self.seed, 'valid', k)                 # the same corruption in each validation, for each metric
-                    out = f(model, _clones(batch))
-                    values = {name: _values(name, out)} if name else {f'valid_{t}': v for t, v in as_terms(out).items()}
-                    for t, v in values.items():
-                        if not name and t in fns: raise ValueError(f'a metric is called {t!r}, as the loss term is')
-                        seen.setdefault(t, []).append((v.double().mean().item(), v.numel() if v.ndim else items))
-        self.metrics = self.means(seen)
-        if not self.metrics: raise ValueError('valid gave no batch; expected at least one (an iterator can be read once only)')
+                if not items: raise ValueError(f'valid[{k}] is an empty batch; expected items')
+                def result(f):
+                    seed_all(self.seed, 'valid', k)    # the same corruption each time, for all
+                    return f(model, _clones(batch))
+                values = {f'valid_{t}': v for t, v in as_terms(result(self.loss_fn)).items()}
+                twice = values.keys() & fns.keys()
+                if twice: raise ValueError(f'a metric is called {min(twice)!r}, as a loss term is')
+                values.update({name: _values(name, result(f)) for name, f in fns.items()})
+                for name, v in values.items():
+                    weight = v.numel() if v.ndim else items
+                    seen.setdefault(name, []).append((v.double().mean().item(), weight))
+        figures = self.means(seen)
+        if not figures:
+            raise ValueError('valid gave no batch; expected some (an iterator is read only once)')
+        self.metrics = figures
         self.history.append(dict(step=self.step, seconds=round(self.seconds, 1), **self.metrics))
         return self.metrics
 
@@ -674,16 +705,16 @@ class Trainer(Loop):
                 if not self.deep: self.call('after_valid')
 
 def _clones(batch):
-    "The batch with tensors of its own: a model that writes into its input must not change the caller's."
+    "The batch with tensors of its own: a model that writes into its input must not change others'."
     from accelerate.utils.operations import recursively_apply
     return recursively_apply(torch.clone, batch)
 
 def _values(name, out):
     "What a metric returned, as a tensor of one or more numbers."
     if not isinstance(out, (torch.Tensor, np.ndarray, Real)):
-        raise TypeError(f'metric {name} gave {type(out).__name__}; expected (b,) values, or a scalar')
+        raise TypeError(f'metric {name} gave {type(out).__name__}; expected (b,) or a scalar')
     out = torch.as_tensor(out)
-    if not out.numel(): raise ValueError(f'metric {name} gave no value for a batch; expected (b,) values, or a scalar')
+    if not out.numel(): raise ValueError(f'metric {name} gave no value; expected (b,) or a scalar')
     return out
 
 def _generators(batches):
