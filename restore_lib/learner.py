@@ -456,7 +456,7 @@ class Loop:
         opt=None,          # function of the parameters -> torch optimizer, or an optimizer; default AdamW at 1e-3
         sched=None,        # function (step, steps) -> factor of every learning rate
         cbs=(),            # callbacks, called in this order
-        *, precision='no', # 'no', 'bf16' or 'fp16', while the Loop works; not of the model outside of it
+        *, precision='no', # 'no', 'bf16' or 'fp16', of the model while this Loop works
         accumulate=1,      # batches a step
         clip=None,         # the largest gradient norm, above 0
         seed=0,            # of everything that is random in training
