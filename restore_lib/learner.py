@@ -422,7 +422,8 @@ def _unpatch(model):
     "The model's forward without anybody's autocast."
     patch = _patch(model)
     own = patch.get('_original_forward', patch.get('forward'))
-    inherited = own is None or getattr(own, '__func__', None) is type(model).forward
+    of_class = inspect.getattr_static(type(model), 'forward', None)
+    inherited = own is None or getattr(own, '__func__', own) is of_class
     _put_patch(model, {} if inherited else dict(forward=own))
 
 def _check_parts(model, loss_fn, valid, opt, sched, cbs):

@@ -920,3 +920,29 @@ def test_making_a_learner_changes_no_setting_of_torch():
     before = settings()
     small(precision='bf16', valid=[(torch.rand(2, 4),)], cbs=[EMA(.9)]).fit(2).trained()
     assert settings() == before
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+@pytest.mark.parametrize('wrap', [lambda m: torch.compile(m, backend='eager'), torch.jit.script, nn.DataParallel], ids=['compiled', 'scripted', 'parallel'])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+def test_wrapped_models(wrap, precision):
+    learn = small(net=wrap(nn.Linear(4, 4)), precision=precision, valid=[(torch.rand(3, 4),)], cbs=[EMA(.5)]).fit(3)
+    copy, x = learn.trained(), torch.rand(2, 4)
+    with learn.deployed() as model: want = model(x)
+    assert torch.allclose(copy(x), want, atol=1e-2)
+    for p in copy.parameters(): p.data.zero_()
+    assert copy(x).abs().max() == 0 and learn.bare(x).abs().max() > 0
+
+
+def test_an_optimizer_that_draws_is_seeded():
+    "What an optimizer draws in its step is a function of the seed, whether `fit` or `one_step` is called."
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for g in self.param_groups:
+                for p in g['params']: p.data.add_(torch.randn_like(p), alpha=.1)
+    def make(): return small(opt=lambda ps: Noisy(ps, lr=.1))
+    a, b = make().fit(3), make()
+    batches = iter(b.train)
+    for _ in range(3): b.one_step(batches)
+    assert same(weights(a), weights(b))
