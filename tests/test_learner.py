@@ -707,3 +707,649 @@ def test_residual_cnn_starts_as_the_plain_baseline(down, up):
     x = ResidualCNN(3, width=8, depth=3, down=down, up=up)(y)
     base = y if up == 1 else torch.nn.functional.interpolate(y, scale_factor=up, mode='bicubic', antialias=True)
     assert x.shape == (2, 3, 17*up, 22*up) and torch.equal(x, base)
+
+
+# the loop: means, precision, random state, rates, modes, copies, named errors
+
+import numpy as np
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def square(model, batch): return (model(batch[0]) - batch[0]).square().mean()
+
+
+def small(loss=square, net=None, data=None, batch=4, **kw):
+    "A Learner for a Linear(4, 4)."
+    data = TensorDataset(torch.linspace(0, 1, 80).view(20, 4)) if data is None else data
+    train = data if isinstance(data, DataLoader) else DataLoader(data, batch)
+    torch.manual_seed(7)
+    return Learner(nn.Linear(4, 4) if net is None else net, loss, train, **{**dict(cpu=True), **kw})
+
+
+FIVE = TensorDataset(torch.tensor([[0.], [0.], [0.], [0.], [10.]]))
+
+
+def level(model, batch): return batch[0].mean() + 0*model(batch[0].repeat(1, 4)).sum()
+
+
+@pytest.mark.parametrize('metric', [lambda m, b: b[0][:, 0], lambda m, b: b[0].mean(), lambda m, b: float(b[0].mean()),
+                                    lambda m, b: b[0].mean().numpy()], ids=['values', 'scalar', 'float', 'numpy'])
+def test_validation_weighs_items_not_batches(metric):
+    "Four items of 0 and one of 10 in batches of four: 2, not 5."
+    got = small(level, valid=DataLoader(FIVE, 4), cbs=[Metrics(v=metric)]).validate()
+    assert got == {'valid_loss': pytest.approx(2), 'v': pytest.approx(2)}
+
+
+@pytest.mark.parametrize('pack', [lambda x: x, lambda x: (x, 1), lambda x: dict(a=x), lambda x: dict(t=torch.tensor(3), a=(x, x))],
+                         ids=['tensor', 'tuple', 'dict', 'nested'])
+def test_items_are_counted_in_every_kind_of_batch(pack):
+    whole, one = pack(torch.zeros(7, 4)), pack(torch.ones(1, 4))
+    def first(b):
+        if isinstance(b, dict): b = b['a']
+        return b[0] if isinstance(b, tuple) else b
+    def loss(model, batch): return first(batch).mean() + 0*model(first(batch)).sum()
+    assert small(loss, valid=[whole, one]).validate()['valid_loss'] == pytest.approx(1/8)
+
+
+def test_more_values_than_items_count_each():
+    got = small(level, valid=DataLoader(FIVE, 4), cbs=[Metrics(two=lambda m, b: b[0].repeat(1, 2))]).validate()
+    assert got['two'] == pytest.approx(2)
+
+
+def test_batches_without_tensors_weigh_the_same():
+    def loss(model, batch): return model(torch.full((1, 4), float(batch))).sum()*0 + batch
+    assert small(loss, valid=[1, 2, 6]).validate()['valid_loss'] == pytest.approx(3)
+
+
+def test_history_means_all_batches_of_a_step():
+    "Accumulating two batches, the history has the mean of both, not the last one's."
+    data = TensorDataset(torch.tensor([0., 10.]).repeat_interleave(4)[:, None].repeat(2, 1))
+    learn = small(level, data=data, accumulate=2).fit(2)
+    assert [r['loss'] for r in learn.history] == pytest.approx([5, 5])
+
+
+def test_validation_leaves_the_batches_alone():
+    "A model that writes into its input changes neither the caller's tensors nor what the next metric sees."
+    x = torch.full((3, 4), -1.)
+    learn = small(lambda m, b: m(b).square().mean(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), valid=[x],
+                  cbs=[Metrics(seen=lambda m, b: b[:, 0])])
+    assert learn.validate()['seen'] == -1 and (x == -1).all()
+
+
+@pytest.mark.parametrize('valid, error', [([], 'valid holds no batch'), ((), 'valid holds no batch')])
+def test_no_validation_batch_is_said_at_once(valid, error):
+    with pytest.raises(ValueError, match=error): small(valid=valid)
+    learn = small()
+    learn.valid = valid
+    before = weights(learn)
+    with pytest.raises(ValueError, match=error): learn.fit(2)
+    assert learn.step == 0 and same(before, weights(learn))
+
+
+def test_validation_without_figures_is_an_error():
+    with pytest.raises(ValueError, match='valid is None'): small().validate()
+    learn = small(valid=iter([(torch.rand(2, 4),)]))
+    learn.validate()
+    with pytest.raises(ValueError, match='valid gave no batch'): learn.validate()
+    with pytest.raises(ValueError, match=r'valid\[1\] is an empty batch'): small(valid=[(torch.rand(2, 4),), (torch.rand(0, 4),)]).validate()
+    with pytest.raises(ValueError, match='metric v gave no value'):
+        small(valid=[(torch.rand(2, 4),)], cbs=[Metrics(v=lambda m, b: b[0][:0])]).validate()
+    with pytest.raises(TypeError, match='metric v gave NoneType'):
+        small(valid=[(torch.rand(2, 4),)], cbs=[Metrics(v=lambda m, b: None)]).validate()
+
+
+def test_metrics_of_one_name_are_refused():
+    "Two figures of one name were one mean over both, or the last one's."
+    batch = [(torch.rand(2, 4),)]
+    one = lambda m, b: b[0][:, 0]
+    learn = small(valid=batch, cbs=[Metrics(a=one), Metrics(a=one)])
+    with pytest.raises(ValueError, match="two metrics are called 'a'"): learn.fit(1)
+    assert learn.step == 0
+    with pytest.raises(ValueError, match="called 'valid_loss'"): small(valid=batch, cbs=[Metrics(valid_loss=one)]).validate()
+    with pytest.raises(ValueError, match="called 'step'"): Metrics(step=one)
+    with pytest.raises(ValueError, match="called 'seconds'"): small(lambda m, b: dict(seconds=square(m, b))).fit(1)
+    with pytest.raises(TypeError, match='v is int'): Metrics(v=3)
+
+
+def test_one_item_batches():
+    learn = small(batch=1, valid=DataLoader(FIVE, 1), loss=lambda m, b: m(b[0].expand(-1, 4)).square().mean(), cbs=[Metrics(v=lambda m, b: b[0][:, 0])])
+    assert learn.fit(3).metrics['v'] == pytest.approx(2)
+
+
+# precision
+
+def dtypes_inside(net, work):
+    "The dtypes that the net's linear layer computes in while `work` runs."
+    seen = set()
+    inner = next(m for m in net.modules() if isinstance(m, nn.Linear))
+    hook = inner.register_forward_hook(lambda m, a, out: seen.add(out.dtype))
+    work()
+    hook.remove()
+    return seen
+
+
+def test_learners_keep_their_own_precision():
+    a, c, d = small(), small(precision='bf16'), small()
+    assert [v.acc.mixed_precision for v in (a, c, d)] == ['no', 'bf16', 'no']
+
+
+@pytest.mark.parametrize('first, second', [('no', 'bf16'), ('bf16', 'no')])
+def test_two_learners_on_one_model_compute_in_their_own_precision(first, second):
+    want = dict(no={torch.float32}, bf16={torch.bfloat16})
+    net = nn.Sequential(nn.Linear(4, 4))
+    batch = [(torch.rand(2, 4),)]
+    a, c = (small(net=net, precision=p, valid=batch) for p in (first, second))
+    for learn, p in ((a, first), (c, second), (a, first)):
+        assert dtypes_inside(net, lambda: learn.fit(learn.step + 2)) == want[p]
+        assert dtypes_inside(net, learn.validate) == want[p]
+        assert dtypes_inside(net, lambda: learn.one_step(iter(learn.train))) == want[p]
+
+
+def test_a_model_is_itself_after_a_bf16_run():
+    "Outside of the run the model computes as before it, also as a part of another model; so do copies."
+    net = nn.Sequential(nn.Linear(4, 4))
+    learn = small(net=net, precision='bf16').fit(2)
+    assert 'forward' not in vars(net)
+    both = nn.Sequential(net, nn.Linear(4, 4))
+    assert dtypes_inside(net, lambda: small(net=both).fit(2)) == {torch.float32}
+    copy = learn.trained()
+    assert dtypes_inside(copy, lambda: small(net=copy, precision='bf16').fit(2)) == {torch.bfloat16}
+    assert copy(torch.rand(1, 4)).dtype == torch.float32
+
+
+def test_a_forward_of_ones_own_survives():
+    net = nn.Linear(4, 4)
+    net.forward = lambda x: nn.functional.linear(x, net.weight)*0 + net.weight.sum()
+    own = net.forward
+    learn = small(net=net, precision='bf16').fit(2)
+    assert net.forward is own and torch.isfinite(learn.trained()(torch.rand(1, 4))).all()
+
+
+def test_an_accelerator_of_the_callers_stays_what_it_is():
+    code = '''
+import torch
+from accelerate import Accelerator
+mine = Accelerator(mixed_precision='bf16', cpu=True)
+from restore_lib.learner import Learner
+data = torch.utils.data.DataLoader(torch.rand(8, 4), 4)
+learn = Learner(torch.nn.Linear(4, 4), lambda m, b: m(b).square().mean(), data, cpu=True).fit(2)
+print(mine.mixed_precision, learn.acc.mixed_precision)'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert done.stdout.split() == ['bf16', 'no'], done.stderr[-2000:]
+
+
+def test_the_device_is_each_learners_own():
+    "accelerate keeps the first device of a process: a second Learner must be asked where it goes."
+    from accelerate.state import PartialState
+    a = small()
+    before = dict(PartialState._shared_state)
+    PartialState._shared_state.update(device=torch.device('meta'), _cpu=False)       # as a GPU run would leave it
+    try: assert small().acc.device.type == 'cpu' and a.acc.device.type == 'cpu'
+    finally:
+        PartialState._shared_state.clear()
+        PartialState._shared_state.update(before)
+
+
+def test_several_learners_in_two_processes(tmp_path):
+    "Under accelerate launch: own precision on one model, and a validation that weighs items over uneven shares."
+    out, script = tmp_path/'out.json', tmp_path/'script.py'
+    script.write_text(f'''
+import json, os, sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from restore_lib.learner import Learner, Metrics
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(1, 4))
+seen = set()
+net[0].register_forward_hook(lambda m, a, o: seen.add(str(o.dtype)))
+def loss(m, b): return b[0].mean() + 0*m(b[0]).sum()
+five = TensorDataset(torch.tensor([[0.], [0.], [0.], [0.], [10.]]))
+def make(p): return Learner(net, loss, DataLoader(TensorDataset(torch.arange(8.)[:, None]), 2), DataLoader(five, 4), precision=p,
+                            cbs=[Metrics(v=lambda m, b: b[0][:, 0])], cpu=True)
+a, c = make('no'), make('bf16')
+got = []
+for learn in (a, c, a):
+    seen.clear()
+    learn.fit(learn.step + 2)
+    got.append([learn.acc.mixed_precision, sorted(seen), learn.metrics['v'], learn.metrics['valid_loss'], learn.history[0]['loss']])
+if a.acc.is_main_process: open({str(out)!r}, 'w').write(json.dumps([a.acc.num_processes, got]))
+a.acc.wait_for_everyone()
+sys.stdout.flush(), os._exit(0)
+''')
+    launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+                '--dynamo_backend', 'no', '--main_process_port', '0']
+    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-6000:]
+    processes, got = json.loads(out.read_text())
+    assert processes == 2
+    for row, (precision, dtype) in zip(got, [('no', 'float32'), ('bf16', 'bfloat16'), ('no', 'float32')], strict=True):
+        assert row[:2] == [precision, [f'torch.{dtype}']] and row[2:4] == pytest.approx([2, 2])
+        assert row[4] == pytest.approx(1.5)           # items 0 to 3 of the first step, in both processes
+
+
+def test_fp16_on_a_cpu_is_refused():
+    "It would train in float32 without a word."
+    with pytest.raises(ValueError, match="precision is 'fp16' on a CPU"): small(precision='fp16')
+    with pytest.raises(ValueError, match="precision is 'half'"): small(precision='half')
+    with pytest.raises(ValueError, match="precision is 'fp8'"): small(precision='fp8')
+
+
+# the caller's random state
+
+def three(): return torch.rand(1).item(), np.random.rand(), random.random()
+
+
+class Random(torch.utils.data.Dataset):
+    "Items with randomness of all three kinds."
+    def __len__(self): return 20
+    def __getitem__(self, i): return torch.rand(4) + np.random.rand() + random.random()
+
+
+def random_loss(model, batch): return (model(batch) - batch*torch.rand(4)*random.random()*np.random.rand()).square().mean()
+
+
+def loaders(workers=0): return DataLoader(Random(), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(3))
+
+
+def broken(learn):
+    learn.loss_fn = lambda m, b: 1/0
+    with pytest.raises(ZeroDivisionError): learn.fit(learn.step + 2)
+
+
+WORK = dict(
+    make=lambda: small(random_loss, data=loaders()), fit=lambda: small(random_loss, data=loaders()).fit(7),
+    workers=lambda: small(random_loss, data=loaders(1)).fit(2), step=lambda: (lambda v: v.one_step(iter(v.train)))(small(random_loss, data=loaders())),
+    validate=lambda: small(random_loss, data=loaders(), valid=loaders()).validate(), raises=lambda: broken(small(random_loss, data=loaders())),
+    trained=lambda: small(random_loss, data=loaders(), cbs=[EMA(.9)]).fit(1).trained(),
+    loader=lambda: next(iter(positioned(loaders()))), loader_two=lambda: [b for b, _ in zip(positioned(loaders()), range(12))])
+
+
+@pytest.mark.parametrize('name', WORK)
+def test_the_callers_random_state_is_as_it_was(name):
+    def seeded():
+        np.random.seed(5), random.seed(5)
+        torch.manual_seed(7)             # as `small` does before it makes its net
+    seeded()
+    if 'load' not in name: nn.Linear(4, 4)
+    want = three()
+    seeded()
+    WORK[name]()
+    assert three() == want
+
+
+def test_keeping_the_random_state_changes_no_training():
+    "Losses of the library before the caller's state was kept."
+    learn = small(random_loss, data=loaders(), valid=[torch.full((3, 4), .5)]).fit(4)
+    assert [r['loss'] for r in learn.history if 'loss' in r] == pytest.approx(BEFORE[:4], rel=1e-4)
+    assert learn.metrics['valid_loss'] == pytest.approx(BEFORE[4], rel=1e-4)
+
+
+BEFORE = [2.2925658226013184, 1.5226318836212158, 1.7036759853363037, 1.5553827285766602, 0.4231015145778656]
+
+
+def test_the_callers_generator_is_as_it_was():
+    loader = loaders()
+    before = loader.generator.get_state()
+    stream = positioned(loader)
+    first = [b for b, _ in zip(stream, range(7))]
+    assert torch.equal(loader.generator.get_state(), before)
+    again = [b for b, _ in zip(positioned(loaders()), range(7))]
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    valid = loaders()
+    small(random_loss, data=loader, valid=valid).validate()
+    assert torch.equal(valid.generator.get_state(), before)
+
+
+def test_order_with_a_generator_is_the_seeds():
+    "The order of round k is that of a generator seeded with seed + k, as it always was."
+    data = TensorDataset(torch.arange(8.))
+    got = [b[0].tolist() for b, _ in zip(positioned(DataLoader(data, 4, shuffle=True, generator=torch.Generator()), seed=np.int64(3)), range(4))]
+    orders = [torch.randperm(8, generator=torch.Generator().manual_seed(3 + k)).float().tolist() for k in (0, 1)]
+    assert [got[0] + got[1], got[2] + got[3]] == orders
+
+
+def test_keep_random_nests_and_survives_an_error():
+    from restore_lib.learner import keep_random
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    want = three()
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    with pytest.raises(ZeroDivisionError):
+        with keep_random():
+            with keep_random(): seed_all(3)
+            three()
+            1/0
+    assert three() == want
+
+
+def test_numpy_seeds_are_seeds():
+    def after(*keys):
+        seed_all(*keys)
+        return three()
+    assert after(np.int64(3)) == after(3) == after(torch.tensor(3)) and after('a', (np.int32(2), np.float32(.5))) == after('a', (2, .5))
+    assert after(3) != after(4) and after(3) != after('3')
+    assert same(weights(toy.learner(seed=np.int64(3)).fit(3)), weights(toy.learner(seed=3).fit(3)))
+
+
+# positioned: what the caller's loader was told
+
+def say_hello(worker): print('hello', worker)
+
+
+def test_loader_options_are_kept():
+    loader = DataLoader(Random(), 4, num_workers=1, worker_init_fn=say_hello, timeout=77, persistent_workers=True, prefetch_factor=5,
+                        multiprocessing_context='spawn', pin_memory=False)
+    stream = positioned(loader)
+    for name in ('num_workers', 'worker_init_fn', 'timeout', 'persistent_workers', 'prefetch_factor', 'collate_fn', 'pin_memory', 'pin_memory_device'):
+        assert getattr(stream, name) == getattr(loader, name), name
+    assert stream.multiprocessing_context.get_start_method() == 'spawn'
+
+
+def mark(worker): torch.utils.data.get_worker_info().dataset.dataset.mark = worker + 5
+
+
+class Marked(torch.utils.data.Dataset):
+    mark = 0
+    def __len__(self): return 8
+    def __getitem__(self, i): return torch.tensor(float(self.mark))
+
+
+def test_worker_init_fn_is_called():
+    assert next(iter(positioned(DataLoader(Marked(), 4, num_workers=1, worker_init_fn=mark)))).tolist() == [5]*4
+
+
+def test_persistent_workers_start_anywhere():
+    stream = positioned(DataLoader(TensorDataset(torch.arange(16.)), 4, num_workers=1, persistent_workers=True))
+    for start in (0, 2, 1):
+        stream.batch_sampler.start = start
+        batches = iter(stream)
+        assert next(batches)[0].tolist() == [4*start + k for k in range(4)]
+
+
+def test_foreign_generators_are_refused():
+    class Sampler(torch.utils.data.Sampler):
+        generator = np.random.default_rng(0)
+        def __len__(self): return 8
+        def __iter__(self): return iter(self.generator.permutation(8).tolist())
+    with pytest.raises(TypeError, match='draws from a Generator; expected a torch Generator'):
+        positioned(DataLoader(TensorDataset(torch.rand(8)), 4, sampler=Sampler()))
+
+
+# rates
+
+def test_a_passed_optimizer_has_its_rate_back():
+    net = nn.Linear(4, 4)
+    opt = torch.optim.SGD(net.parameters(), lr=0.5)
+    learn = small(net=net, opt=opt, sched=warmup_cosine(0)).fit(4)
+    assert learn.history[-1]['lr'] < 0.1 and opt.param_groups[0]['lr'] == 0.5
+    learn.fit(8)
+    assert learn.step == 8 and opt.param_groups[0]['lr'] == 0.5
+    learn.cbs.append(Stop(9))
+    with pytest.raises(KeyboardInterrupt): learn.fit(10)
+    assert opt.param_groups[0]['lr'] == 0.5
+
+
+def test_resume_of_a_passed_optimizer_is_bit_for_bit(tmp_path):
+    def make():
+        torch.manual_seed(7)
+        net = nn.Linear(4, 4)
+        return small(net=net, opt=torch.optim.AdamW(net.parameters(), lr=0.1), sched=warmup_cosine(0), cbs=[EMA(.9)])
+    whole, first = make().fit(12), make()
+    first.cbs.append(Stop(5))
+    with pytest.raises(KeyboardInterrupt): first.fit(12)
+    first.cbs.pop()
+    first.save(tmp_path)
+    assert same(weights(whole), weights(make().load(tmp_path).fit(12)))
+
+
+def test_numpy_numbers_make_the_same_run():
+    def run(n, f):
+        net = toy.net()
+        opt = torch.optim.AdamW(param_groups(net, f(.25), {'0.': f(.5)}, f(.125)))
+        learn = toy.learner(model=net, opt=opt, sched=lambda s, steps: warmup_cosine(f(.25), f(.125))(s, steps)*f(1), accumulate=n(2), clip=f(1),
+                            seed=n(1), cbs=[EMA(f(.5))]).fit(n(6), valid_every=n(3))
+        assert all(type(g['lr']) is float for g in learn.opt.param_groups) and type(learn.step) is int
+        return weights(learn)
+    want = run(int, float)
+    assert same(want, run(np.int64, np.float32)) and same(want, run(np.int32, np.float64))
+    y = torch.rand(1, 1, 6, 6)
+    assert ResidualCNN(np.int64(1), np.int64(4), np.int64(3), np.int64(2), np.int64(2))(y).shape == (1, 1, 12, 12)
+
+
+# modes and threads
+
+def test_overlapping_validations_leave_the_modes_alone():
+    "The first one out must not switch the second to training mode, the last one out must restore what was before the first."
+    import threading
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
+    learn = small(net=net, valid=[(torch.rand(2, 4),)])
+    net.train(), net[1].eval()
+    inside, leave, modes = threading.Barrier(2, timeout=2), threading.Event(), []
+    def wait(model, batch):
+        try: inside.wait()                      # both threads are inside at once, where that is allowed
+        except threading.BrokenBarrierError: pass
+        modes.append(any(m.training for m in model.modules()))
+        return batch[0][:, 0]
+    learn.cbs.append(Metrics(v=wait))
+    threads = [threading.Thread(target=learn.validate) for _ in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert modes == [False, False]
+    assert [net.training, net[0].training, net[1].training, net[2].training] == [True, True, False, True]
+
+
+def test_overlapping_evaluation_modes():
+    from restore_lib.learner import evaluating
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout()))
+    net.train(), net[1].eval()
+    first, part, second = evaluating(net), evaluating(net[0]), evaluating(net)
+    first.__enter__(), part.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not net.training and not net[0].training
+    second.__exit__(None, None, None)
+    assert net.training and not net[0].training           # the part is still in use
+    part.__exit__(None, None, None)
+    assert net[0].training and not net[1].training
+    with pytest.raises(ZeroDivisionError):
+        with evaluating(net): 1/0
+    assert net.training and not net[1].training
+    with evaluating(len) as f: assert f is len            # a function has no modes
+
+
+def test_ema_weights_are_swapped_once_when_uses_nest():
+    seen = []
+    def trained_inside(model, batch):
+        seen.append(learn.trained()[0].weight.clone())
+        return batch[0][:, 0]
+    learn = toy.learner(toy.plain_loss, cbs=[EMA(.5), Metrics(v=trained_inside)])
+    learn.fit(5)
+    assert torch.equal(seen[-1], learn.cbs[0].shadow['0.weight']) and not torch.equal(seen[-1], learn.bare[0].weight)
+
+
+def test_two_threads_get_the_average_and_leave_the_weights():
+    import threading
+    learn = toy.learner(toy.plain_loss, cbs=[EMA(.5)]).fit(5)
+    raw, ema, got = learn.bare[0].weight.clone(), learn.cbs[0].shadow['0.weight'].clone(), []
+    ready = threading.Event()
+    def first():
+        with learn.deployed() as model:
+            ready.set()
+            time.sleep(.2)
+            got.append(model[0].weight.detach().clone())
+    def second():
+        ready.wait()
+        got.append(learn.trained()[0].weight)
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(got) == 2 and all(torch.equal(w, ema) for w in got) and torch.equal(learn.bare[0].weight, raw)
+
+
+def test_validation_and_copies_before_fit_use_the_models_own_weights():
+    learn = toy.learner(toy.plain_loss, cbs=[EMA(.5)])
+    own = weights(learn)
+    figures = learn.validate()
+    assert same(learn.trained().state_dict(), own) and same(weights(learn), own) and learn.cbs[0].shadow is None
+    assert figures == toy.learner(toy.plain_loss, cbs=[]).validate()
+    assert same(weights(learn.fit(3)), weights(toy.learner(toy.plain_loss).fit(3)))
+
+
+# copies
+
+def normed(kind):
+    torch.manual_seed(3)
+    norms = dict(weight_norm=nn.utils.weight_norm, spectral_norm=nn.utils.spectral_norm, weight=nn.utils.parametrizations.weight_norm,
+                 spectral=nn.utils.parametrizations.spectral_norm, orthogonal=nn.utils.parametrizations.orthogonal)
+    return nn.Sequential(norms[kind](nn.Linear(4, 4)), nn.Linear(4, 4))
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('ema', [False, True])
+@pytest.mark.parametrize('kind', ['weight_norm', 'spectral_norm', 'weight', 'spectral', 'orthogonal'])
+def test_trained_copies_normed_layers(kind, ema):
+    "The copy is the model in evaluation mode, with the average's weights where there is one, and independent of it."
+    learn = small(net=normed(kind), cbs=[EMA(.5)]*ema).fit(3)
+    copy, x = learn.trained(), torch.rand(5, 4)
+    weight = copy[0].weight.detach().clone()
+    with learn.deployed() as model: want = model(x)
+    assert torch.allclose(copy(x), want, atol=1e-6) and torch.allclose(copy[0].weight, weight, atol=1e-6)
+    assert not copy.training and learn.bare.training
+    before = weights(learn)
+    for p in copy.parameters(): p.data.zero_()
+    assert same(before, weights(learn))
+    copy = learn.trained()
+    small(net=copy).fit(2)                                # and can be trained on
+    assert not same(copy.state_dict(), weights(learn)) and same(before, weights(learn))
+
+
+def test_trained_copies_models_that_remember_tensors():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.last = nn.Linear(4, 4), {}
+        def forward(self, x):
+            self.last = dict(z=[self.net(x)])
+            return self.last['z'][0]
+    learn = small(net=Remembers()).fit(2)
+    copy = learn.trained()
+    assert torch.equal(copy.last['z'][0], learn.bare.last['z'][0]) and torch.equal(copy.net.weight, learn.bare.net.weight)
+    assert learn.bare.last['z'][0].grad_fn is not None and copy.last['z'][0].grad_fn is None
+
+
+def test_what_cannot_be_copied_is_named():
+    import threading
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.lock = threading.Lock()
+    learn = small(net=net).fit(1)
+    with pytest.raises(TypeError, match='model is Sequential, which cannot be copied'): learn.trained()
+    assert learn.bare.training
+
+
+# named errors
+
+BAD = dict(
+    clip=(dict(clip=-1), ValueError, 'clip is -1'), clip_zero=(dict(clip=0), ValueError, 'clip is 0'), clip_nan=(dict(clip=float('nan')), ValueError, 'clip is nan'),
+    clip_text=(dict(clip='1'), TypeError, "clip is '1'"), accumulate=(dict(accumulate=0), ValueError, 'accumulate is 0'),
+    accumulate_half=(dict(accumulate=1.5), ValueError, 'accumulate is 1.5'), seed=(dict(seed=.5), ValueError, 'seed is 0.5'),
+    seed_text=(dict(seed='a'), TypeError, "seed is 'a'"), sched=(dict(sched=.1), TypeError, 'sched is float'), opt=(dict(opt='adam'), TypeError, 'opt is str'),
+    opt_gives=(dict(opt=list), TypeError, 'opt gave list'), cb=(dict(cbs=[3]), TypeError, 'cbs holds int'), cbs=(dict(cbs=EMA(.9)), TypeError, 'cbs is EMA'),
+    cb_class=(dict(cbs=[EMA]), TypeError, r'such as EMA\(\)'), loss=(dict(loss='mse'), TypeError, 'loss_fn is str'), net=(dict(net=len), TypeError, 'model is builtin'),
+    valid=(dict(valid=3), TypeError, 'valid is int'))
+
+
+@pytest.mark.parametrize('kw, error, text', BAD.values(), ids=list(BAD))
+def test_bad_arguments_are_named_and_touch_nothing(kw, error, text):
+    net = kw.get('net', nn.Linear(4, 4))
+    before = dict(vars(net)) if isinstance(net, nn.Module) else {}
+    with pytest.raises(error, match=text): small(**{**dict(net=net), **kw})
+    assert not isinstance(net, nn.Module) or dict(vars(net)) == before
+
+
+LOSSES = dict(
+    vector=(lambda m, b: (m(b[0]) - b[0]).square().mean(1), ValueError, r'loss of loss_fn has shape \(4,\)'), number=(lambda m, b: 1.0, TypeError, 'loss of loss_fn is float'),
+    none=(lambda m, b: None, TypeError, 'loss of loss_fn is NoneType'), empty=(lambda m, b: {}, ValueError, 'empty dict'),
+    inside=(lambda m, b: dict(a=square(m, b), b=m(b[0])), ValueError, r'b of loss_fn has shape \(4, 4\)'), text=(lambda m, b: dict(a=square(m, b), b='x'), TypeError, 'b of loss_fn is str'),
+    whole=(lambda m, b: dict(a=square(m, b), b=torch.tensor(3)), TypeError, 'b of loss_fn is torch.int64'), pair=(lambda m, b: (square(m, b), m), TypeError, 'loss of loss_fn is tuple'))
+
+
+@pytest.mark.parametrize('loss, error, text', LOSSES.values(), ids=list(LOSSES))
+def test_bad_losses_are_named_before_they_do_harm(loss, error, text):
+    learn = small(loss, valid=[(torch.rand(4, 4),)])
+    before = weights(learn)
+    with pytest.raises(error, match=text): learn.fit(2)
+    assert learn.step == 0 and same(before, weights(learn))
+    with pytest.raises(error, match=text): learn.validate()
+
+
+@pytest.mark.parametrize('steps', [0, -1, 1.5, True, float('nan')])
+def test_bad_steps(steps):
+    with pytest.raises(ValueError, match='steps is'): small().fit(steps)
+
+
+@pytest.mark.parametrize('name', ['valid_every', 'save_every'])
+@pytest.mark.parametrize('every', [0, -1, .5])
+def test_bad_intervals(name, every, tmp_path):
+    with pytest.raises(ValueError, match=f'{name} is {every}'): small(valid=[(torch.rand(2, 4),)]).fit(2, folder=tmp_path, **{name: every})
+    with pytest.raises(ValueError, match='folder is None'): small().fit(2, save_every=1)
+
+
+@pytest.mark.parametrize('factor', [-1., float('nan'), float('inf')])
+def test_a_schedule_that_would_spoil_the_weights_is_stopped(factor):
+    learn = small(sched=lambda step, steps: factor if step == 1 else 1.0)
+    with pytest.raises(ValueError, match=r'sched\(1, 3\) is'): learn.fit(3)
+    assert learn.step == 1 and all(torch.isfinite(p).all() for p in learn.bare.parameters()) and learn.opt.param_groups[0]['lr'] == 1e-3
+
+
+@pytest.mark.parametrize('make, text', [
+    (lambda: EMA(1.), 'decay is 1'), (lambda: EMA(-.1), 'decay is -0.1'), (lambda: EMA(float('nan')), 'decay is nan'), (lambda: EMA(2), 'decay is 2'),
+    (lambda: warmup_cosine(-.1), 'warmup is -0.1'), (lambda: warmup_cosine(1.5), 'warmup is 1.5'), (lambda: warmup_cosine(0, float('nan')), 'floor is nan'),
+    (lambda: warmup_cosine(0, -1), 'floor is -1'), (lambda: param_groups(nn.Linear(2, 2), -1), 'lr is -1'), (lambda: param_groups(nn.Linear(2, 2), 1, {'w': -1}), r"rates\['w'\] is -1"),
+    (lambda: param_groups(nn.Linear(2, 2), 1, None, -1), 'weight_decay is -1'), (lambda: ResidualCNN(0), 'channels is 0'), (lambda: ResidualCNN(width=0), 'width is 0'),
+    (lambda: ResidualCNN(depth=1), 'depth is 1'), (lambda: ResidualCNN(down=0), 'down is 0'), (lambda: ResidualCNN(up=1.5), 'up is 1.5'),
+    (lambda: positioned(DataLoader(Random(), 4), seed=.5), 'seed is 0.5'), (lambda: positioned(DataLoader(Random(), 4), rank=2, world=2), 'rank is 2')])
+def test_bad_numbers(make, text):
+    with pytest.raises(ValueError, match=text): make()
+
+
+def test_live_curve_and_an_empty_history(recwarn):
+    import matplotlib
+    from restore_lib.learner import LiveCurve, plot_history
+    matplotlib.use('agg')
+    fig = plot_history([])
+    assert len(fig.axes) == 1 and not fig.axes[0].lines and not [w for w in recwarn if 'legend' in str(w.message).lower()]
+    with pytest.raises(ValueError, match='every is -1'): LiveCurve(-1)
+
+
+def test_making_a_learner_changes_no_setting_of_torch():
+    def settings():
+        return (torch.get_num_threads(), torch.get_num_interop_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.benchmark,
+                torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+                torch.is_autocast_enabled('cpu'), torch.get_float32_matmul_precision())
+    before = settings()
+    small(precision='bf16', valid=[(torch.rand(2, 4),)], cbs=[EMA(.9)]).fit(2).trained()
+    assert settings() == before
+
+
+@pytest.mark.parametrize('precision', ['no', 'bf16'])
+@pytest.mark.parametrize('wrap', [lambda m: torch.compile(m, backend='eager'), torch.jit.script, nn.DataParallel], ids=['compiled', 'scripted', 'parallel'])
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
+def test_wrapped_models(wrap, precision):
+    learn = small(net=wrap(nn.Linear(4, 4)), precision=precision, valid=[(torch.rand(3, 4),)], cbs=[EMA(.5)]).fit(3)
+    copy, x = learn.trained(), torch.rand(2, 4)
+    with learn.deployed() as model: want = model(x)
+    assert torch.allclose(copy(x), want, atol=1e-2)
+    for p in copy.parameters(): p.data.zero_()
+    assert copy(x).abs().max() == 0 and learn.bare(x).abs().max() > 0
+
+
+def test_an_optimizer_that_draws_is_seeded():
+    "What an optimizer draws in its step is a function of the seed, whether `fit` or `one_step` is called."
+    class Noisy(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for g in self.param_groups:
+                for p in g['params']: p.data.add_(torch.randn_like(p), alpha=.1)
+    def make(): return small(opt=lambda ps: Noisy(ps, lr=.1))
+    a, b = make().fit(3), make()
+    batches = iter(b.train)
+    for _ in range(3): b.one_step(batches)
+    assert same(weights(a), weights(b))
