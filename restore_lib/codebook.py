@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 
 from .data import check_images, check_number, check_whole
 from .learner import Callback, Learner, TensorBoard, param_groups, warmup_cosine
-from .metrics import _deployed
+from .metrics import _deployed, random_kept
 from .patching import Block, Flagged, PixelStats, ViTEncoder, sincos_pos_embed
 
 # %% ../nbs/08_codebook.ipynb #08-006
@@ -439,7 +439,7 @@ class VGGPerceptual(nn.Module):
     ):
         super().__init__()
         if weights not in ('imagenet', None): raise ValueError(f"weights is {weights!r}; expected 'imagenet' or None")
-        with torch.random.fork_rng(devices=[]):
+        with random_kept():
             torch.manual_seed(0)
             self.features = make_layers(cfgs['D'], batch_norm=False)[:layers]
             for m in self.features:

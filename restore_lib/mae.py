@@ -22,7 +22,7 @@ from torch import nn
 from .audit import load_report
 from .data import check_images, check_number, check_whole
 from .learner import Learner, param_groups, warmup_cosine
-from .metrics import _deployed
+from .metrics import _deployed, random_kept
 from .patching import (Block, Flagged, PixelStats, ViTEncoder, block_masking, grid_masking,
                                   linear_from_conv, patchify, random_masking, sincos_pos_embed,
                                   unpatchify, unshuffle)
@@ -384,7 +384,7 @@ def _like(state, norm_pix_loss):
                               'decoder_blocks.0.attn.qkv.weight': (3*dec_dim, dec_dim)})
     heads, dec_heads = 16 if dim > 768 else max(1, dim//64), max(1, dec_dim//32)
     stats = _IMAGENET if channels == 3 else {}
-    with torch.random.fork_rng(devices=[]):             # the caller's random state stays
+    with random_kept():             # the caller's random state stays
         return MAE(side*patch, patch, dim, _depth(state, 'blocks'), heads, dec_dim, dec_depth,
                    dec_heads, norm_pix_loss, channels, **stats)
 

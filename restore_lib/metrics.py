@@ -97,16 +97,44 @@ def ssim(
     return _ssim_map(a, b).mean((1, 2, 3)).clamp(-1, 1)           # the mean rounds, too
 
 # %% ../nbs/02_metrics.ipynb #02-035a
+class _Inside:
+    "How many threads are inside `random_kept`, and what the first of them found."
+    decides_nothing = True                                        # for fingerprints of code that uses it
+    threads, states = 0, ()
+
+_inside, _door, _here = _Inside(), threading.Lock(), threading.local()
+
+def _random_states():
+    "(function that sets it, state) of each random state of this process; CUDA's if it has started."
+    states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
+              (torch.set_rng_state, torch.get_rng_state())]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    return states
+
 @contextmanager
-def random_kept():
-    "Whatever is drawn inside, the random states of torch, NumPy and Python come back at the end."
-    python, array = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices): yield
+def random_kept(
+    *generators,   # torch Generators whose state is kept, too; None is passed over
+):
+    """Whatever is drawn inside, the random states of torch, NumPy and Python are as before at the end.
+
+    May be nested; where threads overlap, the last one out puts back what the first one in found."""
+    states = [(g.set_state, g.get_state()) for g in generators if g is not None]
+    depth = getattr(_here, 'depth', 0)
+    with _door:
+        if depth: states += _random_states()
+        elif not _inside.threads: _inside.states = _random_states()
+        _inside.threads += not depth
+        _here.depth = depth + 1
+    try: yield
     finally:
-        random.setstate(python)
-        np.random.set_state(array)
+        with _door:
+            _here.depth = depth
+            _inside.threads -= not depth
+            if not depth and not _inside.threads: states += _inside.states
+            for put_back, state in states: put_back(state)
 
 # %% ../nbs/02_metrics.ipynb #02-036
 _TRUNKS = dict(vgg=('vgg16', 'VGG16_Weights', 16), alex=('alexnet', 'AlexNet_Weights', 31), squeeze=('squeezenet1_1', 'SqueezeNet1_1_Weights', 17))
@@ -305,7 +333,7 @@ def evaluating(
     try:
         with _DOOR:
             if modules: model.eval()
-        yield
+        yield model
     finally:
         with _DOOR:
             for m in modules:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .data import check_images, check_interval, check_number, check_whole
-from .metrics import _TRUNKS, _trunk_file
+from .metrics import _TRUNKS, _trunk_file, random_kept
 from .mae import MAE
 from .patching import ViTEncoder
 from .superres import SRLoss
@@ -43,7 +43,7 @@ class Trunk(Knobbed):
                              f'expected rising numbers of layers, such as {_STAGES[net]}')
         path = _trunk_file(net, download) if weights == 'pretrained' else None
         from torchvision import models
-        with torch.random.fork_rng(devices=[]):
+        with random_kept():
             # torch.manual_seed would seed every GPU of the caller, too
             torch.default_generator.manual_seed(seed)
             with torch.device('cpu'): model = getattr(models, _TRUNKS[net][0])(weights=None)

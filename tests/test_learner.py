@@ -1008,14 +1008,14 @@ def test_order_with_a_generator_is_the_seeds():
     assert [got[0] + got[1], got[2] + got[3]] == orders
 
 
-def test_keep_random_nests_and_survives_an_error():
-    from restore_lib.learner import keep_random
+def test_random_kept_nests_and_survives_an_error():
+    from restore_lib.metrics import random_kept
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     want = three()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     with pytest.raises(ZeroDivisionError):
-        with keep_random():
-            with keep_random(): seed_all(3)
+        with random_kept():
+            with random_kept(): seed_all(3)
             three()
             1/0
     assert three() == want
@@ -1138,7 +1138,7 @@ def test_overlapping_validations_leave_the_modes_alone():
 
 
 def test_overlapping_evaluation_modes():
-    from restore_lib.learner import evaluating
+    from restore_lib.metrics import evaluating
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout()))
     net.train(), net[1].eval()
     first, part, second = evaluating(net), evaluating(net[0]), evaluating(net)
