@@ -230,18 +230,20 @@ def _eight_bits(image):
 def _with_alpha(image, say):
     "A decoded image as grey (L or I;16) or RGB, and its alpha channel or None."
     key = image.info.get('transparency')
-    if image.mode in ('1', 'L', 'I;16') and key is not None:
+    if image.mode == '1': image = image.convert('L')
+    if image.mode in ('L', 'I;16') and key is not None:
         alpha = Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8))
         if image.mode == 'I;16':
             say('16-bit grey with transparency becomes 8-bit: Pillow has no deeper grey with alpha')
             image = _eight_bits(image)
-        return image.convert('L'), alpha
+        return image, alpha
     if image.mode == 'I;16': return image, None
     if image.mode in ('CMYK', 'LAB', 'HSV', 'YCbCr'): say(f'{image.mode} colours become RGB')
     if image.mode == 'La': image = image.convert('LA')
-    if image.mode in ('PA', 'RGBa') or key is not None: image = image.convert('RGBA')
+    clear = image.mode in ('PA', 'RGBa') or image.mode == 'P' and image.palette.mode == 'RGBA'
+    if clear or key is not None: image = image.convert('RGBA')
     alpha = image.getchannel('A') if image.mode in ('LA', 'RGBA') else None
-    return image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'), alpha
+    return image.convert('L' if image.mode in ('L', 'LA') else 'RGB'), alpha
 
 def _kept_info(info, say):
     "Of Pillow's `info`, what is written again."
@@ -303,9 +305,9 @@ def check_writable(
 ):
     "Tries before the work what would fail after it; ValueError for folders, absent or locked ones."
     path = Path(path)
-    folder = next(p for p in path.parents if p.exists()) if parents else path.parent
-    if path.is_dir(): raise ValueError(f'{path} is a folder; expected the name of a file')
-    if not folder.is_dir(): raise ValueError(f'{folder} is no folder; expected one that exists')
+    folder = next(p for p in path.parents if os.path.exists(p)) if parents else path.parent
+    if os.path.isdir(path): raise ValueError(f'{path} is a folder; expected the name of a file')
+    if not os.path.isdir(folder): raise ValueError(f'{folder} is no folder; expected one that exists')
     try:
         with tempfile.TemporaryFile(dir=folder): pass
         with suppress(FileNotFoundError): path.lstat()            # refuses a name that is too long
@@ -421,7 +423,7 @@ def check_output(
 ):
     "Tries before the work whether `save_image` will succeed; ValueError if not, or for lost alpha."
     format, path = _format_of(path), Path(path)
-    if source is not None and path.exists() and path.samefile(source):
+    if source is not None and os.path.exists(path) and path.samefile(source):
         expected = 'another name, so that it is not lost'
         raise ValueError(f'{path} is the image itself; expected {expected}')
     check_writable(path)
