@@ -43,7 +43,8 @@ def budget(
     "The number of steps (or images, or anything) that this run can afford; none is negative."
     numbers = dict(test=test, cpu=cpu, study=study, gpu=gpu)
     for name, value in numbers.items():
-        if isinstance(value, Real): check_number(value, name, 0)
+        if isinstance(value, Real) and not value >= 0:
+            raise ValueError(f'{name} is {value!r}; expected a number from 0')
     given = numbers[budget_mode()]
     if given is None: given = cpu
     return given if given is not None else dict(cpu=1500, study=20_000, gpu=50_000)[budget_mode()]
@@ -231,7 +232,7 @@ def _with_alpha(image, say):
     "A decoded image as grey (L or I;16) or RGB, and its alpha channel or None."
     key = image.info.get('transparency')
     if image.mode == '1': image = image.convert('L')
-    if image.mode in ('L', 'I;16') and key is not None:
+    if image.mode in ('L', 'I;16') and isinstance(key, int):
         alpha = Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8))
         if image.mode == 'I;16':
             say('16-bit grey with transparency becomes 8-bit: Pillow has no deeper grey with alpha')
@@ -241,7 +242,7 @@ def _with_alpha(image, say):
     if image.mode in ('CMYK', 'LAB', 'HSV', 'YCbCr'): say(f'{image.mode} colours become RGB')
     if image.mode == 'La': image = image.convert('LA')
     clear = image.mode in ('PA', 'RGBa') or image.mode == 'P' and image.palette.mode == 'RGBA'
-    if clear or key is not None: image = image.convert('RGBA')
+    if clear or image.mode in ('P', 'RGB') and key is not None: image = image.convert('RGBA')
     alpha = image.getchannel('A') if image.mode in ('LA', 'RGBA') else None
     return image.convert('L' if image.mode in ('L', 'LA') else 'RGB'), alpha
 
@@ -307,7 +308,8 @@ def check_writable(
     path = Path(path)
     folder = next(p for p in path.parents if os.path.exists(p)) if parents else path.parent
     if os.path.isdir(path): raise ValueError(f'{path} is a folder; expected the name of a file')
-    if not os.path.isdir(folder): raise ValueError(f'{folder} is no folder; expected one that exists')
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no folder; expected one that exists')
     try:
         with tempfile.TemporaryFile(dir=folder): pass
         with suppress(FileNotFoundError): path.lstat()            # refuses a name that is too long
@@ -316,7 +318,8 @@ def check_writable(
 @contextmanager
 def whole_file(path):
     "A name to write to, which becomes `path` when all went well; on an error nothing is left."
-    part = Path(path).with_name(f'.{os.getpid()}.part{Path(path).suffix}')
+    path = Path(path)
+    part = path.with_name(f'.{os.urandom(6).hex()}.part{path.suffix}')       # another in each thread
     try:
         yield part
         part.replace(path)

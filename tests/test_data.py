@@ -235,6 +235,7 @@ def test_show_images_never_stretches_and_names_clipping(monkeypatch):
 # what was found broken ---------------------------------------------------------------------------
 
 import os, pickle, random, struct, warnings, zlib
+from functools import lru_cache
 from pathlib import Path
 
 import restore_lib.data as D
@@ -437,6 +438,7 @@ def test_colours_that_become_rgb_are_said(mode):
     assert kept.mode == 'RGB' and x.shape == (1, 3, 64, 80) and said[0] == f'{mode} colours become RGB'
 
 
+@lru_cache                                       # a profile holds the second at which it was made
 def profile(space=b'RGB '):
     from PIL import ImageCms
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -568,6 +570,15 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['a.png']
     D.save_image(image, path)
     assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and torch.equal(read_image(path, 1), (x[0]*255).round()/255)
+
+
+def test_threads_write_beside_each_other(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    pairs = [kept_of('RGB', 20 + k) for k in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda k: D.save_image(D.as_image(*pairs[k]), tmp_path/f'{k}.png', say=pytest.fail), range(12)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{k}.png' for k in range(12))
+    for k in range(12): assert abs(read_image(tmp_path/f'{k}.png') - pairs[k][0][0]).max() < .51/255
 
 
 @pytest.mark.parametrize('x, mode, says', [
