@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODES', 'PHOTOS', 'FACES', 'IMAGE_SUFFIXES', 'budget_mode', 'budget', 'project_home', 'data_home', 'runs_home',
-           'check_images', 'check_whole', 'check_number', 'check_interval', 'read_image', 'show_images', 'photos',
+           'check_images', 'check_whole', 'check_number', 'check_interval', 'Kept', 'open_image', 'as_image',
+           'check_writable', 'whole_file', 'check_output', 'save_image', 'read_image', 'show_images', 'photos',
            'digits', 'thermal', 'ImageFolder', 'PairedFolder', 'cifar10', 'dihedral', 'undo_dihedral', 'Crops']
 
 # %% ../nbs/00_data.ipynb #00-003
-import gzip, math, os
+import gzip, io, math, operator, os, tempfile, warnings, zlib
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from numbers import Integral, Real
@@ -18,13 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 # %% ../nbs/00_data.ipynb #00-006
 MODES = ('test', 'cpu', 'study', 'gpu')
 
 def budget_mode() -> str:  # one of MODES
-    "Which budget is in force: 'test' under IN_TEST, else RESTORE_BUDGET's, else 'gpu' where there is one, else 'cpu'."
-    if os.environ.get('IN_TEST'): return 'test'
+    "'test' under IN_TEST, else RESTORE_BUDGET's, else 'gpu' where there is one, else 'cpu'."
+    in_test = os.environ.get('IN_TEST', '').strip().lower()
+    if in_test not in ('', '0', 'false', 'no', 'off'): return 'test'
     mode = os.environ.get('RESTORE_BUDGET') or ('gpu' if torch.cuda.is_available() else 'cpu')
     if mode not in MODES: raise ValueError(f'RESTORE_BUDGET is {mode!r}; expected one of {", ".join(MODES)}')
     return mode
@@ -35,8 +40,12 @@ def budget(
     study=None,  # for a recorded study, hours; default as `cpu` if that is given, else 20,000
     gpu=None,    # where there is a GPU; default as `cpu` if that is given, else 50,000
 ):
-    "The number of steps (or images, or anything) that this run can afford."
-    given = dict(test=test, cpu=cpu, study=study, gpu=gpu)[budget_mode()]
+    "The number of steps (or images, or anything) that this run can afford; none is negative."
+    numbers = dict(test=test, cpu=cpu, study=study, gpu=gpu)
+    for name, value in numbers.items():
+        if isinstance(value, Real) and not value >= 0:
+            raise ValueError(f'{name} is {value!r}; expected a number from 0')
+    given = numbers[budget_mode()]
     if given is None: given = cpu
     return given if given is not None else dict(cpu=1500, study=20_000, gpu=50_000)[budget_mode()]
 
@@ -67,10 +76,13 @@ def check_images(
     if not x.is_floating_point():
         raise TypeError(f'{name} is {x.dtype}; expected floats in [0, 1] (for 8-bit images: {name}.float()/255)')
     if x.ndim != ndim: raise ValueError(f'{name} has shape {tuple(x.shape)}; expected {shape}')
-    allowed = (channels,) if isinstance(channels, int) else channels
+    if not x.numel():
+        expected = 'at least one image of at least one pixel'
+        raise ValueError(f'{name} has shape {tuple(x.shape)}; expected {expected}')
+    allowed = (channels,) if isinstance(channels, Integral) else channels
     if allowed and x.shape[-3] not in allowed:
         raise ValueError(f'{name} has {x.shape[-3]} channels, shape {tuple(x.shape)}; expected {" or ".join(map(str, allowed))}')
-    if x.device.type == 'cpu' and x.numel():
+    if x.device.type == 'cpu':
         if not torch.isfinite(x).all(): raise ValueError(f'{name} holds {(~torch.isfinite(x)).sum()} values that are NaN or infinite')
         if x.abs().max() > 16: raise ValueError(f'{name} reaches {x.abs().max():g}; expected [0, 1] (is it 0 to 255?)')
     return x
@@ -128,22 +140,326 @@ def _bounds(low=None, high=None, above=None):
     most = '' if high is None else f' to {high}' if least else f' of at most {high}'
     return least + most
 
+# %% ../nbs/00_data.ipynb #00-021a
+@dataclass(frozen=True)
+class Kept:
+    "What `open_image` found beside the pixels and `as_image` puts back."
+    mode: str                                   # that goes back: 'L', 'LA', 'RGB', 'RGBA', 'I;16'
+    alpha: Image.Image | None = None
+    info: dict = field(default_factory=dict)    # as in Pillow: icc_profile, dpi, exif, gamma, ...
+
+def _say(message): warnings.warn(message, stacklevel=4)
+
+def _raw(image):
+    "How the pixels lie in the file of a PIL image, in Pillow's words; known until they are loaded."
+    words = []
+    for codec, _, _, args in getattr(image, 'tile', ()):
+        words += [codec, *(args if isinstance(args, tuple) else (args,))]
+    return [str(word) for word in words]
+
+def _bits(image):
+    "Bits a channel, 8 or 16, in the file of a PIL image of an 8-bit mode that is not loaded yet."
+    raw = _raw(image)
+    if any(';16' in word or word == 'SGI16' for word in raw): return 16
+    if image.format == 'PPM' and raw and raw[-1].isdigit() and int(raw[-1]) > 255: return 16
+    if image.format not in ('JPEG2000', 'AVIF') or not getattr(image, 'filename', ''): return 8
+    with open(image.filename, 'rb') as file: head = file.read(4096)
+    siz, av1 = head.find(b'\xff\x4f\xff\x51'), head.find(b'av1C')    # where the depths are written
+    if image.format == 'JPEG2000': return 16 if siz >= 0 and (head[siz + 42] & 127) > 7 else 8
+    return 16 if av1 >= 0 and head[av1 + 6] & 0x40 else 8
+
+def _like(image, other):
+    "`image` with what `other` says of itself."
+    image.info = dict(other.info)
+    return image
+
+def _transparent_level(key, raw, lossy):
+    "The level that stands for transparent, in the units of Pillow's pixels."
+    if lossy and isinstance(key, tuple): return tuple(k >> 8 for k in key)
+    spread = {'L;2': 85, 'L;4': 17}.get(raw[1] if len(raw) > 1 else '', 1)
+    return key*spread if isinstance(key, int) else key
+
+def _deep(image, format, raw):
+    "A PIL image of mode I or I;16 as one of mode I;16; ValueError where its range cannot be known."
+    if image.mode == 'I':
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f'it holds integers from {low} to {high}; expected 0 to 65535')
+        if 0 < high < 256 and format not in ('PNG', 'PPM'):
+            raise ValueError(f'it holds 32-bit integers up to {high}, which may be 8 bits or 16; '
+                             'convert it to mode L or I;16')
+    levels = np.asarray(image)
+    if 'I;12' in raw: levels = (levels*(65535/4095)).round()
+    return _like(Image.fromarray(levels.astype(np.uint16)), image)
+
+def _turned(image):
+    "A PIL image turned as its camera says, deep grey as mode I;16; and the words for what is lost."
+    frames, format, raw, notes = getattr(image, 'n_frames', 1), image.format, _raw(image), []
+    if not all(image.size):
+        raise ValueError(f'it is {image.width} x {image.height}; expected at least one pixel')
+    if image.mode == 'F':
+        raise ValueError('it holds floats of unknown range (mode F); expected 8 or 16 bits')
+    if frames > 1 and format in ('MPO', 'PSD'):      # the first is whole; views or layers follow
+        notes.append(f'the first of {frames} images in a {format} file is taken')
+    elif frames > 1:
+        raise ValueError(f'it holds {frames} frames; expected one (Pillow: seek(k), then copy())')
+    lossy = image.mode[0] != 'I' and _bits(image) > 8
+    if lossy: notes.append('16 bits a channel become 8: Pillow reads colour and alpha no deeper')
+    image = ImageOps.exif_transpose(image)
+    if 'transparency' in image.info:
+        image.info['transparency'] = _transparent_level(image.info['transparency'], raw, lossy)
+    if raw[1:2] == ['LA;16B']: image = _like(image.convert('LA'), image)
+    return (_deep(image, format, raw) if image.mode[0] == 'I' else image), notes
+
+def _decoded(image, say):
+    "A path or PIL image, `_turned`; ValueError names what cannot be read, `say` gets what is lost."
+    try:
+        if isinstance(image, Image.Image): turned, notes = _turned(image)
+        else:
+            with Image.open(image) as opened: turned, notes = _turned(opened)
+    except FileNotFoundError: raise
+    except Exception as error:      # on broken files Pillow raises anything: EOFError, struct.error
+        name = 'image' if isinstance(image, Image.Image) else image
+        raise ValueError(f'{name} is not a readable image: {error}') from error
+    for note in notes: say(note)
+    return turned
+
+def _eight_bits(image):
+    "A PIL image of mode I;16 as one of mode L."
+    return _like(Image.fromarray((np.asarray(image)/257).round().astype(np.uint8)), image)
+
+def _with_alpha(image, say):
+    "A decoded image as grey (L or I;16) or RGB, and its alpha channel or None."
+    key = image.info.get('transparency')
+    if image.mode == '1': image = image.convert('L')
+    if image.mode in ('L', 'I;16') and isinstance(key, int):
+        alpha = Image.fromarray(np.where(np.asarray(image) == key, 0, 255).astype(np.uint8))
+        if image.mode == 'I;16':
+            say('16-bit grey with transparency becomes 8-bit: Pillow has no deeper grey with alpha')
+            image = _eight_bits(image)
+        return image, alpha
+    if image.mode == 'I;16': return image, None
+    if image.mode in ('CMYK', 'LAB', 'HSV', 'YCbCr'): say(f'{image.mode} colours become RGB')
+    if image.mode == 'La': image = image.convert('LA')
+    clear = image.mode in ('PA', 'RGBa') or image.mode == 'P' and image.palette.mode == 'RGBA'
+    if clear or image.mode in ('P', 'RGB') and key is not None: image = image.convert('RGBA')
+    alpha = image.getchannel('A') if image.mode in ('LA', 'RGBA') else None
+    return image.convert('L' if image.mode in ('L', 'LA') else 'RGB'), alpha
+
+def _kept_info(info, say):
+    "Of Pillow's `info`, what is written again."
+    words = ('icc_profile', 'exif', 'gamma', 'chromaticity', 'srgb')
+    kept = {k: info[k] for k in words if info.get(k) is not None}
+    space = kept.get('icc_profile', b'')[16:20]           # an ICC profile's fifth word: its colours
+    if space and space not in (b'RGB ', b'GRAY'):
+        say(f'the ICC profile is left out: it is made for {space.decode("latin1").strip()}')
+        del kept['icc_profile']
+    dpi = tuple(float(v) for v in info.get('dpi', ()))
+    if dpi == (1, 1): dpi = ()                            # Pillow's word for a TIFF that has none
+    if dpi and all(v > 0 and math.isfinite(v) for v in dpi): kept['dpi'] = dpi
+    return kept
+
+def open_image(
+    image,      # a path or a PIL image, of one frame
+    say=_say,   # is told what is lost at reading (16-bit colour, CMYK, ...); default warns
+) -> tuple[torch.Tensor, Kept]:  # (1, 1 or 3, h, w) float32 in [0, 1], and what goes with it
+    """An image to be changed and written again: turned as its camera says, with its alpha channel,
+    its depth of grey, ICC profile, resolution, EXIF data and gamma (not comments and XMP).
+    ValueError for several frames, an unknown range or a broken file."""
+    if not isinstance(image, (str, Path, Image.Image)):
+        raise TypeError(f'image is {type(image).__name__}; expected a path or a PIL image')
+    decoded = _decoded(image, say)
+    pixels, alpha = _with_alpha(decoded, say)
+    top = 65535 if pixels.mode == 'I;16' else 255
+    x = torch.from_numpy(np.asarray(pixels, dtype=np.float32)/top)
+    x = x[None, None] if x.ndim == 2 else x.permute(2, 0, 1)[None]
+    return x, Kept(pixels.mode + 'A'*(alpha is not None), alpha, _kept_info(decoded.info, say))
+
+# %% ../nbs/00_data.ipynb #00-021b
+_KINDS = dict(L='grey', LA='grey with alpha', RGB='colour', RGBA='colour with alpha')
+_KINDS['I;16'] = '16-bit grey'
+_EXTRAS = dict(icc_profile='ICC profile', dpi='resolution (dpi)', exif='EXIF data')
+
+def as_image(
+    x,       # (1, c, h, w) or (c, h, w) in [0, 1], of any size; clipped
+    kept,    # a Kept, of `open_image`
+) -> Image.Image:
+    "A PIL image of `kept`'s mode, with its alpha channel made as large, and its `info`; no NaN."
+    x = x.detach()[0] if x.ndim == 4 and len(x) == 1 else x.detach()
+    channels = 3 if kept.mode.startswith('RGB') else 1
+    if x.ndim != 3 or len(x) != channels:
+        expected = f'({channels}, h, w) for mode {kept.mode}'
+        raise ValueError(f'x has shape {tuple(x.shape)}; expected {expected}')
+    if not torch.isfinite(x).all():
+        raise ValueError('x holds values that are NaN or infinite; expected [0, 1]')
+    top, kind = (65535, np.uint16) if kept.mode == 'I;16' else (255, np.uint8)
+    levels = x.clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu().double().numpy()
+    image = Image.fromarray((levels*top).round().astype(kind))
+    if kept.alpha is not None:
+        image.putalpha(kept.alpha.resize(image.size, Image.Resampling.BICUBIC))
+    image.info.update(kept.info)
+    return image
+
+def check_writable(
+    path,           # of a file to be written
+    parents=False,  # may folders above it be made?
+):
+    "Tries before the work what would fail after it; ValueError for folders, absent or locked ones."
+    path = Path(path)
+    folder = next(p for p in path.parents if os.path.exists(p)) if parents else path.parent
+    if os.path.isdir(path): raise ValueError(f'{path} is a folder; expected the name of a file')
+    if not os.path.isdir(folder):
+        raise ValueError(f'{folder} is no folder; expected one that exists')
+    try:
+        with tempfile.TemporaryFile(dir=folder): pass
+        with suppress(FileNotFoundError): path.lstat()            # refuses a name that is too long
+    except OSError as error: raise ValueError(f'{path} cannot be written: {error}') from error
+
+@contextmanager
+def whole_file(path):
+    "A name to write to, which becomes `path` when all went well; on an error nothing is left."
+    path = Path(path)
+    part = path.with_name(f'.{os.urandom(6).hex()}.part{path.suffix}')       # another in each thread
+    try:
+        yield part
+        part.replace(path)
+    finally: part.unlink(missing_ok=True)
+
+def _options(format, info):
+    "What Pillow's writer must be told so that `info` is in the file."
+    out = {k: info[k] for k in _EXTRAS if k in info}
+    if format in ('JPEG', 'WEBP'): out['quality'] = 95
+    if format == 'PNG':
+        out['pnginfo'] = PngInfo()
+        for name, chunk in (('gamma', b'gAMA'), ('chromaticity', b'cHRM')):
+            numbers = np.atleast_1d(np.float64(info.get(name, ())))
+            whole = (numbers*100_000).round().astype('>u4')
+            if whole.size: out['pnginfo'].add(chunk, whole.tobytes())
+        if 'srgb' in info: out['pnginfo'].add(b'sRGB', bytes([info['srgb']]))
+    return out
+
+def _there_and_back(format, mode, size, info):
+    "An image of many levels, and what a file of `format` makes of it; None if it cannot be read."
+    width, height = size
+    row, col = np.indices((height, width))
+    down, along = 255*row//(height - 1), 255*col//(width - 1)
+    ramps = (along, down, (row + col) % 256, 255 - down)
+    bands = [Image.fromarray(v.astype(np.uint8)) for v in ramps]
+    if mode == 'I;16': image = Image.fromarray((977*col + 131*row).astype(np.uint16))
+    elif 'A' in mode: image = Image.merge(mode, bands[:len(mode) - 1] + bands[3:])
+    else: image = Image.merge(mode, bands[:len(mode)])
+    file = io.BytesIO()
+    image.save(file, format, **_options(format, info))
+    try:
+        with Image.open(file) as back: back.load()
+        return image, back
+    except OSError: return image, None
+
+def _tried(format, mode, size, info):
+    "`_there_and_back` on strips as wide and as high as the image: formats have largest sides."
+    what = f'{format} takes no image of {size[0]} x {size[1]} pixels in {_KINDS[mode]}'
+    out = []
+    for strip in ((max(size[0], 32), 32), (32, max(size[1], 32))):
+        try: out.append(_there_and_back(format, mode, strip, info))
+        except Exception as error: raise ValueError(f'{what}: {error}') from error
+        back = out[-1][1]
+        if back is not None and back.size != strip: raise ValueError(what)
+    return out
+
+def _keeps_depth(format, size, info):
+    "Whether 16-bit grey comes back level for level."
+    try: pairs = _tried(format, 'I;16', size, info)
+    except ValueError: return False
+    return all(back is not None and np.array_equal(sent, back) for sent, back in pairs)
+
+def _check_alpha(format, sent, back):
+    "The words for what becomes of the alpha channel; ValueError if nothing is left of it."
+    if 'A' not in back.mode and 'transparency' not in back.info:
+        raise ValueError(f'{format} keeps no alpha channel; expected one that does, such as .png')
+    a, b = (np.int64(im.convert('RGBA').getchannel('A')) for im in (sent, back))
+    return [f'{format} keeps alpha as on or off'] if abs(a - b).max() > 64 else []
+
+def _extras_lost(format, back, info):
+    "The words for what is in `info` and not in the file."
+    tags = Image.Exif()
+    if 'exif' in info: tags.load(info['exif'])
+    there = {k for k in info if back.info.get(k) is not None}
+    if set(tags) <= set(back.getexif()): there.add('exif')             # TIFF keeps them as its own
+    lost = [word for k, word in _EXTRAS.items() if k in info and k not in there]
+    usual = {'srgb', 'icc_profile'} & info.keys() or abs(info.get('gamma', 1/2.2) - 1/2.2) < 0.01
+    return lost if usual or 'gamma' in there else [*lost, 'gamma']
+
+def _fitting(format, mode, size, info, say):
+    "The mode in which `format` takes an image; `say` gets what is lost; alpha must stay."
+    if mode not in _KINDS:
+        raise ValueError(f'image has mode {mode}; expected one of {", ".join(_KINDS)}')
+    if mode == 'I;16' and not _keeps_depth(format, size, info):
+        say(f'{format} keeps 8 bits of grey, not 16')
+        mode = 'L'
+    sent, back = _tried(format, mode, size, info)[0]
+    if back is None:
+        say(f'Pillow writes {format} and does not read it: what it keeps is not checked')
+        return mode
+    if mode.startswith('RGB') and back.mode in ('1', 'L', 'LA', 'I', 'F'):
+        raise ValueError(f'{format} keeps no colours; expected one that does, such as .png')
+    notes = _check_alpha(format, sent, back) if 'A' in mode else []
+    if back.mode == 'P' and not np.array_equal(sent.convert('RGB'), back.convert('RGB')):
+        notes.append(f'{format} keeps 256 colours')
+    notes += [f'{format} keeps no {word}' for word in _extras_lost(format, back, info)]
+    for note in notes: say(note)
+    return mode
+
+def _format_of(path):
+    "Pillow's name of the format that the ending of `path` stands for; ValueError if it has none."
+    ending = Path(path).suffix
+    format = Image.registered_extensions().get(ending.lower())
+    if format in Image.SAVE: return format
+    expected = 'the ending of an image format, such as .png'
+    raise ValueError(f'{path} ends in {ending!r}; expected {expected}')
+
+def check_output(
+    path,         # where an image is to be written; the ending chooses the format
+    kept,         # its Kept
+    size,         # its (width, height), pixels
+    source=None,  # the file that it comes from, which must not be overwritten
+    say=_say,     # is told what the format does not keep; default warns
+):
+    "Tries before the work whether `save_image` will succeed; ValueError if not, or for lost alpha."
+    format, path = _format_of(path), Path(path)
+    if source is not None and os.path.exists(path) and path.samefile(source):
+        expected = 'another name, so that it is not lost'
+        raise ValueError(f'{path} is the image itself; expected {expected}')
+    check_writable(path)
+    _fitting(format, kept.mode, size, kept.info, say)
+
+def save_image(
+    image,     # a PIL image, of `as_image`
+    path,      # the ending chooses the format; JPEG and WebP get quality 95
+    say=_say,  # is told what the format does not keep; default warns
+):
+    "Writes an image and its `info`, whole or not at all; ValueError as `check_output`."
+    format = _format_of(path)
+    check_writable(path)
+    mode = _fitting(format, image.mode, image.size, image.info, say)
+    if mode != image.mode: image = _eight_bits(image)
+    with whole_file(path) as part: image.save(part, format, **_options(format, image.info))
+
 # %% ../nbs/00_data.ipynb #00-022
+def _channels(channels):
+    "1 or 3, or a ValueError."
+    if check_whole(channels, 'channels') in (1, 3): return int(channels)
+    raise ValueError(f'channels is {channels!r}; expected 1 or 3')
+
 def read_image(
     path,          # file name
     channels=3,    # 3 for RGB, 1 for grey
 ) -> torch.Tensor: # (channels, h, w) float32 in [0, 1]
     "An image file as a float tensor; ValueError names a file that is missing its end or is no image."
-    if channels not in (1, 3): raise ValueError(f'channels is {channels!r}; expected 1 or 3')
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == 'F': raise ValueError('it holds floats of unknown range; expected 8 or 16 bits')
-            deep = image.mode.startswith('I')     # 16 bits a pixel: Pillow's own conversion would clip it
-            pixels = np.asarray(image if deep else image.convert('L' if channels == 1 else 'RGB'), dtype=np.float32)
-    except FileNotFoundError: raise
-    except (OSError, SyntaxError, ValueError) as error: raise ValueError(f'{path} is not a readable image: {error}') from error
-    x = torch.from_numpy(pixels/(65535 if deep else 255))
+    channels = _channels(channels)
+    image = _decoded(path, _say)
+    deep = image.mode == 'I;16'               # Pillow's own conversion would clip it
+    pixels = image if deep else image.convert('L' if channels == 1 else 'RGB')
+    x = torch.from_numpy(np.asarray(pixels, dtype=np.float32)/(65535 if deep else 255))
     x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
     return x.expand(channels, -1, -1).contiguous()
 
@@ -161,9 +477,10 @@ def show_images(
     images = [im[None] if im.ndim == 2 else im for im in images]
     if not images: raise ValueError('images is empty; expected at least one')
     for k, im in enumerate(images): check_images(im.detach(), f'images[{k}]', channels=(1, 3), ndim=3)
-    titles = list(titles) if titles is not None else ['']*len(images)
+    titles = [str(t) for t in titles] if titles is not None else ['']*len(images)
     if len(titles) != len(images): raise ValueError(f'titles holds {len(titles)}; expected one for each of {len(images)} images')
-    cols = cols or min(len(images), 8)
+    cols = min(len(images), 8) if cols is None else check_whole(cols, 'cols', 1)
+    size = check_number(size, 'size', above=0)
     rows, aspect = math.ceil(len(images)/cols), max(im.shape[-1]/im.shape[-2] for im in images)
     title_room = 0.3*max(1 + t.count('\n') for t in titles) if any(titles) else 0.05
     fig, axes = plt.subplots(rows, cols, figsize=(cols*size*aspect, rows*(size + title_room)), dpi=75, squeeze=False, layout='constrained')
@@ -188,7 +505,8 @@ PHOTOS = dict(
 
 def _one_of(value, options, name):
     "Raises ValueError unless `value` is one of `options`."
-    if value not in options: raise ValueError(f'{name} is {value!r}; expected one of {", ".join(map(repr, options))}')
+    if value in list(options): return
+    raise ValueError(f'{name} is {value!r}; expected one of {", ".join(map(repr, options))}')
 
 def photos(
     split='train',        # 'train' (8), 'valid' (2) or 'test' (3)
@@ -207,13 +525,15 @@ FACES = dict(
     valid=('cmss10', 'cmtt10'),                # Computer Modern Sans and Typewriter
     test=('cmr10', 'cmb10', 'cmti10'))         # Computer Modern Roman, bold, italic
 
+_SPLIT_SEEDS = dict(test=0, train=1, valid=2)
+
 @lru_cache
-def _glyphs(split):
-    "Every digit of every face of `split`, 64x64, faces first: (faces*10, 1, 64, 64) in [0, 1]."
+def _glyphs(faces):
+    "Every digit of every face, 64x64, faces first: (faces*10, 1, 64, 64) in [0, 1]."
     folder = Path(find_spec('matplotlib').origin).parent/'mpl-data/fonts/ttf'
-    sheet = Image.new('L', (640, 64*len(FACES[split])))
+    sheet = Image.new('L', (640, 64*len(faces)))
     draw = ImageDraw.Draw(sheet)
-    for row, face in enumerate(FACES[split]):
+    for row, face in enumerate(faces):
         font = ImageFont.truetype(str(folder/f'{face}.ttf'), 58)
         for digit in range(10): draw.text((64*digit + 32, 64*row + 32), str(digit), font=font, anchor='mm', fill=255)
     x = torch.from_numpy(np.asarray(sheet, dtype=np.float32)/255)
@@ -221,8 +541,11 @@ def _glyphs(split):
 
 def _draw_digits(n, split, seed):
     "`n` digits in random pose, bend and thickness: images (n, 1, 28, 28), labels (n,)."
-    g = torch.Generator().manual_seed(1000*seed + sorted(FACES).index(split))
-    u = lambda low, high, *shape: low + (high - low)*torch.rand(n, *shape, generator=g)
+    # of the split's own name: another split in FACES does not redraw it
+    of_split = _SPLIT_SEEDS.get(split, 3 + zlib.crc32(split.encode()) % 997)
+    g = torch.Generator().manual_seed(1000*seed + of_split)
+    rand = lambda *shape: torch.rand(n, *shape, generator=g, dtype=torch.float32)
+    u = lambda low, high, *shape: low + (high - low)*rand(*shape)
     labels = torch.arange(n)[torch.randperm(n, generator=g)] % 10                    # as many of each class as can be
     face = torch.randint(len(FACES[split]), (n,), generator=g)
     turn, sx, sy, shear = u(-.26, .26), u(.85, 1.25), u(.85, 1.25), u(-.25, .25)      # radians, and zoom out/in
@@ -231,8 +554,9 @@ def _draw_digits(n, split, seed):
                         torch.stack([sin*sx, (shear*sin + cos)*sy, u(-.12, .12)], 1)], 1)  # (n, 2, 3)
     bend = F.interpolate(u(-1, 1, 2, 4, 4)*.06, size=56, mode='bicubic', align_corners=True)
     grid = F.affine_grid(pose, (n, 1, 56, 56), align_corners=False) + bend.permute(0, 2, 3, 1)
-    x = F.grid_sample(_glyphs(split)[face*10 + labels], grid, align_corners=False)    # (n, 1, 56, 56)
-    soft = F.conv2d(F.pad(x, (3,)*4), torch.ones(1, 1, 7, 7)/49)
+    glyphs = _glyphs(tuple(FACES[split]))[face*10 + labels]
+    x = F.grid_sample(glyphs, grid, align_corners=False)                            # (n, 1, 56, 56)
+    soft = F.conv2d(F.pad(x, (3,)*4), torch.ones(1, 1, 7, 7, dtype=torch.float32)/49)
     x = torch.sigmoid((soft - u(.3, .55, 1, 1, 1))*14)*(soft > 0)                     # a low threshold thickens the stroke
     return F.avg_pool2d(x, 2), labels
 
@@ -255,6 +579,12 @@ def _mnist(split, download):
     keep = dict(train=slice(0, 55_000), valid=slice(55_000, None), test=slice(None))[split]
     return images[keep], labels[keep]
 
+def _first(n, images, labels, source):
+    "The first `n` of a data set with labels, or all; ValueError if it holds fewer."
+    if n is not None and n > len(images):
+        raise ValueError(f'n is {n}; {source} holds {len(images)}')
+    return images[:n], labels[:n]
+
 def digits(
     n=None,            # how many: default 5000 glyphs, or all of MNIST's part
     split='train',     # 'train', 'valid' or 'test'; glyphs are split by family of typefaces
@@ -264,11 +594,10 @@ def digits(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images (n, 1, 28, 28) float32 in [0, 1], labels (n,) int64
     "Ten classes of small digits, white on black."
     _one_of(split, FACES, 'split'), _one_of(source, ('glyphs', 'mnist'), 'source')
-    if n is not None and (not isinstance(n, int) or n < 1): raise ValueError(f'n is {n!r}; expected a whole number from 1')
+    n, seed = n if n is None else check_whole(n, 'n', 1), check_whole(seed, 'seed')
     if source == 'glyphs': return _draw_digits(n or 5000, split, seed)
     images, labels = _mnist(split, download)
-    if n and n > len(images): raise ValueError(f'n is {n}; MNIST {split} holds {len(images)}')
-    return images[:n], labels[:n]
+    return _first(n, images, labels, f'MNIST {split}')
 
 # %% ../nbs/00_data.ipynb #00-045
 # A thermal camera's world. Maps are (scenes, h, w), drawn parameters (scenes, 1, 1); lengths in metres, temperatures in kelvin.
@@ -286,8 +615,10 @@ class _Dice:
 
     def __init__(self, scenes: range, seed: int, h: int, w: int):
         gens = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in scenes]  # any large prime
-        self.numbers = iter(torch.stack([torch.rand(_DRAWS, generator=g) for g in gens], 1)[..., None, None])
-        self.white = torch.stack([torch.randn(3, h, w, generator=g) for g in gens], 1)  # three white noise fields
+        draws = [torch.rand(_DRAWS, generator=g, dtype=torch.float32) for g in gens]
+        white = [torch.randn(3, h, w, generator=g, dtype=torch.float32) for g in gens]
+        self.numbers = iter(torch.stack(draws, 1)[..., None, None])
+        self.white = torch.stack(white, 1)  # three white noise fields
 
     def __call__(self, lo: float, hi: float) -> torch.Tensor:
         return lo + (hi - lo) * next(self.numbers)
@@ -296,7 +627,8 @@ class _Dice:
 def _fractal(white: torch.Tensor, slope: torch.Tensor, stretch: float = 1) -> torch.Tensor:
     "White noise -> 1/f^slope noise of mean 0 and deviation 1; stretch > 1 makes horizontal streaks."
     h, w = white.shape[-2:]
-    f = torch.hypot(torch.fft.fftfreq(h)[:, None] / stretch, torch.fft.rfftfreq(w) * stretch)
+    rows = torch.fft.fftfreq(h, dtype=torch.float32)[:, None]
+    f = torch.hypot(rows / stretch, torch.fft.rfftfreq(w, dtype=torch.float32) * stretch)
     f[0, 0] = 1  # the mean goes anyway
     x = torch.fft.irfft2(torch.fft.rfft2(white) * f**-slope, s=(h, w))
     return (x - x.mean((-2, -1), keepdim=True)) / x.std((-2, -1), keepdim=True)
@@ -416,14 +748,15 @@ def _temperature(dice: _Dice) -> torch.Tensor:
     drift = _fractal(dice.white[0], dice(1.8, 2.5))  # slow change of temperature over a surface
     h, w = tex.shape[-2:]
     pixel = dice(0.3, 1) / h  # frame heights per pixel: a long lens sees a part of the frame
-    x = (torch.arange(w) - w / 2) * pixel + dice(-0.4, 0.4)
-    y = (torch.arange(h)[:, None] - h / 2) * pixel + dice(-0.3, 0.3)  # below the horizon
+    columns, rows = (torch.arange(n, dtype=torch.float32) - n / 2 for n in (w, h))
+    x = columns * pixel + dice(-0.4, 0.4)
+    y = rows[:, None] * pixel + dice(-0.3, 0.3)  # below the horizon
     kelvin = _ground(x, y, tex, streaks, dice, pixel)
     for layer in range(_LAYERS):
         for k, (thing, chance) in enumerate(_CAST.items()):
             metre = _FOCAL / (_FARTHEST * 0.6**layer * dice(0.75, 1.25))  # frame heights per metre at that distance
             u, v = (x - dice(-0.7, 0.7)) / metre, _CAMERA - y / metre
-            absent = torch.where(dice(0, 1) < chance, 0, math.inf)
+            absent = torch.where(dice(0, 1) < chance, 0, math.inf).float()
             bias = dice(0, 1.2) * drift.roll((29 * layer, 41 * k), (-2, -1))  # another piece for each object
             for distance, value in thing(u, v, tex.roll((37 * layer, 53 * k), (-2, -1)), dice):
                 kelvin = _paint(kelvin, distance + absent, value + bias, metre / pixel)
@@ -457,7 +790,8 @@ def _gain_control(signal: torch.Tensor, dice: _Dice, bins: int = 1024) -> torch.
     span = torch.maximum(high - low, _PER_KELVIN * dice(8, 25))  # a scene of few kelvin keeps a low contrast
     level = ((signal - low) / span).flatten(1) * (bins - 1)
     slot = level.long()
-    share = torch.zeros(len(signal), bins).scatter_add_(1, slot, torch.ones_like(level)) / level.shape[1]
+    share = level.new_zeros(len(signal), bins)
+    share = share.scatter_add_(1, slot, torch.ones_like(level)) / level.shape[1]
     share = share.clamp(max=2 / bins) + dice(0.2, 2)[..., 0] / bins  # the plateau, and the linear part
     grey = (share.cumsum(1).gather(1, slot) - share.gather(1, slot) * (1 - level.frac())) / share.sum(1, keepdim=True)
     grey = grey.view_as(signal)
@@ -467,15 +801,23 @@ def _gain_control(signal: torch.Tensor, dice: _Dice, bins: int = 1024) -> torch.
 
 def thermal(n: int, size: int | tuple[int, int] = 128, seed: int = 0) -> torch.Tensor:
     "n procedural thermal camera scenes, (n, 1, h, w) float32 in [0, 1]; scene i depends on (seed, i) only."
-    h, w = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
-    for name, given, parts, least in ("n", n, [n], 1), ("size", size, [h, w], 16), ("seed", seed, [seed], 0):
-        if not all(type(part) is int and part >= least for part in parts):
-            raise ValueError(f"{name}: got {given!r}, expected int >= {least}" + (name == "size") * " or a pair of them")
+    h, w = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    n, seed = check_whole(n, "n", 1), check_whole(seed, "seed", 0)
+    h, w = (check_whole(side, "size", 16) for side in (h, w))
     dices = (_Dice(range(i, min(i + _BATCH, n)), seed, h, w) for i in range(0, n, _BATCH))
     return torch.cat([_gain_control(_sensor(_radiance(_temperature(dice)), dice), dice) for dice in dices])[:, None]
 
 # %% ../nbs/00_data.ipynb #00-059
 IMAGE_SUFFIXES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm'}
+
+def _images_below(root, glob):
+    "The image files below a folder, sorted; none hidden, or in a hidden folder."
+    parts = Path(glob).parts
+    if not parts or '..' in parts or Path(glob).is_absolute():
+        raise ValueError(f'glob is {str(glob)!r}; expected a pattern of files below the folder')
+    hidden = lambda p: any(part.startswith('.') for part in p.relative_to(root).parts)
+    found = (p for p in root.glob(str(glob)) if p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in found if not hidden(p) and not p.is_dir())
 
 class ImageFolder(torch.utils.data.Dataset):
     "Every image below a folder, read when asked for: item i is (channels, h, w) float32 in [0, 1]."
@@ -486,10 +828,11 @@ class ImageFolder(torch.utils.data.Dataset):
     ):
         root = Path(root).expanduser()
         if not root.is_dir(): raise FileNotFoundError(f'{root} is not a folder')
-        self.root, self.channels = root, channels
-        self.paths = sorted(p for p in root.glob(glob) if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
+        self.root, self.channels = root, _channels(channels)
+        self.paths = _images_below(root, glob)
         if not self.paths: raise FileNotFoundError(f'{root} holds no image for glob={glob!r} (looked for {", ".join(sorted(IMAGE_SUFFIXES))})')
         self.classes = sorted({p.relative_to(root).parts[0] for p in self.paths if p.parent != root})
+        # the number of its class folder; -1 for an image that lies in none
         self.labels = [self.classes.index(p.relative_to(root).parts[0]) if p.parent != root else -1 for p in self.paths]
 
     def __len__(self): return len(self.paths)
@@ -503,8 +846,32 @@ def _shrink(x, scale):
 
 def _same_scene(y, x, threshold=0.8):
     "Whether the small `y` and the large `x` correlate by more than `threshold`; flat pictures pass."
+    if y[0].numel() < 2: return True                        # a single pixel correlates with nothing
     a, b = y.mean(0).flatten(), F.adaptive_avg_pool2d(x.mean(0)[None], y.shape[-2:]).flatten()
     return bool(min(a.std(), b.std()) < 0.01 or torch.corrcoef(torch.stack([a, b]))[0, 1] > threshold)
+
+def _by_place(folder):
+    "The numbers of an ImageFolder's images by path and name without ending; no two of one."
+    known = {}
+    for i, p in enumerate(folder.paths):
+        place = p.relative_to(folder.root).with_suffix('').as_posix()
+        if place in known:
+            both = f'{folder.paths[known[place]].name} and {p.name}'
+            raise ValueError(f'{folder.root} holds {both}; expected one image named {place}')
+        known[place] = i
+    return known
+
+def _partners(hr, lr, scale):
+    "For each image of `hr` its partner in `lr`: named alike, or as in DIV2K 0001x4 for 0001."
+    large, small = _by_place(hr), _by_place(lr)
+    def partner(place):
+        twin = f'{place}x{scale}'                                # fox4 belongs to fox4, not to fo
+        return place if place in small or twin in large else twin
+    alone = [hr.paths[i].name for place, i in large.items() if partner(place) not in small]
+    if alone:
+        names, count = ', '.join(alone[:5]), f'{len(alone)} of {len(hr)}'
+        raise ValueError(f'{lr.root} has no image named like {names} ({count}) of {hr.root}')
+    return [small[partner(place)] for place in large]
 
 class PairedFolder(torch.utils.data.Dataset):
     "Pairs (y, x) for super-resolution: y (c, h, w) small, x (c, h*scale, w*scale) clean, matched by path and file name."
@@ -515,21 +882,22 @@ class PairedFolder(torch.utils.data.Dataset):
         channels=1,      # 1 for grey, 3 for RGB
         glob='**/*',     # which files below each folder
     ):
-        hr = Path(hr).expanduser()
-        if (hr/'HR').is_dir(): hr, lr = hr/'HR', lr or (hr/'LR' if (hr/'LR').is_dir() else None)
-        self.hr, self.lr, self.scale = ImageFolder(hr, channels, glob), lr and ImageFolder(lr, channels, glob), scale
-        if self.lr:
-            place = lambda folder, p: p.relative_to(folder.root).with_suffix('')
-            known = {place(self.lr, p): i for i, p in enumerate(self.lr.paths)}
-            alone = [p.name for p in self.hr.paths if place(self.hr, p) not in known]
-            if alone: raise ValueError(f'{lr} has no image named like {", ".join(alone[:5])} ({len(alone)} of {len(self.hr)}) of {hr}')
-            self.partner = [known[place(self.hr, p)] for p in self.hr.paths]
+        hr, self.scale = Path(hr).expanduser(), check_whole(scale, 'scale', 1)
+        if (hr/'HR').is_dir():
+            lr = hr/'LR' if lr is None and (hr/'LR').is_dir() else lr
+            hr = hr/'HR'
+        elif (hr/'LR').is_dir(): raise ValueError(f'{hr} holds LR/ and no HR/; expected both')
+        self.hr = ImageFolder(hr, channels, glob)
+        self.lr = None if lr is None else ImageFolder(lr, channels, glob)
+        if self.lr: self.partner = _partners(self.hr, self.lr, self.scale)
 
     def __len__(self): return len(self.hr)
 
     def __getitem__(self, i):
         x, s, name = self.hr[i], self.scale, self.hr.paths[i]
         if self.lr is None:
+            if min(x.shape[-2:]) < s:
+                raise ValueError(f'{name} is {tuple(x.shape[-2:])}; too small for scale={s}')
             x = x[:, :x.shape[-2]//s*s, :x.shape[-1]//s*s]      # rows and columns beyond a multiple of `scale` are cut
             return _shrink(x, s), x
         y, partner = self.lr[self.partner[i]], self.lr.paths[self.partner[i]]
@@ -547,13 +915,15 @@ def cifar10(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images (n, 3, 32, 32) float32 in [0, 1], labels (n,) int64
     "CIFAR-10 from data_home(); FileNotFoundError says what is missing."
     _one_of(split, ('train', 'test'), 'split'), _one_of(source, ('torchvision', 'tiles'), 'source')
+    n = n if n is None else check_whole(n, 'n', 1)
     if source == 'torchvision':
         from torchvision.datasets import CIFAR10       # verifies the files' checksums before it reads them
         try: ds = CIFAR10(data_home(), train=split == 'train', download=download)
         except RuntimeError as error:
             raise FileNotFoundError(f'CIFAR-10 is not in {data_home()}; cifar10(download=True) fetches it ({error})') from error
         images, labels = torch.from_numpy(ds.data).permute(0, 3, 1, 2), torch.tensor(ds.targets)
-        return images[:n].float()/255, labels[:n]
+        images, labels = _first(n, images, labels, f'CIFAR-10 {split}')
+        return images.float()/255, labels
     import json
     folder = data_home()/'cifar10_4k'
     if not (folder/'labels.json').exists(): raise FileNotFoundError(f'{folder}/labels.json is missing')
@@ -561,7 +931,7 @@ def cifar10(
     images = sheets.reshape(-1, 3, 25, 32, 40, 32).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 32, 32)  # row by row
     labels = torch.tensor(json.loads((folder/'labels.json').read_text())['labels'])
     part = slice(0, 3200) if split == 'train' else slice(3200, None)
-    return images[part][:n], labels[part][:n]
+    return _first(n, images[part], labels[part], f'cifar10_4k {split}')
 
 # %% ../nbs/00_data.ipynb #00-068
 def dihedral(
@@ -569,10 +939,12 @@ def dihedral(
     k,     # 0..7: quarter turns k % 4, mirrored first if k >= 4
 ) -> torch.Tensor:
     "One of the eight poses of a square; exact, no interpolation."
+    k = check_whole(k, 'k', 0, 7)
     return torch.rot90(x.flip(-1) if k >= 4 else x, k % 4, (-2, -1))
 
 def undo_dihedral(x, k):
     "The inverse of `dihedral`."
+    k = check_whole(k, 'k', 0, 7)
     x = torch.rot90(x, -(k % 4), (-2, -1))
     return x.flip(-1) if k >= 4 else x
 
@@ -586,6 +958,8 @@ class Crops(torch.utils.data.Dataset):
         scale=1,         # how many times larger x is than y, in pairs
         augment=True,    # flips and quarter turns
     ):
+        size, n = check_whole(size, 'size', 1), check_whole(n, 'n', 1)
+        scale = check_whole(scale, 'scale', 1)
         if size % scale: raise ValueError(f'size is {size}; expected a multiple of scale={scale}')
         self.images = images if isinstance(images, torch.utils.data.Dataset) else list(images)
         if not len(self.images): raise ValueError('images is empty; expected at least one')
@@ -593,13 +967,18 @@ class Crops(torch.utils.data.Dataset):
 
     def __len__(self): return self.n
 
-    def __getitem__(self, _):
+    def __getitem__(self, k):
+        if not -self.n <= operator.index(k) < self.n:
+            raise IndexError(f'k is {k}; there are {self.n} crops')    # where `for` and `list` end
         draw = lambda high: int(torch.randint(high, ()))
         i = draw(len(self.images))
         pair = self.images[i]
         pair = pair if isinstance(pair, (tuple, list)) else (pair,)
+        if len(pair) not in (1, 2):
+            raise ValueError(f'images[{i}] holds {len(pair)} things; expected an image or a pair')
         y, s = pair[0], self.size//(self.scale if len(pair) == 2 else 1)
-        if not isinstance(y, torch.Tensor): check_images(y, f'images[{i}]')     # raises: what came, what is expected
+        for im in pair:
+            if not isinstance(im, torch.Tensor): check_images(im, f'images[{i}]')       # raises
         if min(y.shape[-2:]) < s: raise ValueError(f'images[{i}] is {tuple(y.shape)}; too small for a crop of {s} pixels')
         if len(pair) == 2 and (y.shape[-2]*self.scale, y.shape[-1]*self.scale) != tuple(pair[1].shape[-2:]):
             raise ValueError(f'pair {i}: y is {tuple(y.shape)}, x is {tuple(pair[1].shape)}; expected x {self.scale} times as large')

@@ -7,25 +7,26 @@ __all__ = ['sr_pairs', 'unsharp', 'detail_scores', 'LatentSR', 'SRLoss', 'Bucket
            'superresolve', 'save_sr', 'load_sr', 'train_superres', 'superres_image']
 
 # %% ../nbs/15_superres.ipynb #15-002
-import json, math
+import hashlib, json, math, os
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from .audit import load_report
 from .codecs import CODECS, SCALES, codec_learner, make_codec
-from .data import Crops, PairedFolder, check_images
+from .data import Crops, PairedFolder, as_image, check_images, check_output, check_writable
+from .data import open_image, save_image, whole_file
 from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
 from .diffusion import WEIGHTS, Loss, ResidualShift
-from .learner import EMA, Callback, Learner, Metrics, digest, seed_all, warmup_cosine
+from .learner import EMA, Callback, Learner, Metrics, seed_all, warmup_cosine
 from .metrics import _deployed, psnr
 from .two_stage import _opened, windows
 from .unet import SwinUNet
@@ -358,33 +359,68 @@ def _train_parser():
     import argparse
     p = argparse.ArgumentParser('train_superres', description='Trains infrared x4 superresolution in wavelet space (lesson 15); also under accelerate launch.')
     p.add_argument('--data', required=True, help='folder of large pictures, or one with HR/ and LR/ in it')
-    p.add_argument('--valid', help='the same, to validate on')
+    p.add_argument('--valid', help='the same, to validate on: its first eight pairs')
     p.add_argument('--config', default='two_cores', choices=('two_cores', 'paper'), help='which size of everything (default: two_cores)')
     p.add_argument('--codec', help='another latent: see restore_lib.codecs.CODECS'), p.add_argument('--gains', choices=('none', 'unit', 'residual'))
     p.add_argument('--degradation', choices=('bicubic', 'real')), p.add_argument('--channels', type=int, choices=(1, 3))
     for name, kind in (('steps', int), ('batch', int), ('crop', int), ('lr', float), ('seed', int)): p.add_argument(f'--{name}', type=kind)
     p.add_argument('--out', required=True, help='the file to write, .safetensors'), p.add_argument('--workers', type=int, default=0, help='processes that cut crops')
+    p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.add_argument('--cpu', action='store_true', help='stay on the CPU; several processes without a GPU also need ACCELERATE_USE_CPU=true')
     return p
+
+def _content(pairs):
+    "A digest of every file of a PairedFolder, names and bytes, read in pieces; of None, too."
+    out = hashlib.blake2b(digest_size=16)
+    for folder in (pairs.hr, pairs.lr) if pairs is not None else ():
+        out.update(b'folder')
+        for path in folder.paths if folder is not None else ():
+            out.update(os.fsencode(path.relative_to(folder.root)) + b' %d ' % path.stat().st_size)
+            with open(path, 'rb') as file:
+                while piece := file.read(2**20): out.update(piece)
+    return out.hexdigest()
+
+class _Bar(Callback):
+    "A bar of steps on the screen of the main process, with the last row's loss."
+    def __init__(self, quiet): self.quiet = quiet
+    def before_fit(self, learn):
+        hide = self.quiet or not learn.acc.is_main_process
+        self.bar = tqdm(total=learn.steps, initial=learn.step, unit='step', disable=hide)
+    def after_step(self, learn):
+        losses = [row['loss'] for row in learn.history[-2:] if 'loss' in row]
+        if losses: self.bar.set_postfix(loss=f'{losses[-1]:.4g}', refresh=False)
+        self.bar.update()
+    def after_fit(self, learn): self.bar.close()
 
 def train_superres(args=None) -> int:  # the command line's words -> the shell's exit status
     "The command `train_superres --data DIR --out FILE`, or `accelerate launch $(which train_superres) ...`; resumes where it was stopped."
     import sys
     a = vars(_train_parser().parse_args(args))
-    data, valid, size, out, workers, cpu = (a.pop(k) for k in ('data', 'valid', 'config', 'out', 'workers', 'cpu'))
+    taken = ('data', 'valid', 'config', 'out', 'workers', 'cpu', 'quiet')
+    data, valid, size, out, workers, cpu, quiet = (a.pop(k) for k in taken)
     try:
         c = getattr(SRConfig, size)(**{k: v for k, v in a.items() if v is not None})
-        if Path(out).suffix != '.safetensors' or Path(out).is_dir(): raise ValueError(f'{out} is no name of a file that ends in .safetensors')
+        if Path(out).suffix != '.safetensors':
+            raise ValueError(f'{out} does not end in .safetensors')
+        check_writable(out, parents=True)
         folder = PairedFolder(data, scale=c.scale, channels=c.channels)
-        pairs, names = list(folder), digest([[p.name, p.stat().st_size] for p in folder.hr.paths])
-        held = list(PairedFolder(valid, scale=c.scale, channels=c.channels)) if valid else None
-        learn = sr_learner(make_sr(c, pairs), [x for _, x in pairs] if c.degradation == 'real' else pairs, held, workers=workers, cpu=cpu)
-        learn.fit_or_load('15_cli', dict(config=asdict(c), data=names, valid=bool(valid)), c.steps, valid_every=max(1, c.steps//20))
-    except (OSError, ValueError) as error:
+        shown = PairedFolder(valid, scale=c.scale, channels=c.channels) if valid else None
+        files = dict(data=_content(folder), valid=_content(shown))
+        pairs = list(folder)
+        held = [shown[k] for k in range(min(8, len(shown)))] if valid else None
+        if files != dict(data=_content(folder), valid=_content(shown)):
+            raise ValueError(f'{data} or {valid} changed while it was read; start again')
+        train = [x for _, x in pairs] if c.degradation == 'real' else pairs
+        model, options = make_sr(c, pairs), dict(cbs=[_Bar(quiet)], workers=workers, cpu=cpu)
+        learn = sr_learner(model, train, held, **options)
+        learn.fit_or_load('15_cli', dict(config=asdict(c), **files), c.steps, max(1, c.steps//20))
+        if learn.acc.is_main_process:
+            says = dict(data=Path(data).name, **learn.metrics)
+            with whole_file(out) as part: save_sr(learn.trained(), part, **says)
+    except (OSError, ValueError, FloatingPointError) as error:
         print(f'train_superres: {error}', file=sys.stderr)
         return 2
     if learn.acc.is_main_process:
-        save_sr(learn.trained(), out, data=Path(data).name, **learn.metrics)
         print(f'{out}: {learn.step} steps' + ''.join(f', {k} {v:.2f}' for k, v in learn.metrics.items()))
     return 0
 
@@ -395,16 +431,15 @@ def superres_image(args=None) -> int:  # the command line's words -> the shell's
     p.add_argument('image'), p.add_argument('out'), p.add_argument('--weights', required=True, help='a file by train_superres or save_sr')
     p.add_argument('--steps', type=int, default=1, help='1 for the least squared error, more for more detail'), p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
+    say = lambda message: print(f'superres_image: {message}', file=sys.stderr)
     try:
-        out = Path(a.out)
-        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE: raise ValueError(f'{out} ends in {out.suffix!r}; expected the ending of an image format, such as .png')
-        if not out.parent.is_dir(): raise ValueError(f'{out.parent} is no folder; expected one that exists')
-        if out.exists() and out.samefile(a.image): raise ValueError(f'{out} is the image itself; expected another name, so that it is not lost')
-        image = superresolve(load_sr(a.weights)[0], a.image, a.steps, a.seed)
-        part = out.with_name(f'.{out.stem}.part{out.suffix}')
-        image.save(part, **(dict(quality=95) if out.suffix.lower() in ('.jpg', '.jpeg', '.webp') else {})), part.replace(out)
+        x, kept = open_image(a.image, say)
+        model, _ = load_sr(a.weights)
+        check_output(a.out, kept, [model.scale*n for n in x.shape[:1:-1]], a.image, say)
+        image = as_image(superresolve(model, x, a.steps, a.seed), kept)
+        save_image(image, a.out, say=lambda note: None)                   # said before the work
     except (OSError, ValueError) as error:
-        print(f'superres_image: {error}', file=sys.stderr)
+        say(error)
         return 2
-    print(f'{out}: {image.width} x {image.height}')
+    print(f'{a.out}: {image.width} x {image.height}')
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 import restore_lib
 from .audit import load_report
-from .data import check_images
+from .data import as_image, check_images, check_number, check_output, check_whole
+from .data import open_image, save_image
 from .degrade import Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain, salt_and_pepper
 from .dmae import dmae_tiny
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
@@ -382,37 +383,19 @@ def windows(
     return out/total
 
 # %% ../nbs/10_two_stage.ipynb #10-059
-def _pixels(image):
-    "A path or PIL image as (1, 1 or 3, h, w) in [0, 1], its alpha channel or None, and whether it has 16 bits."
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as opened: image = ImageOps.exif_transpose(opened)
-            image.load()
-        except FileNotFoundError: raise
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error: raise ValueError(f'{image} is not a readable image: {error}') from error
-    if image.mode == 'F': raise ValueError('image holds floats of unknown range (mode F); expected 8 or 16 bits')
-    if 'transparency' in image.info: image = image.convert('RGBA')
-    deep, alpha = image.mode.startswith('I'), image.getchannel('A') if image.mode in ('LA', 'PA', 'RGBA') else None
-    grey = deep or image.mode in ('1', 'L', 'LA')
-    pixels = torch.from_numpy(np.asarray(image if deep else image.convert('L' if grey else 'RGB'), dtype=np.float32)/(65535 if deep else 255))
-    return (pixels[None] if grey else pixels.permute(2, 0, 1))[None], alpha, deep
-
-def _picture(x, alpha, deep):  # (1, 1 or 3, h, w) -> a PIL image of 8 bits, or of 16 where it came so
-    levels = x[0].clamp(0, 1).permute(1, 2, 0).squeeze(2).cpu().double().numpy()
-    image = Image.fromarray((levels*65535).round().astype(np.uint16)) if deep else Image.fromarray((levels*255).round().astype(np.uint8))
-    if alpha is not None: image.putalpha(alpha)
-    return image
-
 def _opened(image):
-    "A path, PIL image or tensor as (b, 1 or 3, h, w) in [0, 1], and what turns a result, of any size, into the kind that came."
+    "A path, PIL image or tensor as (b, 1 or 3, h, w), and what turns a result into that kind."
     if isinstance(image, (str, Path, Image.Image)):
-        x, alpha, deep = _pixels(image)
-        back = lambda out: _picture(out, alpha and alpha.resize(out.shape[:1:-1], Image.Resampling.BICUBIC), deep)
-    elif not isinstance(image, torch.Tensor): raise TypeError(f'image is {type(image).__name__}; expected a path, a PIL image or a float tensor')
-    elif image.ndim not in (2, 3, 4): raise ValueError(f'image has shape {tuple(image.shape)}; expected (h, w), (c, h, w) or (b, c, h, w)')
-    else: x, back = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3)), lambda out: out.to(image).reshape(*image.shape[:-2], *out.shape[-2:])
-    if not x.numel(): raise ValueError(f'image has shape {tuple(x.shape)}; expected at least one pixel')
-    return x, back
+        x, kept = open_image(image)
+        return x, lambda out: as_image(out, kept)
+    if not isinstance(image, torch.Tensor):
+        kind = type(image).__name__
+        raise TypeError(f'image is {kind}; expected a path, a PIL image or a float tensor')
+    if image.ndim not in (2, 3, 4):
+        shape = tuple(image.shape)
+        raise ValueError(f'image has shape {shape}; expected (h, w), (c, h, w) or (b, c, h, w)')
+    x = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3))
+    return x, lambda out: out.to(image).reshape(*image.shape[:-2], *out.shape[-2:])
 
 def restore(
     model,          # a TwoStageDMAE (its refined image is taken), or a module y (b, c, size, size) -> x_hat with .encoder.channels
@@ -422,8 +405,11 @@ def restore(
     batch=64,       # windows at a time
     progress=True,  # a bar?
 ):                  # a PIL image for paths and PIL images (8 bits, or 16 where it came so), a tensor of the same shape for tensors, not clipped
-    """Any picture through the model, in overlapping windows blended without seams. Small ones are padded and cut back; alpha passes by; a grey model takes
-    colours one by one, a colour model sees grey three times. ValueError or TypeError for what is no image; nothing of `image` is changed."""
+    """Any picture through the model, in overlapping windows blended without seams. Small ones are
+    padded and cut back; alpha, ICC profile, resolution and EXIF data pass by; a grey model takes
+    colours one by one, a colour model sees grey three times. Warns of what is lost at reading
+    (16-bit colour). ValueError or TypeError for what is no image; nothing of `image` is changed."""
+    size, batch = check_whole(size, 'size', 1), check_whole(batch, 'batch', 1)
     x, back = _opened(image)
     (b, c, h, w), channels, at = x.shape, model.encoder.channels, next(model.parameters())
     planes = x.reshape(-1, 1, h, w) if channels == 1 else x.expand(-1, channels, -1, -1)
@@ -487,6 +473,15 @@ def _weights_for(task, sigma):
     wanted = f'--task {task}' + (f' --sigma {sigma:g}' if sigma is not None else '')
     raise ValueError(f'no weights for {wanted}; there are weights for: {kinds or "nothing"}. Others can be trained with lesson 10 and given with --weights FILE')
 
+def _check_words(a, says):
+    "ValueError where --task or --sigma contradict what a file of weights says that it is for."
+    task, sigma = says.get('task'), says.get('sigma')
+    if a.task is not None and task is not None and a.task != task:
+        raise ValueError(f'--task is {a.task}; the weights are for {task} (leave it out)')
+    if a.sigma is not None and sigma and abs(255*sigma - a.sigma) >= 0.5:
+        trained = f'{255*sigma:g}'
+        raise ValueError(f'--sigma is {a.sigma:g}; the weights are for {trained} (leave it out)')
+
 def restore_image(
     args=None,    # list of words; default the command line's
 ) -> int:         # the shell's exit status: 0, or 2 after a message
@@ -494,24 +489,26 @@ def restore_image(
     import argparse, sys
     parser = argparse.ArgumentParser('restore_image', description='Restores a photograph of any size, grey or colour, by a two-stage network (lesson 10).')
     parser.add_argument('image', help='the photograph, in any format that Pillow reads'), parser.add_argument('out', help='where to write; the ending chooses the format')
-    parser.add_argument('--task', default='denoise', help='what is to be undone (default: denoise)')
+    parser.add_argument('--task', help='what is to be undone (default: denoise)')
     parser.add_argument('--sigma', type=float, help='for denoise: the level of the noise, in grey levels of 0 to 255')
     parser.add_argument('--weights', help='a file by save_restorer, instead of the weights that come with the library')
     parser.add_argument('--quiet', action='store_true', help='no progress bar')
     a = parser.parse_args(args)
+    say = lambda message: print(f'restore_image: {message}', file=sys.stderr)
     try:
-        out = Path(a.out)
-        if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE: raise ValueError(f'{out} ends in {out.suffix!r}; expected the ending of an image format, such as .png')
-        if out.exists() and out.samefile(a.image): raise ValueError(f'{out} is the image itself; expected another name, so that it is not lost')
-        if not out.parent.is_dir(): raise ValueError(f'{out.parent} is no folder; expected one that exists')
-        model, says = load_restorer(a.weights or _weights_for(a.task, a.sigma))
-        if a.sigma is not None and not says.get('sigma'): print(f'restore_image: --sigma is not used, task {says.get("task", "?")} finds out the level itself', file=sys.stderr)
+        if a.sigma is not None: a.sigma = check_number(a.sigma, '--sigma', 0)
+        x, kept = open_image(a.image, say)
+        model, says = load_restorer(a.weights or _weights_for(a.task or 'denoise', a.sigma))
+        _check_words(a, says)
+        check_output(a.out, kept, x.shape[:1:-1], a.image, say)
+        if a.sigma is not None and not says.get('sigma'):
+            say(f'--sigma is not used, task {says.get("task", "?")} finds out the level itself')
         size = model.encoder.grid[0]*model.encoder.patch
-        image = restore(model, a.image, size, size//2, progress=not a.quiet)
-        part = out.with_name(f'.{out.stem}.part{out.suffix}')
-        image.save(part, **(dict(quality=95) if out.suffix.lower() in ('.jpg', '.jpeg', '.webp') else {})), part.replace(out)
+        image = as_image(restore(model, x, size, size//2, progress=not a.quiet), kept)
+        save_image(image, a.out, say=lambda note: None)                   # said before the work
     except (OSError, ValueError) as error:
-        print(f'restore_image: {error}', file=sys.stderr)
+        say(error)
         return 2
-    print(f'{out}: {image.width} x {image.height}, task {says.get("task", "?")}' + (f', sigma {255*says["sigma"]:g}' if says.get('sigma') else ''))
+    level = f', sigma {255*says["sigma"]:g}' if says.get('sigma') else ''
+    print(f'{a.out}: {image.width} x {image.height}, task {says.get("task", "?")}{level}')
     return 0

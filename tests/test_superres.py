@@ -986,6 +986,173 @@ def test_the_shell_knows_the_commands():
         assert getattr(importlib.import_module(module), call) is globals()[name]
 
 
+# what the commands must keep, say or refuse -------------------------------------------------------
+
+import re, shutil
+from types import SimpleNamespace
+
+import restore_lib.data as D
+
+def never(*args, **kw): raise AssertionError('the work began')
+
+@pytest.mark.parametrize('ending', ['webp', 'gif', 'avif', 'jpg'])
+def test_deep_grey_to_a_format_of_eight_bits(shell, saved, ending):
+    Image.fromarray(np.full((11, 14), 32896, np.uint16)).save('in.png')
+    code, out, err = shell(superres_image, 'in.png', f'out.{ending}', '--weights', saved)
+    assert code == 0 and err.count('keeps 8 bits of grey, not 16') == 1
+    want = np.asarray(superresolve(load_sr(saved)[0], 'in.png'))/257
+    with Image.open(f'out.{ending}') as got: assert abs(np.asarray(got.convert('L')) - want).mean() < 4 and 60 < want.mean() < 200
+
+@pytest.mark.parametrize('name, says', [('out.jpg', 'JPEG'), ('out.bmp', 'BMP keeps no alpha channel'), ('folder.png', 'folder.png is a folder'),
+                                        ('out.hdf', 'HDF5'), ('/proc/out.png', 'out.png cannot be written')])
+def test_enlarging_is_refused_before_the_work(shell, saved, monkeypatch, name, says):
+    monkeypatch.setattr(S, 'superresolve', never)
+    picture('RGBA').save('in.png'), Path('folder.png').mkdir()
+    code, out, err = shell(superres_image, 'in.png', name, '--weights', saved)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+    assert sorted(p.name for p in Path('.').iterdir()) == ['folder.png', 'in.png']
+
+def test_an_enlarged_image_must_fit_the_format(shell, saved, monkeypatch):
+    monkeypatch.setattr(S, 'superresolve', never)
+    picture('L', (1, 4100)).save('in.png')
+    code, out, err = shell(superres_image, 'in.png', 'out.webp', '--weights', saved)
+    assert code == 2 and 'WEBP takes no image of 16400 x 4 pixels' in err
+
+def test_frames_profile_and_resolution_of_an_enlarged_image(shell, saved):
+    from PIL import ImageCms
+    icc, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), Image.Exif()
+    exif[0x112] = 6
+    picture('RGB').save('in.png', exif=exif, icc_profile=icc, dpi=(300, 300))
+    assert shell(superres_image, 'in.png', 'out.png', '--weights', saved) == (0, 'out.png: 44 x 56\n', '')
+    with Image.open('out.png') as got:
+        assert got.size == (44, 56) and got.info['icc_profile'] == icc and got.getexif().get(0x112, 1) == 1
+        assert [round(v) for v in got.info['dpi']] == [300, 300]
+    with Image.open('in.png') as image: assert superresolve(load_sr(saved)[0], image).size == (44, 56)
+    frames = [picture('L'), picture('L').rotate(180)]
+    frames[0].save('many.gif', save_all=True, append_images=frames[1:])
+    code, out, err = shell(superres_image, 'many.gif', 'no.png', '--weights', saved)
+    assert code == 2 and 'it holds 2 frames' in err and not Path('no.png').exists()
+
+def score_of(out): return re.search(r'PSNR, 1 step ([\d.]+)', out).group(1)
+
+def bright(source, target):
+    "A copy of a folder of pictures with other levels, and other sizes in bytes only by chance."
+    for p in sorted(source.rglob('*.png')):
+        to = target/p.relative_to(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(p) as image: Image.fromarray(255 - np.asarray(image)//2).save(to)
+    return target
+
+def test_validation_sets_are_told_apart(shell, folder, tmp_path):
+    other = bright(folder, tmp_path/'vb')
+    words = ('--data', folder, *SMALL)
+    first = shell(train_superres, *words, '--valid', folder, '--out', 'a.safetensors')
+    second = shell(train_superres, *words, '--valid', other, '--out', 'b.safetensors')
+    again = shell(train_superres, *words, '--valid', folder, '--out', 'c.safetensors')
+    assert first[0] == second[0] == again[0] == 0 and 'loaded' in again[1] and 'trained' in second[1]
+    assert score_of(first[1]) == score_of(again[1]) != score_of(second[1])
+    model, says = load_sr('b.safetensors')
+    assert same(load_file('a.safetensors'), load_file('b.safetensors')) and f"{says['PSNR, 1 step']:.2f}" == score_of(second[1])
+
+@pytest.fixture
+def key(monkeypatch, shell):
+    "What a training with these words is kept under: the command, without the training."
+    seen = []
+    def found(name, config, *args, **kw): seen.append(config), never()
+    monkeypatch.setattr(S, 'make_sr', lambda *args, **kw: None)
+    monkeypatch.setattr(S, 'sr_learner', lambda *args, **kw: SimpleNamespace(fit_or_load=found))
+    def run(*words):
+        with pytest.raises(AssertionError, match='the work began'): train_superres([str(w) for w in ('--out', 'a.safetensors', *SMALL, *words)])
+        return seen[-1]
+    return run
+
+def test_every_file_counts(key, tmp_path):
+    "Files of the same name and the same number of bytes with other pixels."
+    root, held = two_folders(tmp_path/'pairs'), two_folders(tmp_path/'held')
+    for p in [*root.rglob('*.png'), *held.rglob('*.png')]:
+        with Image.open(p) as image: image.save(p.with_suffix('.bmp'))             # its size says nothing of its pixels
+        p.unlink()
+    keys = [key('--data', root, '--valid', held)]
+    assert key('--data', root, '--valid', held) == keys[0]
+    for target in (root/'LR/1.bmp', root/'HR/0.bmp', held/'HR/2.bmp', held/'LR/2.bmp'):
+        size = target.stat().st_size
+        with Image.open(target) as image: changed = np.asarray(image).copy()
+        changed[0, 0] = 255 - changed[0, 0]
+        Image.fromarray(changed).save(target)
+        assert target.stat().st_size == size
+        keys.append(key('--data', root, '--valid', held))
+    keys.append(key('--data', root))
+    (root/'LR').rename(tmp_path/'gone')
+    keys.append(key('--data', root))
+    (root/'HR/2.bmp').rename(root/'HR/3.bmp')
+    keys.append(key('--data', root))
+    shutil.copytree(root, tmp_path/'moved')
+    assert key('--data', tmp_path/'moved') == keys[-1]                           # where they lie does not count
+    assert len({json.dumps(k) for k in keys}) == len(keys) == 8
+
+def test_what_changes_while_it_is_read(shell, folder, tmp_path, monkeypatch):
+    mine = bright(folder, tmp_path/'mine')
+    read = D.ImageFolder.__getitem__
+    def swap(self, k):
+        out = read(self, k)
+        with open(self.paths[0], 'ab') as file: file.write(b'\0')
+        return out
+    monkeypatch.setattr(D.ImageFolder, '__getitem__', swap)
+    code, out, err = shell(train_superres, '--data', mine, '--out', 'a.safetensors', *SMALL)
+    assert code == 2 and 'changed while it was read' in err and not Path('a.safetensors').exists()
+
+@pytest.mark.parametrize('out, says', [('folder.safetensors', 'is a folder'), ('file.txt/a.safetensors', 'is no folder'), ('/proc/a.safetensors', 'cannot be written'),
+                                       ('x'*300 + '.safetensors', 'cannot be written'), ('a.pt', 'does not end in .safetensors')])
+def test_an_output_that_cannot_be_written_is_refused_before_training(shell, folder, monkeypatch, out, says):
+    monkeypatch.setattr(S, 'make_sr', never), monkeypatch.setattr(S, 'sr_learner', never)
+    Path('folder.safetensors').mkdir(), Path('file.txt').write_text('')
+    code, _, err = shell(train_superres, '--data', folder, '--out', out, *SMALL)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1
+    assert sorted(p.name for p in Path('.').iterdir()) == ['file.txt', 'folder.safetensors']
+
+def test_a_loss_that_is_no_number_is_a_message(shell, folder, monkeypatch):
+    Path('a.safetensors').write_text('old')
+    make = S.make_sr
+    def broken(*args, **kw):
+        model = make(*args, **kw)
+        with torch.no_grad():
+            for p in model.net.parameters(): p.fill_(float('nan'))
+        return model
+    monkeypatch.setattr(S, 'make_sr', broken)
+    code, out, err = shell(train_superres, '--data', folder, '--out', 'a.safetensors', '--quiet', *SMALL)
+    assert code == 2 and err.startswith('train_superres: the loss of step 0 is nan') and len(err.strip().splitlines()) == 1
+    assert Path('a.safetensors').read_text() == 'old' and [p.name for p in Path('.').glob('*.safetensors')] == ['a.safetensors']
+
+def test_a_model_that_cannot_be_saved_leaves_the_old_one(shell, folder, monkeypatch):
+    Path('a.safetensors').write_text('old')
+    save = S.save_sr
+    def full(model, path, **says):
+        save(model, path, **says)
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(S, 'save_sr', full)
+    code, out, err = shell(train_superres, '--data', folder, '--out', 'a.safetensors', '--quiet', *SMALL)
+    assert code == 2 and 'No space left' in err and Path('a.safetensors').read_text() == 'old'
+    assert sorted(p.name for p in Path('.').iterdir() if p.name != 'runs') == ['a.safetensors']
+
+def test_training_shows_how_far_it_is(shell, folder):
+    code, out, err = shell(train_superres, '--data', folder, '--out', 'a.safetensors', *SMALL[:-1], 4)
+    assert code == 0 and '4/4' in err and 'loss=' in err and '4/4' not in out
+
+def test_only_what_is_shown_is_read(key, folder, tmp_path, monkeypatch):
+    "Validation looks at eight pairs: a ninth is not loaded, though it counts in the key."
+    (tmp_path/'many').mkdir()
+    for k in range(9): shutil.copy(folder/'0.png', tmp_path/f'many/{k}.png')
+    seen, read = [], D.ImageFolder.__getitem__
+    def count(self, k):
+        seen.append(self.paths[k].parent.name)
+        return read(self, k)
+    monkeypatch.setattr(D.ImageFolder, '__getitem__', count)
+    before = key('--data', folder, '--valid', 'many')
+    assert seen.count('many') == 8
+    shutil.copy(folder/'1.png', tmp_path/'many/8.png')
+    assert key('--data', folder, '--valid', 'many') != before
+
+
 # bad input -------------------------------------------------------------------------------------------------------------
 
 NAN = torch.tensor(float('nan')).expand(1, 1, 8, 8)

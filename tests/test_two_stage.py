@@ -973,6 +973,144 @@ def test_the_shell_knows_the_command():
     assert call is restore_image and all(p.default is not inspect.Parameter.empty for p in inspect.signature(call).parameters.values())
 
 
+# what the command must keep, say or refuse --------------------------------------------------------
+
+import warnings
+
+def deep_png(path, kind=2, chunks=()):
+    "A PNG of 16 bits a channel by hand: kind 0 grey, 2 RGB. Its levels."
+    import struct, zlib
+    levels = np.random.default_rng(0).integers(0, 65536, (37, 50, 3 if kind == 2 else 1))
+    if kind == 0: levels[:9] = 1000
+    chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in levels)
+    head = struct.pack('>IIBBBBB', 50, 37, 16, kind, 0, 0, 0)
+    Path(path).write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*c) for c in ((b'IHDR', head), *chunks, (b'IDAT', zlib.compress(rows)), (b'IEND', b''))))
+    return levels
+
+@pytest.fixture
+def idle(shell, monkeypatch):
+    "The command, whose work must not begin."
+    def never(*args, **kw): raise AssertionError('the work began')
+    monkeypatch.setattr(T, 'restore', never)
+    return shell
+
+@pytest.mark.parametrize('ending', ['webp', 'gif', 'avif', 'jpg'])
+def test_deep_grey_to_a_format_of_eight_bits(shell, ending):
+    Image.fromarray(np.full((37, 50), 32896, np.uint16)).save('in.png')
+    code, said = shell('in.png', f'out.{ending}', '--quiet')
+    assert code == 0 and said.count('keeps 8 bits of grey, not 16') == 1
+    want = np.asarray(restore(load_restorer('noise')[0], 'in.png', size=16, overlap=8, progress=False))/257
+    with Image.open(f'out.{ending}') as out: assert abs(np.asarray(out.convert('L')) - want).mean() < 4 and 20 < want.mean() < 235
+
+def test_deep_colour_is_said(shell):
+    levels = deep_png('in.png')
+    code, said = shell('in.png', 'out.png', '--quiet')
+    assert code == 0 and said.count('16 bits a channel become 8') == 1
+    with pytest.warns(UserWarning, match='16 bits a channel become 8'): out = quiet(Negative(3), 'in.png')
+    assert np.array_equal(np.asarray(out), 255 - (levels >> 8))
+
+@pytest.mark.parametrize('kind', [8, 16])
+def test_grey_with_a_transparent_level(shell, kind):
+    import struct
+    key = [(b'tRNS', struct.pack('>H', 1000))]
+    if kind == 16: levels = (deep_png('in.png', 0, key)[..., 0]/257).round()
+    else:
+        levels = np.arange(37*50).reshape(37, 50) % 256
+        Image.fromarray(levels.astype(np.uint8)).save('in.png', transparency=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        out = np.asarray(quiet(Negative(1), 'in.png'))
+    assert out.shape == (37, 50, 2) and np.array_equal(out[..., 0], 255 - levels)
+    clear = levels == 7 if kind == 8 else np.arange(37)[:, None].repeat(50, 1) < 9
+    assert np.array_equal(out[..., 1] == 0, clear) and np.array_equal(out[..., 1] == 255, ~clear)
+    code, said = shell('in.png', 'out.png', '--quiet')
+    with Image.open('out.png') as image: assert code == 0 and image.mode == 'LA'
+    assert ('becomes 8-bit' in said) == (kind == 16)
+
+@pytest.mark.parametrize('name, says', [('out.jpg', 'JPEG'), ('out.bmp', 'BMP keeps no alpha channel'), ('out.ppm', 'PPM keeps no alpha channel'),
+                                        ('folder.png', 'folder.png is a folder'), ('out.hdf', 'HDF5'), ('out.ico', 'ICO takes no image')])
+def test_refused_before_the_work(idle, name, says):
+    picture('RGBA', (37, 300)).save('in.png')
+    Path('folder.png').mkdir()
+    code, said = idle('in.png', name)
+    assert code == 2 and says in said and len(said.strip().splitlines()) == 1
+    assert sorted(p.name for p in Path('.').iterdir()) == ['folder.png', 'in.png', 'weights']
+
+def test_sides_and_locked_folders_are_refused_before_the_work(idle):
+    picture('L', (1, 16_400)).save('in.png')
+    code, said = idle('in.png', 'out.webp')
+    assert code == 2 and 'WEBP takes no image of 16400 x 1 pixels' in said
+    if Path('/proc').is_dir():
+        code, said = idle('in.png', '/proc/out.png')
+        assert code == 2 and '/proc/out.png cannot be written' in said
+
+@pytest.mark.parametrize('ending', ['gif', 'tif', 'webp', 'png'])
+def test_frames_are_not_lost(idle, ending):
+    frames = [picture('L', (37, 50)).rotate(90*k) for k in range(3)]
+    frames[0].save(f'many.{ending}', save_all=True, append_images=frames[1:])
+    code, said = idle(f'many.{ending}', 'out.png')
+    assert code == 2 and 'it holds 3 frames; expected one' in said and not Path('out.png').exists()
+
+@pytest.mark.parametrize('name', ['out.png', 'out.jpg', 'out.tif'])
+def test_profile_resolution_and_turn(shell, name):
+    from PIL import ImageCms
+    icc, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), Image.Exif()
+    exif[0x112] = 6
+    picture('RGB', (37, 50)).save('in.jpg', exif=exif, icc_profile=icc, dpi=(300, 300))
+    assert shell('in.jpg', name, '--quiet') == (0, f'{name}: 37 x 50, task denoise, sigma 25\n')
+    with Image.open(name) as out:
+        assert out.size == (37, 50) and out.info['icc_profile'] == icc and [round(v) for v in out.info['dpi']] == [300, 300]
+        assert out.getexif().get(0x112, 1) == 1
+    with Image.open('in.jpg') as image: held = quiet(Negative(3), image)
+    assert np.array_equal(np.asarray(held), np.asarray(quiet(Negative(3), 'in.jpg'))) and held.info['icc_profile'] == icc
+
+def test_integers_of_unknown_range(shell):
+    Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)).save('in.tif')
+    for image in ('in.tif', Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16))):
+        with pytest.raises(ValueError, match='32-bit integers up to 255'): quiet(Negative(), image)
+    code, said = shell('in.tif', 'out.png')
+    assert code == 2 and 'in.tif is not a readable image' in said and not Path('out.png').exists()
+
+@pytest.mark.parametrize('words, says', [
+    (['--sigma', '50'], '--sigma is 50; the weights are for 25'), (['--task', 'rain'], '--task is rain; the weights are for denoise'),
+    (['--sigma', 'nan'], '--sigma is nan'), (['--sigma', '-25'], '--sigma is -25.0'), (['--sigma', 'inf'], '--sigma is inf')])
+def test_weights_for_something_else(idle, words, says):
+    for weights in ('noise', 'weights/noise.safetensors'):
+        code, said = idle('in.png', 'out.png', '--weights', weights, *words)
+        assert code == 2 and says in said and not Path('out.png').exists()
+
+def test_weights_for_what_was_asked(shell):
+    for words in ([], ['--sigma', '25'], ['--sigma', '25.2'], ['--task', 'denoise', '--sigma', '25']):
+        assert shell('in.png', 'out.png', '--quiet', '--weights', 'noise', *words) == (0, 'out.png: 50 x 37, task denoise, sigma 25\n')
+
+def test_a_result_that_is_no_number(shell):
+    model = awake(dmae(channels=1))
+    with torch.no_grad():
+        for p in model.decoder2.parameters(): p.fill_(float('nan'))
+    save_restorer(model, 'nan.safetensors', task='denoise')
+    Path('out.png').write_text('old')
+    code, said = shell('in.png', 'out.png', '--quiet', '--weights', 'nan.safetensors')
+    assert code == 2 and 'NaN' in said and Path('out.png').read_text() == 'old'
+
+def test_nothing_half_written(shell, monkeypatch):
+    Path('out.png').write_text('old')
+    whole = Image.Image.save
+    def full(self, file, *args, **kw):
+        whole(self, file, *args, **kw)
+        if isinstance(file, (str, Path)): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Image.Image, 'save', full)
+    code, said = shell('in.png', 'out.png', '--quiet')
+    assert code == 2 and 'No space left' in said and Path('out.png').read_text() == 'old'
+    assert sorted(p.name for p in Path('.').iterdir()) == ['in.png', 'out.png', 'weights']
+
+def test_numbers_of_restore():
+    x = torch.rand(40, 40)
+    assert torch.equal(quiet(Negative(), x, size=np.int64(32), overlap=np.int64(16), batch=np.int64(2)), quiet(Negative(), x))
+    for name, bad in (('size', 0), ('batch', -1), ('batch', 0), ('batch', 1.5), ('size', True)):
+        with pytest.raises(ValueError, match=f'{name} is {bad}'): quiet(Negative(), x, **{name: bad})
+
+
 # the weights that come with the library --------------------------------------------------------------------------------
 
 WEIGHTS = ROOT/'restore_lib'/'weights'
