@@ -6,8 +6,8 @@
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
            'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
            'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'windows', 'restore', 'constructor_arguments',
-           'check_rebuilt', 'as_json', 'as_half', 'load_built', 'save_restorer', 'load_restorer', 'restorers',
-           'restore_image']
+           'check_rebuilt', 'as_json', 'as_half', 'describes', 'load_built', 'save_restorer', 'load_restorer',
+           'restorers', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
 import copy, inspect, json
@@ -518,7 +518,10 @@ def as_half(state):  # name -> tensor
     return out
 
 @contextmanager
-def _describes(path, maker):
+def describes(
+    path,   # of a file
+    maker,  # the function that writes such files
+):
     "What fails inside is a ValueError that says whose file was expected."
     try: yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -537,7 +540,7 @@ def load_built(
     try:
         with safe_open(path, 'pt') as f: info, shapes = f.metadata() or {}, {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except SafetensorError as error: raise ValueError(f'{path} is no safetensors file: {error}') from error
-    with _describes(path, maker):
+    with describes(path, maker):
         made, says = (json.loads(info[k]) for k in (key, 'says'))
         for k, v in ((key, made), ('says', says)):
             if not isinstance(v, dict): raise TypeError(f'{k} is {type(v).__name__}; expected a dict')
@@ -548,7 +551,7 @@ def load_built(
         load_report(empty, {k: torch.empty(v, device='meta') for k, v in shapes.items()}, at_least=1.0)
     more = [k for k in shapes if k not in needed]
     if more: raise ValueError(f'{path} holds {more[0]!r}, which the model that it describes does not have')
-    with _describes(path, maker), _seeded(0): model = build(made)
+    with describes(path, maker), _seeded(0): model = build(made)
     with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
     load_report(model, {**{k: v.clone() for k, v in model.state_dict().items() if k in given}, **state}, at_least=1.0)
     return model.eval(), made, says
