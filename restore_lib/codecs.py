@@ -256,6 +256,7 @@ class WaveletPacketCodec(PacketCodec):
         super().__init__(channels, level)
         self.wavelet = wavelet
         _check_wavelet(wavelet)
+    def extra_repr(self): return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
     def _apart(self, x):
         c = x.shape[1]
         for _ in range(self.level):

@@ -26,7 +26,7 @@ from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
 from .diffusion import WEIGHTS, Loss, ResidualShift
 from .learner import EMA, Callback, Learner, Metrics, digest, seed_all, warmup_cosine
 from .metrics import _deployed, psnr
-from .two_stage import _opened, as_half, as_json, check_rebuilt, constructor_arguments, describes, load_built, windows
+from .two_stage import _opened, as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built, windows
 from .unet import SwinUNet
 from .wavelets import dwt2
 
@@ -157,6 +157,7 @@ class SRLoss:
         degrade=None,      # x -> y
         weight='uniform',  # of time steps, as in `ResidualShift.loss_weights`
     ): self.degrade, self.weight, self.last = degrade, weight, None
+    def __getstate__(self): return {**vars(self), 'last': None}              # what it saw last is no setting
     def __repr__(self): return f'SRLoss({self.degrade}, {self.weight!r})'
     def pair(self, batch):
         "(y, x) of a batch."
@@ -170,6 +171,7 @@ class SRLoss:
 class Buckets(Callback):
     "The loss by time step, in `n` equal ranges of t, into the learner's history: the mean since the last row."
     def __init__(self, loss, process, n=3): self.loss, self.process, self.n, self.seen = loss, process, check_whole(n, 'n', 1, process.steps), []
+    def __getstate__(self): return {**vars(self), 'seen': []}
     def before_fit(self, learn): self.seen = []
     def after_step(self, learn):
         self.seen.append((self.loss.last.per_sample.detach(), self.loss.last.t))
@@ -188,7 +190,7 @@ def _plain(options, name):
     "A dict of options as a file gives it back: NumPy's numbers and tensors as Python's; TypeError for what JSON cannot hold."
     if not isinstance(options, dict): raise TypeError(f'{name} is {options!r}; expected a dict')
     options = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in options.items()}
-    as_json(options, name)
+    json_text(options, name)
     return options
 
 @dataclass(frozen=True)
@@ -222,6 +224,7 @@ class SRConfig:
         self._keep('seed', check_whole(self.seed, 'seed'))
         self._keep('lr', check_number(self.lr, 'lr', above=0))
         for name in ('lr_floor', 'warmup', 'ema'): self._keep(name, check_number(getattr(self, name), name, 0, 1))
+        if self.ema == 1: raise ValueError(f'ema is {self.ema}; expected a number below 1')
         self._keep('weight_decay', check_number(self.weight_decay, 'weight_decay', 0))
         if self.clip is not None: self._keep('clip', check_number(self.clip, 'clip', above=0))
         if self.channels not in (1, 3): raise ValueError(f'channels is {self.channels!r}; expected 1 or 3')
@@ -421,8 +424,8 @@ def save_sr(
     kind = type(model.codec).__name__
     if kind not in _codec_kinds(): raise ValueError(f'the codec is {kind}; expected one of {", ".join(_codec_kinds())}, which load_sr can build')
     codec = dict(kind=kind, arguments=constructor_arguments(model.codec))
-    made = as_json(dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec), 'model')
-    info = dict(superres=made, says=as_json(says, 'says'))
+    made = json_text(dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec), 'model')
+    info = dict(superres=made, says=json_text(says, 'says'))
     with _seeded(0): again = _process_of(_sr_of(json.loads(made)), json.loads(made))
     y = torch.rand(1, model.codec.channels, *[2*model.codec.factor]*2, generator=torch.Generator().manual_seed(0)).to(model.sees)
     def run(m):

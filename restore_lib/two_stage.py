@@ -6,7 +6,7 @@
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
            'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
            'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'windows', 'restore', 'constructor_arguments',
-           'check_rebuilt', 'as_json', 'as_half', 'describes', 'load_built', 'save_restorer', 'load_restorer',
+           'check_rebuilt', 'json_text', 'as_half', 'describes', 'load_built', 'save_restorer', 'load_restorer',
            'restorers', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
@@ -291,6 +291,7 @@ class Adversary(Callback):
     ):
         self.critic, self.weight, self.begin, self.n, self.pair = critic, check_number(weight, 'weight', 0), check_whole(start, 'start', 0), 0, None
         self.opt = torch.optim.AdamW(critic.parameters(), lr=check_number(lr, 'lr', above=0), betas=(0.5, 0.9))
+    def __getstate__(self): return {**vars(self), 'pair': None}              # what it saw last is no setting
     def __repr__(self): return f'Adversary({self.critic}, weight={self.weight}, start={self.begin}, lr={self.opt.param_groups[0]["lr"]})'
     def before_fit(self, learn):
         if learn.acc.num_processes > 1: raise ValueError(f'Adversary runs in {learn.acc.num_processes} processes; expected one, its critic is not synchronised')
@@ -502,7 +503,7 @@ def check_rebuilt(
         if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs): return
     raise ValueError('model is not what its parts say, so its file would give another one back: it was changed by hand since it was built' + (f' (see {odd[0]})' if odd else ''))
 
-def as_json(value, name):
+def json_text(value, name):
     "`value` as JSON; NumPy's numbers and arrays and tensors become Python's. TypeError names what JSON cannot hold."
     def plain(v):
         if hasattr(v, 'tolist'): return v.tolist()
@@ -592,8 +593,8 @@ def save_restorer(
     **says,       # JSON to be kept with it: the task, its sigma, what it was trained on, what it scores
 ):
     "The weights in half precision, in one safetensors file that also says how to build the model and what it is for; ValueError for a model that would not come back."
-    made = as_json(_made_of(model), 'model')
-    info = dict(made_of=made, says=as_json(says, 'says'))
+    made = json_text(_made_of(model), 'model')
+    info = dict(made_of=made, says=json_text(says, 'says'))
     with _seeded(0): again = _restorer(json.loads(made))
     def run(m):
         x, y = torch.rand(2, 2, m.encoder.channels, *(m.encoder.patch*g for g in m.encoder.grid), generator=torch.Generator().manual_seed(0)).to(m.mean)
