@@ -500,7 +500,7 @@ def check_rebuilt(
     if not odd:
         again.to(next(iter(model.state_dict().values())).device).load_state_dict(model.state_dict())
         with _deployed(model), _deployed(again): pairs = list(zip(run(model), run(again)))
-        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs): return
+        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs): return
     raise ValueError('model is not what its parts say, so its file would give another one back: it was changed by hand since it was built' + (f' (see {odd[0]})' if odd else ''))
 
 def json_text(value, name):
