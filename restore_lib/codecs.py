@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'CODECS', 'Codec', 'ceiling', 'BandsCodec', 'LLCodec', 'FullBandCodec', 'LLHHCodec', 'AllBandsCodec',
-           'LearnableBandsCodec', 'PacketCodec', 'DCTCodec', 'codec_learner', 'HybridCodec', 'VQCodec', 'make_codec']
+           'LearnableBandsCodec', 'PacketCodec', 'WaveletPacketCodec', 'DCTCodec', 'codec_learner', 'HybridCodec',
+           'VQCodec', 'check_options', 'make_codec']
 
 # %% ../nbs/12_codecs.ipynb #12-003
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .codebook import Codebook, nearest_code, straight_through
-from .data import check_images
+from .data import check_images, check_number, check_whole
 from .learner import Learner, warmup_cosine
-from .wavelets import dct2, dwt2, idct2, packet2, unpacket2, wavedec2, waverec2
+from .wavelets import dct2, dwt2, idct2, idwt2, packet2, unpacket2, wavedec2, waverec2
 
 # %% ../nbs/12_codecs.ipynb #12-013
 class Codec(nn.Module):
-    "Pictures to a latent and back, without hidden state: what decode needs beside the latent is returned by encode. Subclasses give `_apart` and `_together`."
+    """Pictures to a latent and back, without hidden state: what decode needs beside the latent is returned by encode. Subclasses give `_apart` and `_together`,
+    and keep each argument of their constructor as an attribute of that name, so that a file can say how they are built."""
     lossless = True      # is decode(*encode(x)) the picture again?
     def __init__(self,
         channels,        # of the pictures: 1 or 3
@@ -27,10 +31,11 @@ class Codec(nn.Module):
     ):
         super().__init__()
         if channels not in (1, 3): raise ValueError(f'channels is {channels!r}; expected 1 or 3')
-        self.channels, self.factor = channels, factor
+        self.channels, self.factor = int(channels), factor
         self.bands = tuple(bands) if channels == 1 else tuple(f'{b} {c}' for b in bands for c in 'rgb')
         self.register_buffer('gains', torch.ones(len(self.bands)))
     latent_channels = property(lambda self: len(self.bands))
+    reach = None             # how many places around its own a place of the latent has to do with, both ways; None: all, pictures cannot be cut in strips
     device, dtype = property(lambda self: self.gains.device), property(lambda self: self.gains.dtype)   # it may have no parameters to ask
     def side_shapes(self, b, h, w): return []                # of the tensors beside a latent (b, latent_channels, h, w)
 
@@ -68,6 +73,7 @@ def _check_picture(x, codec, name='x'):
     fine = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 4 and x.shape[1] == c and x.numel() > 0
     if not (fine and (x.device.type != 'cpu' or all(v.abs() <= 16 for v in x.detach().aminmax()))): check_images(x, name, channels=c)   # NaN fails, too; one pass where all is well
     if not isinstance(codec, BandsCodec): _check_dtype(name, x, codec)                                       # its encode asks no parameter
+    if not len(x): raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one picture')
     h, w = x.shape[-2:]
     if h % f or w % f or not x.numel():
         raise ValueError(f'{name} is {h} x {w}, which factor={f} does not divide; pad it to {max(1, -(-h//f))*f} x {max(1, -(-w//f))*f} and cut what decode gives')
@@ -78,10 +84,13 @@ def _check_dtype(name, t, codec):
     if p is not None and p.dtype != t.dtype and not torch.is_autocast_enabled(t.device.type):
         raise TypeError(f'{name} is {t.dtype}, the parameters of {type(codec).__name__} are {p.dtype}: give it {name}.to(codec.dtype), or move the codec by codec.to({t.dtype})')
 
-def _whole(least=1, **values):
-    "Raises unless each is a whole number from `least`."
-    for name, v in values.items():
-        if not isinstance(v, int) or isinstance(v, bool) or v < least: raise ValueError(f'{name} is {v!r}; expected a whole number from {least}')
+def _haar_reach(codec, reach=0):
+    "`reach` for Haar, whose filters end with their block; None for longer ones, which are continued periodically."
+    return reach if getattr(codec, 'wavelet', 'haar') in ('haar', 'db1') else None
+
+def _check_wavelet(wavelet):
+    "Raises for a name that is none."
+    with torch.device('cpu'): dwt2(torch.zeros(1, 1, 2, 2), wavelet)       # whatever device the codec is being built on
 
 def _check_latent(z, side, codec):
     "Raises unless z and side are what this codec's encode may have given."
@@ -134,11 +143,13 @@ class BandsCodec(Codec):
         wavelet='haar',    # a discrete one of PyWavelets; borders are continued periodically, so that sizes stay
         inside=('LL',),    # of LL, LH, HL, HH: those in the latent
     ):
-        _whole(level=level)
+        level = check_whole(level, 'level', 1)
         if not inside or len(set(inside)) < len(inside) or set(inside) - set(_FOUR): raise ValueError(f'inside is {inside!r}; expected some of {", ".join(_FOUR)}, each once')
         super().__init__(channels, 2**level, [f'{b}{level}' for b in inside])
         self.level, self.wavelet, self.inside = level, wavelet, tuple(inside)
-        dwt2(torch.zeros(1, 1, 2, 2), wavelet)               # raises for a name that is none
+        _check_wavelet(wavelet)
+
+    reach = property(lambda self: _haar_reach(self))
 
     def side_shapes(self, b, h, w):
         coarse = [(b, self.channels, h, w)]*(4 - len(self.inside))
@@ -176,8 +187,10 @@ class AllBandsCodec(Codec):
     thermal scenes, 23 to 30 on photographs (lesson 12); level 1 is lossless (DifIISR-DWT log, 19.4 option B)."""
     def __init__(self, channels=1, level=2, wavelet='haar'):
         inner = FullBandCodec(channels, level, wavelet)
-        super().__init__(channels, inner.factor, [f'LL{level}', *(f'{b}{k}' for k in range(level, 0, -1) for b in _FOUR[1:])])
-        self.level, self.wavelet, self.lossless = level, wavelet, level == 1
+        super().__init__(channels, inner.factor, [f'LL{inner.level}', *(f'{b}{k}' for k in range(inner.level, 0, -1) for b in _FOUR[1:])])
+        self.level, self.wavelet, self.lossless = inner.level, wavelet, inner.level == 1
+
+    reach = property(lambda self: _haar_reach(self, 0 if self.level == 1 else 4))       # two of each enlargement's own pixels
 
     def shrink(self, d): return F.interpolate(d, scale_factor=0.5, mode='area')                 # details (b, 3*channels, h, w), once a level
     def enlarge(self, d): return F.interpolate(d, scale_factor=2.0, mode='bicubic', align_corners=False)
@@ -230,11 +243,32 @@ def _by_band(z, bands):
 class PacketCodec(Codec):
     "Every band of Haar's packet as a channel, by pixel-unshuffle and an orthonormal mix of the channels: 4^level a colour, no side, lossless (1e-5 in float32, 1e-12 in float64; lesson 11's `packet2`)."
     def __init__(self, channels=1, level=2):
-        _whole(level=level)
+        level = check_whole(level, 'level', 1)
         super().__init__(channels, 2**level, _packet_names(level))
         self.level = level
+    reach = property(lambda self: _haar_reach(self))
     def _apart(self, x): return _by_band(packet2(x, self.level), 4**self.level), ()
     def _together(self, z, side): return unpacket2(_by_band(z, self.channels), self.level)
+
+class WaveletPacketCodec(PacketCodec):
+    "PacketCodec with any orthogonal or biorthogonal wavelet of PyWavelets, continued periodically; 'haar' is PacketCodec. Lossless (1e-5 in float32)."
+    def __init__(self, channels=1, level=2, wavelet='haar'):
+        super().__init__(channels, level)
+        self.wavelet = wavelet
+        _check_wavelet(wavelet)
+    def extra_repr(self): return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
+    def _apart(self, x):
+        c = x.shape[1]
+        for _ in range(self.level):
+            LL, d = dwt2(x, self.wavelet, 'periodization')
+            x = torch.stack([LL, *d], 2).flatten(1, 2)
+        return _by_band(x, 4**self.level), ()
+    def _together(self, z, side):
+        z = _by_band(z, self.channels)
+        for _ in range(self.level):
+            LL, *d = z.unflatten(1, (-1, 4)).unbind(2)
+            z = idwt2((LL, tuple(d)), self.wavelet, 'periodization')
+        return z
 
 class DCTCodec(Codec):
     "The cosine transform of blocks, a channel a frequency: block^2 a colour, no side, lossless (1e-5 in float32, 1e-12 in float64; lesson 11's `dct2`)."
@@ -242,8 +276,10 @@ class DCTCodec(Codec):
         channels=1,
         block=4,     # pixels; the factor
     ):
-        _whole(2, block=block)
+        block = check_whole(block, 'block', 2)
         super().__init__(channels, block, ['DC', *(f'DCT {i},{j}' for i in range(block) for j in range(block) if i + j)])
+        self.block = block
+    reach = 0
     def _apart(self, x): return _by_band(F.pixel_unshuffle(dct2(x, self.factor), self.factor), self.factor**2), ()
     def _together(self, z, side): return idct2(F.pixel_shuffle(_by_band(z, self.channels), self.factor), self.factor)
 
@@ -264,6 +300,7 @@ def codec_learner(
 ) -> Learner:      # `.fit(steps)` trains the codec in place; measure its gains afterwards
     "A Learner for what a codec has to learn; TypeError where that is nothing."
     if not hasattr(codec, 'loss'): raise TypeError(f'{type(codec).__name__} has nothing to learn')
+    lr = check_number(lr, 'lr', above=0)
     loss = lambda model, batch: model(*([batch] if isinstance(batch, torch.Tensor) else batch))
     return Learner(_Training(codec), loss, train, valid, opt=lambda ps: torch.optim.AdamW(ps, lr=lr, weight_decay=0), sched=warmup_cosine(0.1), **options)
 
@@ -287,8 +324,11 @@ class HybridCodec(LLCodec):
         depth=2,         # residual blocks
     ):
         super().__init__(channels, level, wavelet)
-        self.cnn = _trunk(channels*4**level, channels*(4**level - 1), width, depth)
+        self.width, self.depth, inputs = check_whole(width, 'width', 1), check_whole(depth, 'depth', 0), self.channels*4**self.level
+        self.cnn = _trunk(inputs, inputs - self.channels, self.width, self.depth)
         nn.init.zeros_(self.cnn[-1].weight), nn.init.zeros_(self.cnn[-1].bias)
+
+    reach = property(lambda self: _haar_reach(self, 2*self.depth + 2))       # a place for each convolution of the CNN
 
     def refine(self, LL, side):  # LL (b, channels, h, w) without gains; side -> the details, as side
         "side plus the CNN's correction; every band by pixel-unshuffle on LL's grid."
@@ -302,6 +342,8 @@ class HybridCodec(LLCodec):
     def loss(self, x, y, blend=None):
         """{term: scalar}: squared error of x's details from y's, per pixel. `blend` is the share of the true LL in what the CNN sees, the rest being y's:
         drawn for each picture by default, because the LL that a diffusion gives lies between; 1 shows it the truth only."""
+        if x.shape != y.shape: raise ValueError(f'y has shape {tuple(y.shape)}, x has shape {tuple(x.shape)}; expected the same')
+        if blend is not None: blend = check_number(blend, 'blend', 0, 1)
         (z, truth), (z_y, side) = self.raw(x), self.raw(y)
         share = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=x.dtype) if blend is None else blend
         return {'details': sum((d - t).square().sum() for d, t in zip(self.refine(z_y + share*(z - z_y), side), truth))/(4*x.numel())}
@@ -318,13 +360,17 @@ class VQCodec(Codec):
         codes=512,       # in the codebook
         width=48, depth=2,  # of encoder and decoder alike: convolutions at the latent's resolution
     ):
-        _whole(factor=factor, latent=latent, codes=codes, width=width)
+        factor, latent, codes, width = (check_whole(v, k, 1) for k, v in dict(factor=factor, latent=latent, codes=codes, width=width).items())
         super().__init__(channels, factor, ['z'])
+        self.latent, self.codes, self.width, self.depth = latent, codes, width, check_whole(depth, 'depth', 0)
+        channels = self.channels
         self.bands = tuple(f'z{k}' for k in range(latent))
         self.register_buffer('gains', torch.ones(latent))
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), _trunk(channels*factor**2, latent, width, depth))
-        self.decoder = nn.Sequential(_trunk(latent, channels*factor**2, width, depth), nn.PixelShuffle(factor))
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), _trunk(channels*factor**2, latent, width, self.depth))
+        self.decoder = nn.Sequential(_trunk(latent, channels*factor**2, width, self.depth), nn.PixelShuffle(factor))
         self.codebook = Codebook(codes, latent, decay=0.95, revive=0.5)
+
+    reach = property(lambda self: 2*self.depth + 2)          # a place for each convolution
 
     def quantise(self, z):  # (b, latent, h, w) without gains -> the same shape; the gradient goes past the choice
         "The nearest code of each place. Nothing is learned here, in training mode either."
@@ -346,11 +392,23 @@ class VQCodec(Codec):
 # %% ../nbs/12_codecs.ipynb #12-050
 CODECS = dict(ll=LLCodec, full=FullBandCodec, all=AllBandsCodec, learnable=LearnableBandsCodec, packet=PacketCodec, llhh=LLHHCodec, hybrid=HybridCodec, dct=DCTCodec, vq=VQCodec)
 
+def check_options(
+    kind,     # a class or function that is to be called with them
+    options,  # a dict
+    name,     # the argument's name, for the message
+):
+    "ValueError for an option that `kind` does not have, TypeError for no dict."
+    if not isinstance(options, dict): raise TypeError(f'{name} is {options!r}; expected a dict')
+    known = [k for k, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    odd = [k for k in options if k not in known]
+    if odd: raise ValueError(f'{name} holds {odd[0]!r}, which {kind.__name__} does not have; it has {", ".join(known)}')
+
 def make_codec(
     name,        # of CODECS
     channels=1,  # of the pictures
     **options,   # of the codec's class
 ) -> Codec:
-    "A codec by its name; ValueError lists them."
+    "A codec by its name; ValueError lists them, or names an option that this one does not have."
     if name not in CODECS: raise ValueError(f'name is {name!r}; expected one of {", ".join(CODECS)}')
+    check_options(CODECS[name], options, 'options')
     return CODECS[name](channels, **options)

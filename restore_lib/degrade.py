@@ -9,13 +9,14 @@ __all__ = ['SECOND_ROUND', 'KERNEL_SHAPES', 'gaussian', 'salt_and_pepper', 'bloc
 # %% ../nbs/01_degrade.ipynb #01-003
 import io, math
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .data import check_images
+from .data import check_images, check_interval, check_number, check_whole
 
 # %% ../nbs/01_degrade.ipynb #01-011
 def _rand(shape, like, generator=None, draw=torch.rand):
@@ -30,14 +31,20 @@ def _level(value, x, name, least, most, generator=None, unit=''):
     "A number, a tensor (b,), or a range (low, high) drawn for each image, as a float32 tensor (b,) on the device of `x`."
     b, expected = len(x), f'expected {least:g} to {most:g}{unit}: a number, (low, high), or a tensor of one an image'
     if isinstance(value, (tuple, list)):
-        if len(value) != 2 or not least <= value[0] <= value[1] <= most: raise ValueError(f'{name} is {value}; {expected}')
-        return value[0] + (value[1] - value[0])*_rand((b,), x, generator)
-    if not isinstance(value, (int, float, torch.Tensor)): raise TypeError(f'{name} is {type(value).__name__}; {expected}')
-    if not isinstance(value, torch.Tensor): value = torch.tensor(float(value))
+        low, high = check_interval(value, name)
+        if low < least or high > most: raise ValueError(f'{name} is {value}; {expected}')
+        return low + (high - low)*_rand((b,), x, generator)
+    if not isinstance(value, (Real, torch.Tensor)): raise TypeError(f'{name} is {type(value).__name__}; {expected}')
+    if not isinstance(value, torch.Tensor): value = torch.tensor(check_number(value, name))
     if value.ndim > 1 or value.numel() not in (1, b): raise ValueError(f'{name} has shape {tuple(value.shape)}; {expected}, here {b}')
     if value.device.type == 'cpu' and not ((value >= least) & (value <= most)).all():     # on a GPU the look would make the program wait
         raise ValueError(f'{name} is {value.tolist()}; {expected}')
     return value.to(x.device, torch.float32).expand(b)
+
+def _most(value, level):
+    "The most that a level, drawn from `value`, may be: a number."
+    if isinstance(value, (tuple, list)): return float(max(value))
+    return level.max().item() if len(level) else 0.0
 
 def _choice(probs, n, x, generator):
     "`n` indices drawn with the weights `probs`, on the device of `x`."
@@ -84,8 +91,9 @@ def block_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # y (b, c, h, w); mask (b, 1, h, w), 1 = removed
     "Rectangles at random places; ValueError where the longest side does not fit into the image."
     check_images(x, 'x')
-    (low, high), (b, _, h, w) = (size, size) if isinstance(size, int) else size, x.shape
-    if not isinstance(blocks, int) or blocks < 1: raise ValueError(f'blocks is {blocks!r}; expected a whole number from 1')
+    blocks, fill, b, h, w = check_whole(blocks, 'blocks', 1), check_number(fill, 'fill'), len(x), *x.shape[-2:]
+    check_interval(size, 'size')
+    low, high = (check_whole(v, 'size') for v in (size if isinstance(size, (tuple, list)) else (size, size)))
     if not 1 <= low <= high <= min(h, w): raise ValueError(f'size is {size}; expected sides from 1 to {min(h, w)} for images of {h} x {w}')
     rows, cols = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
     mask = torch.zeros(b, h, w, dtype=torch.bool, device=x.device)
@@ -119,10 +127,13 @@ def blur_kernel(
     if kind not in ('gaussian', 'motion'): raise ValueError(f"kind is {kind!r}; expected 'gaussian' or 'motion'")
     name, extent = ('sigma', sigma) if kind == 'gaussian' else ('length', length)
     extent, angle = torch.as_tensor(extent, dtype=torch.float32), torch.as_tensor(angle, dtype=torch.float32)
-    if extent.ndim > (2 if kind == 'gaussian' else 1) or extent.device.type == 'cpu' and not (extent >= 0).all():
+    if extent.ndim > (2 if kind == 'gaussian' else 1) or extent.device.type == 'cpu' and not ((extent >= 0) & (extent < math.inf)).all():
         raise ValueError(f'{name} is {extent.tolist()}; expected a number from 0, or (b,) of them')
-    size = size or _odd(3*extent.max().item() if kind == 'gaussian' else extent.max().item()/2)
-    if size < 1 or size % 2 == 0: raise ValueError(f'size is {size}; expected an odd number')
+    if angle.ndim > 1 or angle.device.type == 'cpu' and not torch.isfinite(angle).all():
+        raise ValueError(f'angle is {angle.tolist()}; expected degrees, or (b,) of them')
+    most = extent.max().item() if size is None and extent.numel() else 0.0
+    size = _odd(3*most if kind == 'gaussian' else most/2) if size is None else check_whole(size, 'size', 1)
+    if size % 2 == 0: raise ValueError(f'size is {size}; expected an odd number')
     both = (extent if extent.ndim == 2 else extent.reshape(-1, 1)).expand(-1, 2)      # (b, 2)
     if angle.numel() not in (1, len(both)) and len(both) != 1: raise ValueError(f'{name} is for {len(both)} images, angle for {angle.numel()}')
     along, across = _grid(size, angle.to(both.device).reshape(-1), both.device)
@@ -139,11 +150,14 @@ def blur(
 ) -> torch.Tensor:   # (b, c, h, w)
     "Convolution with mirrored borders, linear in x; ValueError where the kernel does not fit."
     check_images(x, 'x')
+    if not isinstance(kernel, torch.Tensor) or not kernel.ndim: raise TypeError(f'kernel is {kernel!r}; expected a tensor (k, k) or (b, k, k)')
     (b, c, h, w), k = x.shape, kernel.shape[-1]
     if kernel.ndim == 2: kernel = kernel[None]
     if kernel.ndim != 3 or kernel.shape[1] != k or k % 2 == 0 or len(kernel) not in (1, b):
         raise ValueError(f'kernel has shape {tuple(kernel.shape)}; expected (k, k) or ({b}, k, k) with k odd')
+    if kernel.device.type == 'cpu' and not torch.isfinite(kernel).all(): raise ValueError('kernel holds values that are NaN or infinite')
     if k//2 >= min(h, w): raise ValueError(f'kernel is {k} x {k}; too large to mirror images of {h} x {w}')
+    if not b: return x.clone()
     weight = kernel.to(x).flip(1, 2).expand(b, k, k).repeat_interleave(c, 0)[:, None]        # conv2d correlates: flip, (b*c, 1, k, k)
     y = F.conv2d(F.pad(x, (k//2,)*4, mode='reflect').reshape(1, b*c, h + k - 1, w + k - 1), weight, groups=b*c)
     return y.reshape(b, c, h, w)
@@ -156,8 +170,8 @@ def gaussian_blur(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # y (b, c, h, w); kernel (b, k, k)
     "Blur by a round Gaussian, reaching three sigma; ValueError where that is larger than the image."
     check_images(x, 'x')
-    top = max(sigma) if isinstance(sigma, (tuple, list)) else torch.as_tensor(sigma).max().item()
-    kernel = blur_kernel('gaussian', _odd(3*top), _level(sigma, x, 'sigma', 0, 100, generator, ' pixels'))
+    level = _level(sigma, x, 'sigma', 0, 100, generator, ' pixels')
+    kernel = blur_kernel('gaussian', _odd(3*_most(sigma, level)), level)
     return blur(x, kernel), kernel
 
 def motion_blur(
@@ -168,22 +182,19 @@ def motion_blur(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # y (b, c, h, w); kernel (b, k, k)
     "Blur along a straight line; ValueError where it is longer than the image allows."
     check_images(x, 'x')
-    top = max(length) if isinstance(length, (tuple, list)) else torch.as_tensor(length).max().item()
-    length, angle = _level(length, x, 'length', 0, 300, generator, ' pixels'), _level(angle, x, 'angle', -360, 360, generator, ' degrees')
-    kernel = blur_kernel('motion', _odd(top/2), length=length, angle=angle)
+    level, angle = _level(length, x, 'length', 0, 300, generator, ' pixels'), _level(angle, x, 'angle', -360, 360, generator, ' degrees')
+    kernel = blur_kernel('motion', _odd(_most(length, level)/2), length=level, angle=angle)
     return blur(x, kernel), kernel
 
 # %% ../nbs/01_degrade.ipynb #01-052
 def _resize(x, h, w, clip):
     "Bicubic (a=-0.5), antialiased, rows first; `clip` cuts to [0, 1] after each pass as Pillow does on 8 bits."
+    if not (x.shape[-2] and x.shape[-1]): raise ValueError(f'the image is {x.shape[-2]} x {x.shape[-1]}; expected at least one pixel')
     y = x.to(torch.promote_types(x.dtype, torch.float32))                              # no half precision on CPUs
     for size in ((x.shape[-2], w), (h, w)):
         y = F.interpolate(y, size=size, mode='bicubic', antialias=True)
         if clip: y = y.clamp(0, 1)
     return y.to(x.dtype)
-
-def _check_scale(scale):
-    if not isinstance(scale, int) or scale < 1: raise ValueError(f'scale is {scale!r}; expected a whole number from 1')
 
 def bicubic_down(
     x,             # (b, c, h, w) in [0, 1]; h and w multiples of scale
@@ -191,7 +202,8 @@ def bicubic_down(
     clip=True,     # cut overshoot to [0, 1] as Pillow does; False: an exactly linear operator
 ) -> torch.Tensor: # (b, c, h/scale, w/scale)
     "Bicubic and antialiased: Pillow's resize(BICUBIC) within one grey level; ValueError where scale does not divide the sides."
-    check_images(x, 'x'), _check_scale(scale)
+    check_images(x, 'x')
+    scale = check_whole(scale, 'scale', 1)
     h, w = x.shape[-2:]
     if h % scale or w % scale: raise ValueError(f'x is {h} x {w}; expected multiples of scale={scale}')
     return _resize(x, h//scale, w//scale, clip)
@@ -202,7 +214,8 @@ def bicubic_up(
     clip=True,     # cut overshoot to [0, 1] as Pillow does; False: an exactly linear operator
 ) -> torch.Tensor: # (b, c, h*scale, w*scale)
     "Bicubic enlargement: Pillow's resize(BICUBIC) within one grey level; the plain baseline of superresolution."
-    check_images(y, 'y'), _check_scale(scale)
+    check_images(y, 'y')
+    scale = check_whole(scale, 'scale', 1)
     return _resize(y, y.shape[-2]*scale, y.shape[-1]*scale, clip)
 
 # %% ../nbs/01_degrade.ipynb #01-055
@@ -253,6 +266,21 @@ class Round:
     poisson: tuple = (.05, 3.)                # times the photon noise of an 8-bit picture
     grey_prob: float = .4                     # share whose noise is the same in all channels
     jpeg: tuple = (30, 95)                    # quality
+
+    def __post_init__(self):
+        for name in ('blur_prob', 'sinc_prob', 'gaussian_prob', 'grey_prob'): check_number(getattr(self, name), name, 0, 1)
+        for name, low, high in (('noise', 0, 2), ('poisson', 0, 100), ('jpeg', 1, 100)): self._range(name, low, high)
+        self._range('sigma', high=100, above=0)
+        self._range('resize', above=0)
+        if not self.resize[0] <= 1 <= self.resize[1]: raise ValueError(f'resize is {self.resize}; expected the least factor up to 1, the largest from 1')
+        probs = self.resize_prob
+        if not isinstance(probs, (tuple, list)) or len(probs) != 3: raise ValueError(f'resize_prob is {probs!r}; expected three shares: enlarge, shrink, keep')
+        if not sum(check_number(p, 'resize_prob', 0) for p in probs): raise ValueError(f'resize_prob is {probs}; expected not all 0')
+
+    def _range(self, name, low=None, high=None, above=None):
+        "One number becomes a pair; ValueError names a bad one."
+        value = check_interval(getattr(self, name), name, low, high, above)
+        if not isinstance(getattr(self, name), (tuple, list)): object.__setattr__(self, name, value)     # the class is frozen
 
 SECOND_ROUND = Round(blur_prob=.8, sigma=(.2, 1.5), resize_prob=(.3, .4, .3), resize=(.3, 1.2), noise=(1/255, 25/255), poisson=(.05, 2.5))
 KERNEL_SHAPES = dict(iso=.45, aniso=.25, generalized_iso=.12, generalized_aniso=.03, plateau_iso=.12, plateau_aniso=.03)
@@ -325,9 +353,13 @@ def second_order(
     final_sinc_prob=.8,     # share of images that get the last, ringing filter
 ) -> torch.Tensor:          # (b, c, h/scale, w/scale) in [0, 1], on 8-bit levels, without gradient
     "Real-ESRGAN's two rounds of blur, resize, noise and JPEG (Wang et al. 2021, sec. 3; without its sharpening of x); resizes are drawn once a batch, the rest for each image."
-    check_images(x, 'x', channels=(1, 3)), _check_scale(scale)
+    check_images(x, 'x', channels=(1, 3))
+    scale, final_sinc_prob = check_whole(scale, 'scale', 1), check_number(final_sinc_prob, 'final_sinc_prob', 0, 1)
+    for name, rnd in (('first', first), ('second', second)):
+        if not isinstance(rnd, Round): raise TypeError(f'{name} is {rnd!r}; expected a Round')
     h, w = x.shape[-2:]
     if h % scale or w % scale: raise ValueError(f'x is {h} x {w}; expected multiples of scale={scale}')
+    if not x.numel(): return x.new_empty(*x.shape[:2], h//scale, w//scale)
     y, draw, (h, w) = x.detach().float().clamp(0, 1), lambda: _rand((1,), x, generator).item(), (h//scale, w//scale)
     for k, (rnd, side) in enumerate(((first, x.shape[-2:]), (second, (h, w)))):
         y = _blur_any(y, _chain_kernels(y, rnd, generator))
@@ -349,7 +381,7 @@ class Mixture:
         *ops,            # callables op(x, generator=...) -> y or (y, ...), as partial(gaussian, sigma=25/255); levels: numbers or ranges
         weights=None,    # how often each is drawn, relative; default all alike
     ):
-        weights = [1.]*len(ops) if weights is None else [float(v) for v in weights]
+        weights = [1.]*len(ops) if weights is None else [float(v) if isinstance(v, torch.Tensor) else check_number(v, 'weights', 0) for v in weights]
         if not ops or not all(callable(op) for op in ops): raise ValueError(f'ops is {ops}; expected one callable or more')
         if len(weights) != len(ops) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(f'weights is {weights}; expected {len(ops)} numbers from 0, not all 0')

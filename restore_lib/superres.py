@@ -8,27 +8,26 @@ __all__ = ['sr_pairs', 'unsharp', 'detail_scores', 'LatentSR', 'SRLoss', 'Bucket
 
 # %% ../nbs/15_superres.ipynb #15-002
 import hashlib, json, math, os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .audit import load_report
-from .codecs import CODECS, SCALES, codec_learner, make_codec
-from .data import Crops, PairedFolder, as_image, check_images, check_output, check_writable
-from .data import open_image, save_image, whole_file
+from .audit import _seeded
+from .codecs import CODECS, SCALES, WaveletPacketCodec, check_options, codec_learner, make_codec
+from .data import Crops, PairedFolder, as_image, check_images, check_number, check_output
+from .data import check_whole, check_writable, open_image, save_image, whole_file
 from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
 from .diffusion import WEIGHTS, Loss, ResidualShift
 from .learner import EMA, Callback, Learner, Metrics, seed_all, warmup_cosine
 from .metrics import _deployed, psnr
-from .two_stage import _opened, windows
+from .two_stage import _opened, as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built, windows
 from .unet import SwinUNet
 from .wavelets import dwt2
 
@@ -39,7 +38,8 @@ def sr_pairs(
     multiple=None,  # of the sides of x; default `scale`
 ):             # a list of (y, x): y (c, h/scale, w/scale) by Pillow's bicubic filter on 8-bit levels
     "Pairs for superresolution, held in memory. ValueError names an image that is too small."
-    out, m = [], multiple or scale
+    scale = check_whole(scale, 'scale', 1)
+    out, m = [], scale if multiple is None else check_whole(multiple, 'multiple', 1)
     for k, x in enumerate(images):
         x = check_images(x, f'images[{k}]', ndim=3)
         x = x[:, :x.shape[-2]//m*m, :x.shape[-1]//m*m]
@@ -49,6 +49,7 @@ def sr_pairs(
 
 def unsharp(x, amount=1.0, sigma=1.5):  # (b, c, h, w) -> the same
     "What is finer than a Gaussian of `sigma` pixels, made (1 + amount) times as strong: the oldest way to look sharp."
+    amount = check_number(amount, 'amount')
     return x + amount*(x - gaussian_blur(x.clamp(0, 1), sigma)[0])
 
 # %% ../nbs/15_superres.ipynb #15-008
@@ -81,6 +82,7 @@ class LatentSR(nn.Module):
     ):
         super().__init__()
         if process is not None and process.predicts != 'x0': raise ValueError(f"process predicts {process.predicts!r}; expected 'x0', to which the network's correction is added")
+        scale = check_whole(scale, 'scale', 1)
         self.codec, self.net, self.process, self.scale = codec.requires_grad_(False), net, process, scale
         if before is not None and (before.scale, before.codec.channels) != (scale, codec.channels):
             raise ValueError(f'before enlarges {before.codec.channels} channels {before.scale} times, the model {codec.channels} channels {scale} times; expected the same')
@@ -103,6 +105,7 @@ class LatentSR(nn.Module):
     def measure(self, y, x):
         "Sets what the network sees and says to unit size by the latents of pairs y (b, c, h, w), x: rms of the latent, rms of its residual; returns self."
         zy, zx = self.codec.encode(self.start(y))[0], self.codec.encode(x)[0]
+        if zy.shape != zx.shape: raise ValueError(f'x has shape {tuple(x.shape)}, y has {tuple(y.shape)}; expected x {self.scale} times as large, as many')
         for buffer, v in ((self.sees, zx), (self.says, zy - zx)): buffer.copy_(v.double().square().mean((0, 2, 3)).sqrt().clamp(min=1e-6))
         return self
 
@@ -155,6 +158,7 @@ class SRLoss:
         degrade=None,      # x -> y
         weight='uniform',  # of time steps, as in `ResidualShift.loss_weights`
     ): self.degrade, self.weight, self.last = degrade, weight, None
+    def __getstate__(self): return {**vars(self), 'last': None}              # what it saw last is no setting
     def __repr__(self): return f'SRLoss({self.degrade}, {self.weight!r})'
     def pair(self, batch):
         "(y, x) of a batch."
@@ -167,7 +171,8 @@ class SRLoss:
 
 class Buckets(Callback):
     "The loss by time step, in `n` equal ranges of t, into the learner's history: the mean since the last row."
-    def __init__(self, loss, process, n=3): self.loss, self.process, self.n, self.seen = loss, process, n, []
+    def __init__(self, loss, process, n=3): self.loss, self.process, self.n, self.seen = loss, process, check_whole(n, 'n', 1, process.steps), []
+    def __getstate__(self): return {**vars(self), 'seen': []}
     def before_fit(self, learn): self.seen = []
     def after_step(self, learn):
         self.seen.append((self.loss.last.per_sample.detach(), self.loss.last.t))
@@ -182,6 +187,13 @@ def _score(metric, steps, model, batch):
     return metric(model(y, steps=steps, **({} if model.process is None else dict(generator=g))).clamp(0, 1), x)
 
 # %% ../nbs/15_superres.ipynb #15-015
+def _plain(options, name):
+    "A dict of options as a file gives it back: NumPy's numbers and tensors as Python's; TypeError for what JSON cannot hold."
+    if not isinstance(options, dict): raise TypeError(f'{name} is {options!r}; expected a dict')
+    options = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in options.items()}
+    json_text(options, name)
+    return options
+
 @dataclass(frozen=True)
 class SRConfig:
     "Everything that decides a training but the pictures; `two_cores` and `paper` are its two sizes."
@@ -209,12 +221,25 @@ class SRConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ('crop', 'batch', 'steps', 'scale'):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1: raise ValueError(f'{name} is {getattr(self, name)!r}; expected a whole number from 1')
-        for name, known in (('codec', CODECS), ('gains', SCALES), ('net', ('tiny', 'paper')), ('degradation', ('bicubic', 'real')), ('weight', WEIGHTS)):
+        for name in ('crop', 'batch', 'steps', 'scale', 'codec_steps'): self._keep(name, check_whole(getattr(self, name), name, 1))
+        self._keep('seed', check_whole(self.seed, 'seed'))
+        self._keep('lr', check_number(self.lr, 'lr', above=0))
+        for name in ('lr_floor', 'warmup', 'ema'): self._keep(name, check_number(getattr(self, name), name, 0, 1))
+        if self.ema == 1: raise ValueError(f'ema is {self.ema}; expected a number below 1')
+        self._keep('weight_decay', check_number(self.weight_decay, 'weight_decay', 0))
+        if self.clip is not None: self._keep('clip', check_number(self.clip, 'clip', above=0))
+        if self.channels not in (1, 3): raise ValueError(f'channels is {self.channels!r}; expected 1 or 3')
+        self._keep('channels', int(self.channels))
+        for name in ('codec_options', 'net_options', 'process'):
+            if getattr(self, name) is not None or name != 'process': self._keep(name, _plain(getattr(self, name), name))
+        for name, known in (('codec', CODECS), ('gains', SCALES), ('net', ('tiny', 'paper')), ('degradation', ('bicubic', 'real')), ('weight', WEIGHTS), ('precision', ('no', 'bf16', 'fp16'))):
             if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(known)}')
         if self.process is None and self.weight != 'uniform': raise ValueError(f'weight is {self.weight!r}, process is None; a regression has no time steps to weigh')
+        check_options(CODECS[self.codec], self.codec_options, 'codec_options')
+        check_options(SwinUNet, self.net_options, 'net_options'), check_options(ResidualShift, self.process or {}, 'process')
         if (self.process or {}).get('predicts', 'x0') != 'x0': raise ValueError(f"process predicts {self.process['predicts']!r}; expected 'x0', to which the network's correction is added")
+
+    def _keep(self, name, value): object.__setattr__(self, name, value)             # the class is frozen
 
     @classmethod
     def two_cores(cls, **changes): return cls(**changes)
@@ -239,26 +264,36 @@ def _trained_codec(config, pairs):
     codec_learner(codec, DataLoader(crops, config.batch), lr=_CODEC_LR[config.codec], seed=config.seed).fit(config.codec_steps)
     return codec.eval()
 
+def _around(codec, config, before=None):
+    "The LatentSR that `config` says around a codec, without its process."
+    c = codec.latent_channels
+    return LatentSR(codec, getattr(SwinUNet, config.net)(2*c, c, **config.net_options), None, config.scale, before)
+
+def _with_process(model, config, std):
+    "The same with the process that `config` says for latents of size `std`."
+    if config.process is not None: model.process = ResidualShift(**{**dict(latent_std=std), **config.process})
+    model.config, model.latent_std = config, std
+    return model
+
 def make_sr(
     config,       # an SRConfig
     pairs=None,   # pairs (y, x) on which spreads are measured and a codec that learns is trained; None: to be filled by load_state_dict
     before=None,  # of LatentSR
 ) -> LatentSR:
     "A model as `config` says; `model.config` keeps it."
-    seed_all('superres', config.seed)
-    codec = _trained_codec(config, pairs)
-    c, std = codec.latent_channels, 1.0
-    seed_all('superres net', config.seed)
-    model = LatentSR(codec, getattr(SwinUNet, config.net)(2*c, c, **config.net_options), None, config.scale, before)
-    if pairs is not None:
-        seed_all('measured on', config.seed)
-        crops = Crops(pairs, config.crop, n=96, scale=config.scale)
-        y, x = (torch.stack(v) for v in zip(*(crops[k] for k in range(96))))
-        codec.fit(x, model.start(y), scale=config.gains)
-        std = model.measure(y, x).sees.tolist()
-    if config.process is not None: model.process = ResidualShift(**{**dict(latent_std=std), **config.process})
-    model.config, model.latent_std = config, std
-    return model
+    std = 1.0
+    with _seeded(0):                                                        # the caller's random state stays
+        seed_all('superres', config.seed)
+        codec = _trained_codec(config, pairs)
+        seed_all('superres net', config.seed)
+        model = _around(codec, config, before)
+        if pairs is not None:
+            seed_all('measured on', config.seed)
+            crops = Crops(pairs, config.crop, n=96, scale=config.scale)
+            y, x = (torch.stack(v) for v in zip(*(crops[k] for k in range(96))))
+            codec.fit(x, model.start(y), scale=config.gains)
+            std = model.measure(y, x).sees.tolist()
+    return _with_process(model, config, std)
 
 def sr_learner(
     model,        # of make_sr, or a LatentSR with .config
@@ -271,7 +306,7 @@ def sr_learner(
     **options,    # of Learner: precision, accumulate, cpu
 ) -> Learner:
     "A Learner for a LatentSR: EMA, cosine, the loss by time step; the same under `accelerate launch`."
-    c = model.config
+    c, n_valid, workers = model.config, check_whole(n_valid, 'n_valid', 1), check_whole(workers, 'workers', 0)
     real = c.degradation == 'real'
     loss = loss or SRLoss(partial(second_order, scale=c.scale) if real else None, c.weight)
     if real and loss.degrade is None: raise ValueError("loss has degrade=None, the configuration says degradation='real'; expected a loss that degrades")
@@ -289,11 +324,8 @@ def _by_windows(correct, size, overlap, batch):
     "`correct` over windows of a latent, blended: one noise field and one way back for the whole picture, so that windows agree."
     def fn(scaled, t, cond):
         if max(scaled.shape[-2:]) <= size: return correct(scaled, t, cond)
-        c = scaled.shape[1]
-        def part(both):
-            z, k = both[:, :c], both[:, c:]
-            return torch.cat([correct(z, t[:1].expand(len(z)), k), k], 1)
-        return windows(part, torch.cat([scaled, cond], 1), size, overlap, batch)[:, :c]
+        def part(z, k): return correct(z, t[:1].expand(len(z)), k)
+        return windows(part, scaled, size, overlap, batch, beside=[cond])
     return fn
 
 def superresolve(
@@ -308,51 +340,111 @@ def superresolve(
 ):                 # a PIL image for paths and PIL images, a tensor for tensors (not clipped), `model.scale` times as large
     """Any picture enlarged. Sides that the codec does not divide are padded and cut back; a one-channel model takes colours one by one, a three-channel model sees
     grey three times; alpha is enlarged by Pillow. ValueError or TypeError for what is no image; nothing of `image` is changed."""
+    seed, window, batch = check_whole(seed, 'seed'), check_whole(window, 'window', 1), check_whole(batch, 'batch', 1)
+    overlap = check_whole(overlap, 'overlap', 0)
     x, back = _opened(image)
     return back(_enlarge(model, x.float(), steps, seed, window, overlap, batch, randomness))
 
+class _Noise:
+    "The noise of some planes, (steps, planes, c, h, w), as one generator gives it for all of them; drawn step by step, when it is asked for."
+    def __init__(self, seed, steps, planes, part, like):
+        self.generator, self.part, self.like = torch.Generator().manual_seed(seed), part, like
+        self.all, self.shape = (planes, *like.shape[1:]), (steps, *like.shape)
+    def __getitem__(self, k):
+        drawn = torch.randn(self.all, generator=self.generator, dtype=torch.promote_types(self.like.dtype, torch.float32))
+        return (drawn if len(self.like) == len(drawn) else drawn[self.part].clone()).to(self.like.device)
+
+def _by_strips(fn, height, rows, reach, *tensors):
+    "fn of strips of tensors (..., k*height, w), `rows` of `height` at a time and `reach` around them; its results, a list of such tensors, put together."
+    out = []
+    for top in range(0, height, rows):
+        end = min(top + rows, height)
+        first, last = max(top - reach, 0), min(end + reach, height)
+        def cut(t, tall, a, b): return t[..., a*(t.shape[-2]//tall):b*(t.shape[-2]//tall), :]
+        done = [cut(t, last - first, top - first, end - first) for t in fn(*(cut(t, height, first, last) for t in tensors))]
+        if not out: out = [t.new_empty(*t.shape[:-2], t.shape[-2]//(end - top)*height, t.shape[-1]) for t in done]
+        for whole, t in zip(out, done): cut(whole, height, top, end).copy_(t)
+    return out
+
+def _start_latent(model, planes, start, hw, rows):
+    "[z, *side] of planes enlarged, or of the `start` that is given, padded to a latent of hw positions, encoded in strips of so many rows."
+    large = model.start(planes) if start is None else start
+    low, wide = (n*model.codec.factor - m for n, m in zip(hw, large.shape[-2:]))
+    if low or wide: large = F.pad(large, (0, wide, 0, low), mode='replicate')
+    def apart(x):
+        z, side = model.codec.encode(x)
+        return z, *side
+    return _by_strips(apart, hw[0], rows, model.codec.reach or 0, large)
+
 @torch.no_grad()
 def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomness=1.0):
-    (b, c, h, w), k, s, f = x.shape, model.codec.channels, model.scale, model.codec.factor
-    planes = (x.reshape(-1, 1, h, w) if k == 1 else x.expand(-1, k, -1, -1)).to(model.sees)
-    how = {} if model.process is None else dict(randomness=randomness, generator=torch.Generator().manual_seed(seed))
+    """(b, c, h, w) -> (b, c, h*scale, w*scale). As many planes at a time as fill a batch of windows, under the noise that they would get together;
+    codecs that allow it work in strips. What grows with the picture, beside the result, is one plane's latents and the noise."""
+    (b, c, h, w), codec, s, f = x.shape, model.codec, model.scale, model.codec.factor
+    planes = (x.reshape(-1, 1, h, w) if codec.channels == 1 else x.expand(-1, codec.channels, -1, -1)).to(model.sees)
+    least = window if max(h, w)*s > window*f else 1                        # a latent fills a window if one of its sides is larger
+    rows, columns = (max(-(-n*s//f), least) for n in (h, w))
+    at_once = max(1, batch*window**2//(rows*columns))
+    strip = rows if codec.reach is None else max(1, batch*window**2//columns)
+    out = planes.new_empty(len(planes), codec.channels, h*s, w*s)
     with _deployed(model):
-        large = model.start(planes)
-        least = window*f if max(h, w)*s > window*f else f                  # sides must be multiples of f, and fill a window if one of them is larger
-        low, wide = (max(-(-n//f)*f, least) - n for n in large.shape[-2:])
-        z, side = model.codec.encode(F.pad(large, (0, wide, 0, low), mode='replicate'))
-        z = model.restore_latent(z, steps, _by_windows(model.correct, window, overlap, batch), **how)
-        out = model.codec.decode(z, side)[..., :h*s, :w*s]
-    return out.reshape(b, c, h*s, w*s) if k == 1 or c == 3 else out.mean(1, keepdim=True)
+        start = None if model.before is None else model.start(planes)      # a cascade draws the noise of all planes, too
+        for first in range(0, len(planes), at_once):
+            part = slice(first, first + at_once)
+            z, *side = _start_latent(model, planes[part], None if start is None else start[part], (rows, columns), strip)
+            how = {}
+            if model.process is not None:
+                how = dict(randomness=randomness, noise=_Noise(seed, len(model.process.subsequence(steps)), len(planes), part, z))
+            z = model.restore_latent(z, steps, _by_windows(model.correct, window, overlap, batch), **how)
+            def together(z, *side): return [codec.decode(z, side)[..., :w*s]]
+            out[part] = _by_strips(together, rows, strip, codec.reach or 0, z, *side)[0][..., :h*s, :]
+    return out.reshape(b, c, h*s, w*s) if codec.channels == 1 or c == 3 else out.mean(1, keepdim=True)
+
 
 # %% ../nbs/15_superres.ipynb #15-047
+def _codec_kinds(): return {kind.__name__: kind for kind in (*CODECS.values(), WaveletPacketCodec)}
+
+def _sr_of(made):
+    "The LatentSR, without its process, that a file describes: its configuration and, since a codec may have been swapped, its codec."
+    config, codec = SRConfig(**made['config']), made.get('codec')              # the first files had no 'codec'
+    if codec is None: return _around(make_codec(config.codec, config.channels, **config.codec_options), config)
+    kind = _codec_kinds()[codec['kind']]
+    if not issubclass(kind, CODECS[config.codec]): raise ValueError(f'the codec is {kind.__name__}, the configuration says {config.codec!r}')
+    return _around(kind(**codec['arguments']), config)
+
+def _process_of(model, made): return _with_process(model, SRConfig(**made['config']), made['latent_std'])
+
 def save_sr(
     model,   # a LatentSR by make_sr, without `before`
     path,    # of the file, .safetensors
     **says,  # JSON to be kept with it: what it was trained on, what it scores
 ):
-    "Weights in half precision in one safetensors file that says how to build the model."
+    "Weights in half precision in one safetensors file that says how to build the model; ValueError for a model that would not come back."
     if model.before is not None: raise ValueError('model has a `before`; expected each model of a cascade by itself')
-    state = {k: v.detach().cpu().contiguous().to(torch.float16 if v.is_floating_point() and k.startswith('net.') else v.dtype) for k, v in model.state_dict().items()}
-    made = dict(config=asdict(model.config), latent_std=model.latent_std)
+    if not hasattr(model, 'config'): raise ValueError('model has no configuration; expected one by make_sr')
+    kind = type(model.codec).__name__
+    if kind not in _codec_kinds(): raise ValueError(f'the codec is {kind}; expected one of {", ".join(_codec_kinds())}, which load_sr can build')
+    codec = dict(kind=kind, arguments=constructor_arguments(model.codec))
+    made = json_text(dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec), 'model')
+    info = dict(superres=made, says=json_text(says, 'says'))
+    with _seeded(0): again = _process_of(_sr_of(json.loads(made)), json.loads(made))
+    y = torch.rand(1, model.codec.channels, *[2*model.codec.factor]*2, generator=torch.Generator().manual_seed(0)).to(model.sees)
+    def run(m):
+        if m.process is None: return [m(y)]
+        tables = (m.process.sqrt_etas, m.process.kappa, m.process.latent_std)
+        return m(y, generator=torch.Generator().manual_seed(0)), *tables
+    check_rebuilt(model, again, run)
+    state = model.state_dict()
+    net = as_half({k: v for k, v in state.items() if k.startswith('net.')})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata=dict(superres=json.dumps(made), says=json.dumps(says)))
+    save_file({k: net[k] if k in net else v.detach().cpu().contiguous() for k, v in state.items()}, path, metadata=info)
 
 def load_sr(path):  # -> the model, in evaluation mode; what the file says of it
     "A LatentSR from a file by save_sr; nothing is unpickled. FileNotFoundError or ValueError names what is wrong."
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is no file')
-    try:
-        with safe_open(path, 'pt') as f: info, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as error: raise ValueError(f'{path} is no safetensors file: {error}') from error
-    try:
-        made, says = json.loads(info['superres']), json.loads(info['says'])
-        c, std = SRConfig(**made['config']), made['latent_std']
-        model = make_sr(c if c.process is None else replace(c, process={**dict(latent_std=std), **c.process}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} does not say how its model is built ({error}); expected a file by save_sr') from error
-    load_report(model, state, at_least=1.0)
-    model.config, model.latent_std = c, std
-    return model.eval(), says
+    model, made, says = load_built(path, 'superres', _sr_of, 'save_sr')
+    with describes(path, 'save_sr'): _process_of(model, made)
+    return model, says
+
 
 # %% ../nbs/15_superres.ipynb #15-051
 def _train_parser():

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
            'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
-           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'windows', 'restore', 'save_restorer',
-           'load_restorer', 'restorers', 'restore_image']
+           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'windows', 'restore', 'constructor_arguments',
+           'check_rebuilt', 'json_text', 'as_half', 'describes', 'load_built', 'save_restorer', 'load_restorer',
+           'restorers', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
-import copy, json
+import copy, inspect, json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,15 +26,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import restore_lib
-from .audit import load_report
-from .data import as_image, check_images, check_number, check_output, check_whole
-from .data import open_image, save_image
+from .audit import _seeded, load_report
+from .data import as_image, check_images, check_interval, check_number, check_output
+from .data import check_whole, open_image, save_image
 from .degrade import Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain, salt_and_pepper
-from .dmae import dmae_tiny
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
 from .mae import pretrainer
 from .metrics import _deployed, psnr
-from .patching import Block, sincos_pos_embed, unpatchify
+from .patching import Block, ViTEncoder, sincos_pos_embed, unpatchify
 
 # %% ../nbs/10_two_stage.ipynb #10-006
 _HOLES, _DOTS, _SOFT, _RAIN = dict(blocks=2, size=(4, 10)), dict(amount=(0.02, 0.2)), dict(sigma=(0.7, 1.8)), dict(density=(0.01, 0.03))
@@ -49,6 +50,8 @@ class Degradation:
 
     def __post_init__(self):
         if self.task not in _TASKS: raise ValueError(f'task is {self.task!r}; expected one of {", ".join(map(repr, _TASKS))}')
+        low, high = check_interval(self.sigma, 'sigma', 0, 2)
+        object.__setattr__(self, 'sigma', (low, high) if isinstance(self.sigma, (tuple, list)) else low)
 
     @property
     def ops(self):
@@ -91,8 +94,11 @@ class ResidualEncoder(nn.Module):
     ):
         super().__init__()
         if norm not in ('group', 'batch'): raise ValueError(f"norm is {norm!r}; expected 'group' or 'batch'")
-        if pool is not None and (not isinstance(pool, int) or pool < 1): raise ValueError(f'pool is {pool!r}; expected a whole number from 1, or None')
-        self.pool, layers = pool, []
+        if pool is not None: pool = check_whole(pool, 'pool', 1)
+        channels, dim, width = check_whole(channels, 'channels', 1), check_whole(dim, 'dim', 1), check_whole(width, 'width', 1)
+        if width % 8: raise ValueError(f'width is {width}; expected a multiple of 8')
+        self.channels, self.dim, self.pool, self.norm, self.width = channels, dim, pool, norm, width
+        layers = []
         for k, (a, b) in enumerate(zip((channels, width, 2*width), (width, 2*width, 4*width))):
             stride = 2 if pool is not None or k < 2 else 1                     # a vector for each token looks at patches of 4 pixels
             layers += [nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b) if norm == 'group' else nn.BatchNorm2d(b), nn.ReLU()]
@@ -114,6 +120,7 @@ class FiLM(nn.Module):
         identity=True,  # start as the identity. False: gamma*x + beta, with the default start of a linear layer
     ):
         super().__init__()
+        dim, cond = check_whole(dim, 'dim', 1), check_whole(cond, 'cond', 1)
         self.linear, self.one = nn.Linear(cond, 2*dim), float(identity)
         if identity: nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
 
@@ -134,6 +141,7 @@ class ConditionalBlock(Block):
     ):
         super().__init__(dim, heads)
         if place not in ('end', 'branches'): raise ValueError(f"place is {place!r}; expected 'end' or 'branches'")
+        if cond is not None: cond = check_whole(cond, 'cond', 0)
         self.place = place if cond else None
         if self.place == 'end': self.film = FiLM(dim, cond, identity)
         if self.place == 'branches':
@@ -159,6 +167,8 @@ class ConditionalDecoder(nn.Module):
         identity=True,          # start as the plain decoder
     ):
         super().__init__()
+        self.dim, self.dec_dim, self.depth, self.heads = (check_whole(v, k, 1) for k, v in dict(dim=dim, dec_dim=dec_dim, depth=depth, heads=heads).items())
+        self.out, self.cond, self.place, self.identity = check_whole(out, 'out', 1), cond if cond is None else check_whole(cond, 'cond', 0), place, bool(identity)
         self.decoder_embed = nn.Linear(dim, dec_dim)
         self.decoder_blocks = nn.ModuleList(ConditionalBlock(dec_dim, heads, cond, place, identity) for _ in range(depth))
         self.decoder_norm, self.decoder_pred = nn.LayerNorm(dec_dim, eps=1e-6), nn.Linear(dec_dim, out)
@@ -192,7 +202,11 @@ class TwoStageDMAE(nn.Module):
         self.share, c = 1.0, encoder.channels                                   # share of the true residual under 'truth'; a schedule lowers it
         self.estimator = nn.Sequential(nn.Conv2d(2*c, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, c, 3, 1, 1)) if residual == 'learned' else None
         for name, v in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+            v = torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1)
+            fine = v.is_meta or torch.isfinite(v).all() and (name == 'mean' or (v > 0).all())      # without memory there is nothing to look at
+            if not fine or len(v) not in (1, c):
+                raise ValueError(f'{name} is {v.flatten().tolist()}; expected {"finite" if name == "mean" else "positive"} numbers: one, or one for each of {c} channels')
+            self.register_buffer(name, v)
 
     @classmethod
     def from_pretrained(cls, dmae, cond=64, pool=1, norm='group', place='branches', identity=True, residual='deployed', conditional=True):
@@ -244,9 +258,18 @@ class PatchCritic(nn.Module):
     "A PatchGAN discriminator: images (b, c, h, w) -> a logit for each patch of 22 pixels (Isola et al. 2017), GroupNorm instead of BatchNorm."
     def __init__(self, channels, width=32):
         super().__init__()
+        channels, width = check_whole(channels, 'channels', 1), check_whole(width, 'width', 1)
+        if width % 4: raise ValueError(f'width is {width}; expected a multiple of 4')
         self.layers = nn.Sequential(nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2*width, 4, 2, 1), nn.GroupNorm(8, 2*width),
                                     nn.LeakyReLU(0.2), nn.Conv2d(2*width, 1, 4, 1, 1))
     def forward(self, x): return self.layers(2*x - 1)
+
+def _grad_norm(value, last, name):
+    "|d value/d last|; ValueError where `value` does not depend on it, or the norm is no number."
+    try: norm = torch.autograd.grad(value, last, retain_graph=True)[0].norm()
+    except RuntimeError as error: raise ValueError(f'{name} does not depend on last: {error}') from error
+    if norm.device.type == 'cpu' and not torch.isfinite(norm): raise ValueError(f'{name} has a gradient of {norm.item()} at last; expected a finite one')
+    return norm
 
 def adaptive_weight(
     nll,            # a scalar: the reconstruction losses
@@ -255,7 +278,8 @@ def adaptive_weight(
     most=1e4,       # never more than this
 ) -> torch.Tensor:  # a scalar without gradient
     "|d nll/d last| / |d g/d last|: both would pull equally hard at the last layer (VQGAN, Esser et al. 2021, eq. 7)."
-    a, b = (torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (nll, g))
+    most = check_number(most, 'most', 0)
+    a, b = (_grad_norm(v, last, name) for v, name in ((nll, 'nll'), (g, 'g')))
     return (a/(b + 1e-4)).clamp(0, most).detach()
 
 class Adversary(Callback):
@@ -266,8 +290,9 @@ class Adversary(Callback):
         start=0,    # steps without it
         lr=2e-4,
     ):
-        self.critic, self.weight, self.begin, self.n, self.pair = critic, weight, start, 0, None
-        self.opt = torch.optim.AdamW(critic.parameters(), lr=lr, betas=(0.5, 0.9))
+        self.critic, self.weight, self.begin, self.n, self.pair = critic, check_number(weight, 'weight', 0), check_whole(start, 'start', 0), 0, None
+        self.opt = torch.optim.AdamW(critic.parameters(), lr=check_number(lr, 'lr', above=0), betas=(0.5, 0.9))
+    def __getstate__(self): return {**vars(self), 'pair': None}              # what it saw last is no setting
     def __repr__(self): return f'Adversary({self.critic}, weight={self.weight}, start={self.begin}, lr={self.opt.param_groups[0]["lr"]})'
     def before_fit(self, learn):
         if learn.acc.num_processes > 1: raise ValueError(f'Adversary runs in {learn.acc.num_processes} processes; expected one, its critic is not synchronised')
@@ -275,11 +300,14 @@ class Adversary(Callback):
     def loss(self, fake, real, nll, last):  # (b, c, h, w), (b, c, h, w), a scalar, a weight -> a scalar
         self.pair = fake.detach(), real
         if self.n < self.begin or not torch.is_grad_enabled(): return fake.new_zeros(())
-        for p in self.critic.parameters(): p.requires_grad_(False)           # the restorer's step is not the critic's
-        g = -self.critic(fake).mean()
-        for p in self.critic.parameters(): p.requires_grad_(True)
+        learns = [p for p in self.critic.parameters() if p.requires_grad]
+        for p in learns: p.requires_grad_(False)                             # the restorer's step is not the critic's
+        try: g = -self.critic(fake).mean()
+        finally:
+            for p in learns: p.requires_grad_(True)
         return self.weight*adaptive_weight(nll, g, last)*g
     def after_step(self, learn):
+        if self.pair is None: raise ValueError('adversary is among the callbacks, but the loss does not use it; expected two_stage_loss(..., adversary=it)')
         self.n += 1
         fake, real = self.pair
         self.opt.zero_grad()
@@ -302,6 +330,8 @@ def two_stage_loss(
     adversary=None,   # an Adversary, which must be among the Learner's callbacks, too
 ) -> dict:            # of scalars
     "L2 + lam*L1: the loss of x_refined, and lam times that of x_hat; what else is asked for."
+    lam, fourier = check_number(lam, 'lam', 0), check_number(fourier, 'fourier', 0)
+    if pixel not in _PIXEL: raise ValueError(f'pixel is {pixel!r}; expected one of {", ".join(map(repr, _PIXEL))}')
     x = batch if isinstance(batch, torch.Tensor) else batch[-1]
     y = degrade(x) if degrade else batch[0]
     x_hat, x_refined, r = model(y, x if model.training else None, estimate=True)
@@ -321,7 +351,7 @@ def _stage_score(k, degrade, model, batch):  # k: 0 for the first stage, 1 for t
 
 class ShareSchedule(Callback):
     "Lowers `model.share`, the true residual's part under residual='truth', from 1 to 0 along a cosine (`until` of the steps); validation always deploys."
-    def __init__(self, until=0.7): self.until = until
+    def __init__(self, until=0.7): self.until = check_number(until, 'until', above=0, high=1)
     def state(self): return {'until': self.until}
     def before_fit(self, learn): self.after_step(learn)
     def after_step(self, learn): learn.bare.share = float(0.5 + 0.5*np.cos(np.pi*min(1.0, learn.step/max(1, self.until*learn.steps))))
@@ -341,9 +371,12 @@ def two_stage_learner(
     "A Learner for one stage of training; the gain of stage two over stage one is in `history` from the first validation to the last."
     if stage not in ('A', 'B', 'end'): raise ValueError(f"stage is {stage!r}; expected 'A', 'B' or 'end'")
     if pixel not in _PIXEL: raise ValueError(f'pixel is {pixel!r}; expected one of {", ".join(map(repr, _PIXEL))}')
+    lam, fourier = check_number(lam, 'lam', 0), check_number(fourier, 'fourier', 0)
+    lr = dict(A=1e-3, B=5e-5, end=5e-4)[stage] if lr is None else check_number(lr, 'lr', above=0)
+    weight_decay, warmup = check_number(weight_decay, 'weight_decay', 0), check_number(warmup, 'warmup', 0, 1)
     for part in (model.encoder, model.decoder1): part.requires_grad_(stage != 'A')
     rates = {'encoder.': 0.2, 'decoder1.': 0.2} if stage == 'B' else None
-    groups = param_groups(model, lr or dict(A=1e-3, B=5e-5, end=5e-4)[stage], rates, weight_decay)
+    groups = param_groups(model, lr, rates, weight_decay)
     loss = partial(two_stage_loss, degrade=degrade, lam=0.0 if stage == 'A' else lam, pixel=pixel, perceptual=perceptual, fourier=fourier, adversary=adversary)
     shown = Metrics(first=partial(_stage_score, 0, degrade), refined=partial(_stage_score, 1, degrade), gain=partial(_stage_score, None, degrade))
     return Learner(model, loss, train, valid, opt=torch.optim.AdamW(groups, betas=(0.9, 0.95)), sched=warmup_cosine(warmup),
@@ -355,15 +388,20 @@ def _ramp(size, overlap):  # pixels -> (size,): 0 at the very edge, rising over 
     return torch.minimum(edge, edge.flip(0)).clamp(0, 1)
 
 def windows(
-    fn,            # (b, c, size, size) -> the same
+    fn,            # (n, c, size, size), and a window of each of `beside` -> like the first
     y,             # (b, c, h, w), at least `size` pixels a side
     size,          # side of a window, pixels
     overlap,       # pixels that neighbours share, fewer than size
     batch=16,      # windows at a time
     progress=None, # a function of an iterable, such as tqdm
-):                 # (b, c, h, w)
+    beside=(),     # more tensors (b, ..., h, w), of which `fn` is given the same windows
+):                 # (b, c, h, w); beside it, the windows' own memory does not grow with the image
     "fn on overlapping windows, blended so that no seam is left: a window's outer pixels count only where the image ends."
+    size, overlap, batch = check_whole(size, 'size', 1), check_whole(overlap, 'overlap'), check_whole(batch, 'batch', 1)
+    if not len(y): raise ValueError(f'y has shape {tuple(y.shape)}; expected at least one image')
     h, w = y.shape[-2:]
+    if any(len(v) != len(y) or v.shape[-2:] != y.shape[-2:] for v in beside):
+        raise ValueError(f'beside has shapes {[tuple(v.shape) for v in beside]}; expected as many images as y, {tuple(y.shape)}, of the same size')
     if not 0 <= overlap < size: raise ValueError(f'overlap is {overlap}; expected 0 to {size - 1} for windows of {size} pixels')
     if min(h, w) < size: raise ValueError(f'y is {h} x {w}; expected at least {size} pixels a side')
     def starts(n): return sorted({*range(0, n - size, size - overlap), n - size})
@@ -376,11 +414,14 @@ def windows(
     places, out, total = [(t, l) for t in starts(h) for l in starts(w)], torch.zeros_like(y), y.new_zeros(1, 1, h, w)
     for k in (progress or iter)(range(0, len(places), batch)):
         chunk = places[k:k + batch]
-        for (t, l), done in zip(chunk, fn(torch.cat([y[:, :, t:t + size, l:l + size] for t, l in chunk])).split(len(y))):
+        given = [torch.cat([v[..., t:t + size, l:l + size] for t, l in chunk]) for v in (y, *beside)]
+        done = fn(*given)
+        if done.shape != given[0].shape: raise ValueError(f'fn gave shape {tuple(done.shape)} for windows {tuple(given[0].shape)}; expected the same')
+        for (t, l), one in zip(chunk, done.split(len(y))):
             g = weight(t, l)
-            out[:, :, t:t + size, l:l + size] += g*done
+            out[:, :, t:t + size, l:l + size] += g*one
             total[:, :, t:t + size, l:l + size] += g
-    return out/total
+    return out.div_(total)
 
 # %% ../nbs/10_two_stage.ipynb #10-059
 def _opened(image):
@@ -422,26 +463,134 @@ def restore(
     out = out.reshape(b, c, h, w) if channels == 1 or c == 3 else out.mean(1, keepdim=True)
     return back(out)
 
+# %% ../nbs/10_two_stage.ipynb #10-059a
+def constructor_arguments(
+    module,  # an object that keeps each argument of its constructor as an attribute of that name
+) -> dict:   # name -> value
+    "What builds an object like this one by `type(module)(**it)`, as its attributes are now; TypeError names an argument that is kept nowhere."
+    names = [k for k, p in inspect.signature(type(module)).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    lost = [k for k in names if not hasattr(module, k)]
+    if lost: raise TypeError(f'{type(module).__name__} does not keep {", ".join(lost)}; expected an attribute for each argument of its constructor')
+    return {k: getattr(module, k) for k in names}
+
+def check_rebuilt(
+    model,   # what is to be saved
+    again,   # the same, built anew from what its file will say
+    run,     # a function of a model -> tensors
+):
+    "ValueError unless `again` computes what `model` computes, once it has its weights: what was changed by hand since it was built would be lost."
+    for k, v in model.state_dict().items():
+        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{k} of the model holds values that are NaN or infinite')
+    own, made = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, again))
+    odd = sorted(k for k in own.keys() | made.keys() if own.get(k) != made.get(k))
+    if not odd:
+        again.to(next(iter(model.state_dict().values())).device).load_state_dict(model.state_dict())
+        with _deployed(model), _deployed(again): pairs = list(zip(run(model), run(again)))
+        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs): return
+    raise ValueError('model is not what its parts say, so its file would give another one back: it was changed by hand since it was built' + (f' (see {odd[0]})' if odd else ''))
+
+def json_text(value, name):
+    "`value` as JSON; NumPy's numbers and arrays and tensors become Python's. TypeError names what JSON cannot hold."
+    def plain(v):
+        if hasattr(v, 'tolist'): return v.tolist()
+        raise TypeError(f'{name} holds {type(v).__name__}, which JSON cannot hold')
+    return json.dumps(value, default=plain)
+
+def as_half(state):  # name -> tensor
+    "The same on the CPU, its floats in half precision; ValueError for a number that half precision does not hold."
+    out = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    out = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in out.items()}
+    for k, v in out.items():
+        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{k} holds numbers beyond 65504, or NaN; half precision does not hold them')
+    return out
+
+@contextmanager
+def describes(
+    path,   # of a file
+    maker,  # the function that writes such files
+):
+    "What fails inside is a ValueError that says whose file was expected."
+    try: yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} does not say how its model is built ({type(error).__name__}: {error}); expected a file by {maker}') from error
+
+def load_built(
+    path,      # of a safetensors file whose metadata has `key` and 'says', both JSON
+    key,       # of what `build` is given
+    build,     # a function of that dict -> a module
+    maker,     # the function that writes such files, for messages
+    given=(),  # names of buffers that `build` fills by itself, where the file does not
+):             # -> the module in evaluation mode; the dict; the dict 'says'
+    """A model from its file, nothing unpickled, the caller's random state left alone. Shapes are compared before memory is asked for.
+    FileNotFoundError or ValueError names what is wrong."""
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is no file')
+    try:
+        with safe_open(path, 'pt') as f: info, shapes = f.metadata() or {}, {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except SafetensorError as error: raise ValueError(f'{path} is no safetensors file: {error}') from error
+    with describes(path, maker):
+        made, says = (json.loads(info[k]) for k in (key, 'says'))
+        for k, v in ((key, made), ('says', says)):
+            if not isinstance(v, dict): raise TypeError(f'{k} is {type(v).__name__}; expected a dict')
+        with torch.device('meta'): empty = build(made)                            # shapes without memory
+    needed = {k: tuple(v.shape) for k, v in empty.state_dict().items()}
+    shapes = {**{k: needed[k] for k in given}, **shapes}
+    if any(shapes.get(k) != v for k, v in needed.items()):                        # raises, and says what is missing
+        load_report(empty, {k: torch.empty(v, device='meta') for k, v in shapes.items()}, at_least=1.0)
+    more = [k for k in shapes if k not in needed]
+    if more: raise ValueError(f'{path} holds {more[0]!r}, which the model that it describes does not have')
+    with describes(path, maker), _seeded(0): model = build(made)
+    with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
+    load_report(model, {**{k: v.clone() for k, v in model.state_dict().items() if k in given}, **state}, at_least=1.0)
+    return model.eval(), made, says
+
 # %% ../nbs/10_two_stage.ipynb #10-060
+def _vit_arguments(encoder):
+    "The arguments of ViTEncoder that build an encoder like this one."
+    dim, first = encoder.patch_embed.out_features, encoder.blocks[0]
+    return dict(img_size=[encoder.patch*g for g in encoder.grid], patch=encoder.patch, dim=dim, depth=len(encoder.blocks), heads=first.attn.heads, channels=encoder.channels,
+                cls_token=encoder.cls_token is not None, mlp=(first.mlp.fc1.out_features + 0.5)/dim, drop_path=encoder.blocks[-1].drop_path.p)
+
 def _made_of(model):
     "What `load_restorer` needs to build the same model again."
-    enc, two, sees = model.encoder, model.decoder2, model.residual_encoder
-    if sees is None: raise ValueError('model has no residual encoder; expected a model with a condition')
-    film = two.decoder_blocks[0].place
-    dmae = dict(img_size=list(enc.patch*g for g in enc.grid), patch=enc.patch, channels=enc.channels, dim=enc.patch_embed.out_features, depth=len(enc.blocks), heads=enc.blocks[0].attn.heads,
-                dec_dim=two.decoder_embed.out_features, dec_depth=len(two.decoder_blocks), dec_heads=two.decoder_blocks[0].attn.heads)
-    norm = 'batch' if any(isinstance(m, nn.BatchNorm2d) for m in sees.convs) else 'group'
-    return dict(dmae=dmae, two=dict(cond=sees.linear.out_features, pool=sees.pool, norm=norm, place=film, residual=model.residual), mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+    if model.residual_encoder is None: raise ValueError('model has no residual encoder; expected a model with a condition')
+    parts = {k: constructor_arguments(getattr(model, k)) for k in ('decoder1', 'decoder2', 'residual_encoder')}
+    return dict(encoder=_vit_arguments(model.encoder), **parts, residual=model.residual, share=model.share, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+
+def _of_first_version(made):
+    "The same from a file that names the arguments of `dmae_tiny` and of `TwoStageDMAE.from_pretrained` instead."
+    dmae, two = made['dmae'], made['two']
+    encoder = {k: dmae[k] for k in ('img_size', 'patch', 'channels', 'dim', 'depth', 'heads')}
+    decoder = dict(dim=dmae['dim'], dec_dim=dmae['dec_dim'], depth=dmae['dec_depth'], heads=dmae['dec_heads'], out=dmae['patch']**2*dmae['channels'])
+    sees = dict(channels=dmae['channels']*_RESIDUALS[two['residual']], dim=two['cond'], pool=two['pool'], norm=two['norm'])
+    return dict(encoder=encoder, decoder1=decoder, decoder2=dict(decoder, cond=two['cond'], place=two['place']), residual_encoder=sees,
+                residual=two['residual'], share=1.0, mean=made['mean'], std=made['std'])
+
+def _restorer(made):
+    "The TwoStageDMAE that `_made_of` describes."
+    if 'dmae' in made: made = _of_first_version(made)
+    decoders = (ConditionalDecoder(**made[k]) for k in ('decoder1', 'decoder2'))
+    model = TwoStageDMAE(ViTEncoder(**made['encoder']), *decoders, ResidualEncoder(**made['residual_encoder']), made['residual'], made['mean'], made['std'])
+    model.share = check_number(made['share'], 'share', 0, 1)
+    return model
 
 def save_restorer(
     model,        # a TwoStageDMAE with a residual encoder
     path,         # of the file, .safetensors
     **says,       # JSON to be kept with it: the task, its sigma, what it was trained on, what it scores
 ):
-    "The weights in half precision, in one safetensors file that also says how to build the model and what it is for."
-    state = {k: v.detach().cpu().contiguous().to(torch.float16 if v.is_floating_point() else v.dtype) for k, v in model.state_dict().items()}
+    "The weights in half precision, in one safetensors file that also says how to build the model and what it is for; ValueError for a model that would not come back."
+    made = json_text(_made_of(model), 'model')
+    info = dict(made_of=made, says=json_text(says, 'says'))
+    with _seeded(0): again = _restorer(json.loads(made))
+    def run(m):
+        x, y = torch.rand(2, 2, m.encoder.channels, *(m.encoder.patch*g for g in m.encoder.grid), generator=torch.Generator().manual_seed(0)).to(m.mean)
+        return *m(y), *m(y, x)
+    check_rebuilt(model, again, run)
+    state = as_half({k: v for k, v in model.state_dict().items() if k not in _EXACT})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata=dict(made_of=json.dumps(_made_of(model)), says=json.dumps(says)))
+    save_file(state, path, metadata=info)
+
+_EXACT = ('mean', 'std')      # of the state: in the file they are text, not rounded to half precision
 
 def load_restorer(
     path,   # of a file by `save_restorer`, or the name of weights that come with the library: see `restorers`
@@ -449,15 +598,8 @@ def load_restorer(
     "A restorer from its file; nothing is unpickled. FileNotFoundError or ValueError names what is wrong."
     file = restorers().get(str(path), Path(path))
     if not file.is_file(): raise FileNotFoundError(f'{path} is neither a file nor one of the weights that come with the library: {", ".join(restorers())}')
-    try:
-        with safe_open(file, 'pt') as f: info, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as error: raise ValueError(f'{file} is no safetensors file: {error}') from error
-    try: made, says = json.loads(info['made_of']), json.loads(info['says'])
-    except (KeyError, ValueError) as error: raise ValueError(f'{file} does not say how its model is built ({error}); expected a file by save_restorer') from error
-    if not made.keys() >= {'dmae', 'two', 'mean', 'std'}: raise ValueError(f'{file} does not say how its model is built; expected a file by save_restorer')
-    model, _ = TwoStageDMAE.from_pretrained(dmae_tiny(**made['dmae'], mean=made['mean'], std=made['std']), **made['two'])
-    load_report(model, state, at_least=1.0)
-    return model.eval(), says
+    model, _, says = load_built(file, 'made_of', _restorer, 'save_restorer', _EXACT)
+    return model, says
 
 def restorers() -> dict:  # name -> path
     "The weights that come with the library."

@@ -1,7 +1,9 @@
 """What lesson 12 does not teach: every codec's round trip in both precisions, hidden state with threads, gradients, gains, state_dict, sizes, devices, bad input."""
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import pywt
 import torch
@@ -368,3 +370,71 @@ def test_real_infrared(real):
     of = lambda f: sum(f(a, b).item() for a, b in zip(x, y))/len(x)
     floor, low, full = of(lambda a, b: psnr(b, a)), of(lambda a, b: psnr(ceiling(LLCodec(), a, b), a)), of(lambda a, b: psnr(ceiling(FullBandCodec(), a, b), a))
     assert 0 < low - floor < 1.5 and full - low > 3
+
+
+# numbers of every kind, options, empty batches, strips -----------------------------------------------------------------
+
+NUMBERS = [('all', dict(level=2)), ('packet', dict(level=1)), ('ll', dict(level=3)), ('dct', dict(block=3)), ('hybrid', dict(level=1, width=8, depth=1)), ('vq', dict(factor=2, latent=3, codes=16, width=8, depth=1))]
+
+@pytest.mark.parametrize('name, options', NUMBERS)
+def test_numpy_numbers_are_numbers(name, options):
+    codec = make_codec(name, np.int64(1), **{k: np.int64(v) for k, v in options.items()})
+    plain = make_codec(name, 1, **options)
+    codec.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 1, 24, 24)
+    assert torch.equal(codec(x), plain(x)) and all(type(getattr(codec, k)) is int for k in (*options, 'channels', 'factor'))
+
+@pytest.mark.parametrize('name, options', NUMBERS)
+def test_a_codec_says_how_it_is_built(name, options):
+    "Each argument of a constructor is kept under its own name: what a file of weights says. An argument that is forgotten fails here."
+    for codec in (make_codec(name, 3, **options), make_codec(name)):
+        again = type(codec)(**{k: getattr(codec, k) for k in inspect.signature(type(codec)).parameters})
+        again.load_state_dict(codec.state_dict())
+        x = torch.rand(1, codec.channels, 24, 24)
+        assert torch.equal(again(x), codec(x)) and again.bands == codec.bands and again.reach == codec.reach
+    assert all(getattr(make_codec(name, 3, **options), k) == v for k, v in options.items())
+
+def test_every_codec_is_among_them():
+    from restore_lib.codecs import WaveletPacketCodec
+    for kind in {*CODECS.values(), BandsCodec, WaveletPacketCodec}:
+        codec = kind(**({} if 'channels' in inspect.signature(kind).parameters else dict(channels=1)))
+        assert all(hasattr(codec, k) for k in inspect.signature(kind).parameters), kind.__name__
+
+@pytest.mark.parametrize('call, says', [
+    (lambda: make_codec('dct', level=2), "options holds 'level', which DCTCodec does not have; it has channels, block"), (lambda: make_codec('learnable', level=2), 'LearnableBandsCodec does not have'),
+    (lambda: make_codec('hybrid', depth=-1), 'depth is -1'), (lambda: make_codec('hybrid', width=0), 'width is 0'), (lambda: make_codec('vq', depth=1.5), 'depth is 1.5'),
+    (lambda: make_codec('packet')(torch.zeros(0, 1, 32, 32)), r'x has shape \(0, 1, 32, 32\); expected at least one picture'), (lambda: make_codec('packet').fit(torch.zeros(0, 1, 32, 32)), 'at least one picture'),
+    (lambda: make_codec('hybrid').loss(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), blend=1.5), 'blend is 1.5'), (lambda: make_codec('hybrid').loss(torch.rand(2, 1, 8, 8), torch.rand(1, 1, 8, 8)), 'y has shape'),
+    (lambda: codec_learner(make_codec('vq'), [], lr=-1), 'lr is -1'), (lambda: codec_learner(make_codec('vq'), [], lr=float('nan')), 'lr is nan')])
+def test_what_makes_no_sense_is_named(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+STRIPS = [*((n, {}) for n in CODECS), ('all', dict(level=3)), ('all', dict(level=1)), ('hybrid', dict(depth=3)), ('vq', dict(depth=0))]
+
+@pytest.mark.parametrize('name, options', STRIPS)
+def test_strips_with_their_reach_are_the_whole(name, options):
+    "A strip of the latent, decoded with `reach` rows around it, is the strip of the whole; the same for encoding."
+    codec = shaken(name, **options).eval()
+    r, f = codec.reach, codec.factor
+    x = torch.rand(1, 1, 24*f, 5*f)
+    z, side = codec.encode(x)
+    y = codec.decode(z, side)
+    a, b = 10 - r, 13 + r
+    part, beside = codec.encode(x[..., a*f:b*f, :])
+    assert torch.allclose(part[..., r:r + 3, :], z[..., 10:13, :], atol=1e-6)
+    cut = [s[..., a*(s.shape[-2]//24):b*(s.shape[-2]//24), :] for s in side]
+    assert torch.allclose(codec.decode(z[..., a:b, :], cut)[..., r*f:(r + 3)*f, :], y[..., 10*f:13*f, :], atol=1e-6)
+
+def test_long_wavelets_have_no_strips():
+    for name in ('ll', 'full', 'all', 'hybrid'): assert make_codec(name, wavelet='db2').reach is None and make_codec(name).reach is not None
+    codec = make_codec('ll')
+    codec.wavelet = 'db2'                                                     # as `swap_wavelet` does
+    assert codec.reach is None
+
+def test_packets_of_any_wavelet():
+    from restore_lib.codecs import WaveletPacketCodec
+    x, haar = torch.rand(1, 3, 32, 32), PacketCodec(3)
+    assert torch.allclose(WaveletPacketCodec(3)(x), x, atol=1e-5) and torch.allclose(WaveletPacketCodec(3).encode(x)[0], haar.encode(x)[0], atol=1e-5)
+    db2 = WaveletPacketCodec(3, wavelet='db2')
+    assert torch.allclose(db2(x), x, atol=1e-5) and not torch.allclose(db2.encode(x)[0], haar.encode(x)[0], atol=.1) and db2.reach is None and WaveletPacketCodec().reach == 0
+    with pytest.raises(ValueError, match="wavelet is 'nonsense'"): WaveletPacketCodec(wavelet='nonsense')

@@ -1,5 +1,5 @@
 "restore_lib.degrade: parity with Pillow and SciPy, adjoints, statistics, devices and types, bad input."
-import os
+import os, random
 from functools import partial
 from pathlib import Path
 
@@ -244,3 +244,61 @@ BAD = [(lambda: gaussian(X, 25), ValueError, '25/255'), (lambda: gaussian(X, (.3
 def test_bad_input_says_what_is_wrong(case):
     call, error, text = BAD[case]
     with pytest.raises(error, match=text): call()
+
+
+# numbers of every kind, empty batches, what is the caller's
+
+NAN = float('nan')
+SAME = {'gaussian': (lambda v: gaussian(X, v(.5), gen()), float), 'gaussian range': (lambda v: gaussian(X, (v(.25), v(.5)), gen()), float), 'jpeg': (lambda v: jpeg(X, v(30)), int),
+        'gaussian_blur': (lambda v: gaussian_blur(X, v(.5))[0], float), 'motion_blur': (lambda v: motion_blur(X, v(5), v(45))[0], int), 'rain': (lambda v: rain(X, length=v(5), generator=gen())[0], int),
+        'salt_and_pepper': (lambda v: salt_and_pepper(X, v(.5), gen())[0], float), 'block_mask': (lambda v: block_mask(X, v(2), v(5), generator=gen())[0], int),
+        'block_mask range': (lambda v: block_mask(X, size=(v(2), v(5)), fill=v(1), generator=gen())[0], int), 'blur_kernel': (lambda v: blur_kernel('motion', v(7), length=v(3), angle=v(20)), int),
+        'bicubic_down': (lambda v: bicubic_down(X, v(2)), int), 'bicubic_up': (lambda v: bicubic_up(X, v(2)), int), 'second_order': (lambda v: second_order(X, v(2), gen()), int)}
+
+@pytest.mark.parametrize('name', SAME)
+def test_numpy_numbers_are_numbers(name):
+    call, kind = SAME[name]
+    for numpy_kind in ((np.float32, np.float64) if kind is float else (np.int64, np.uint8)): assert torch.equal(call(numpy_kind), call(kind))
+
+EMPTY = {'gaussian_blur': lambda x: gaussian_blur(x, 1.), 'gaussian_blur range': lambda x: gaussian_blur(x, (.5, 1.)), 'gaussian_blur each': lambda x: gaussian_blur(x, torch.ones(0)), 'rain': rain,
+         'motion_blur': lambda x: motion_blur(x, 5), 'blur': lambda x: blur(x, torch.ones(3, 3)/9), 'gaussian': lambda x: gaussian(x, .1), 'salt_and_pepper': lambda x: salt_and_pepper(x, .1),
+         'block_mask': block_mask, 'jpeg': lambda x: jpeg(x, 50), 'Mixture': Mixture(rain)}
+
+@pytest.mark.parametrize('name', EMPTY)
+def test_no_images_stay_none(name):
+    assert first(EMPTY[name](torch.zeros(0, 3, 32, 32))).shape == (0, 3, 32, 32)
+
+def test_no_images_are_made_smaller():
+    for fn in (bicubic_down, second_order): assert fn(torch.zeros(0, 3, 32, 32), 4).shape == (0, 3, 8, 8)
+    for fn in (bicubic_down, bicubic_up):
+        with pytest.raises(ValueError, match='at least one pixel'): fn(torch.zeros(2, 3, 0, 32), 4)
+
+WORSE = [(lambda: block_mask(X, fill=NAN), ValueError, 'fill is nan'), (lambda: block_mask(X, fill=float('inf')), ValueError, 'fill is inf'), (lambda: block_mask(X, size=(2.5, 4)), ValueError, 'size is 2.5'),
+         (lambda: block_mask(X, size=(1, 2, 3)), ValueError, 'size is'), (lambda: block_mask(X, size=(9, 8)), ValueError, 'smaller number first'), (lambda: block_mask(X, True), ValueError, 'blocks is True'),
+         (lambda: gaussian(X, True), ValueError, 'sigma is True'), (lambda: gaussian(X, ('a', 'b')), TypeError, "sigma is 'a'"), (lambda: gaussian(X, (.1, .2, .3)), ValueError, 'sigma is'),
+         (lambda: gaussian(X, (.1, NAN)), ValueError, 'sigma is nan'), (lambda: gaussian_blur(X, NAN), ValueError, 'sigma is nan'), (lambda: gaussian_blur(X, float('inf')), ValueError, 'sigma is inf'),
+         (lambda: gaussian_blur(X, 'wide'), TypeError, 'sigma is str'), (lambda: motion_blur(X, NAN), ValueError, 'length is nan'), (lambda: motion_blur(X, 5, NAN), ValueError, 'angle is nan'),
+         (lambda: blur_kernel('gaussian', 3.5), ValueError, 'size is 3.5'), (lambda: blur_kernel('gaussian', 0), ValueError, 'size is 0'), (lambda: blur_kernel('motion', length=float('inf')), ValueError, 'length is inf'),
+         (lambda: blur_kernel('motion', angle=NAN), ValueError, 'angle is nan'), (lambda: blur(X, torch.full((3, 3), NAN)), ValueError, 'kernel holds'), (lambda: blur(X, [[1.]]), TypeError, 'kernel is'),
+         (lambda: blur(X, torch.tensor(1.)), TypeError, 'kernel is'), (lambda: bicubic_up(X, True), ValueError, 'scale is True'), (lambda: second_order(X, 4, final_sinc_prob=3), ValueError, 'final_sinc_prob is 3'),
+         (lambda: second_order(X, 4, first=dict()), TypeError, 'first is'), (lambda: Mixture(rain, weights=['a']), TypeError, "weights is 'a'"), (lambda: Mixture(rain, weights=[-1]), ValueError, 'weights is -1'),
+         *[(lambda kw=kw: Round(**kw), ValueError, next(iter(kw))) for kw in (dict(blur_prob=7), dict(sinc_prob=-.1), dict(gaussian_prob=NAN), dict(grey_prob=1.01), dict(sigma=(-3, -1)), dict(sigma=(0, 1)), dict(sigma=(3, 1)),
+           dict(resize=(0, 1)), dict(resize=(1.1, 1.5)), dict(resize=(.2, .8)), dict(noise=(-.1, .1)), dict(noise=(0, 25)), dict(poisson=(3, 1)), dict(jpeg=(0, 95)), dict(jpeg=(30, 101)), dict(resize_prob=(0, 0, 0)),
+           dict(resize_prob=(1, -1, 1)), dict(resize_prob=(1, 1)), dict(sigma=(1, NAN)))], (lambda: Round(blur_prob='often'), TypeError, 'blur_prob')]
+
+@pytest.mark.parametrize('case', range(len(WORSE)))
+def test_what_makes_no_sense_is_named(case):
+    call, error, text = WORSE[case]
+    with pytest.raises(error, match=text): call()
+
+def test_one_number_is_a_range_of_one():
+    assert Round(sigma=np.float32(.5), jpeg=np.int64(40)).sigma == (.5, .5)
+    y = second_order(X, 4, gen(), Round(sigma=1, noise=0, poisson=0, jpeg=50), Round(sigma=(1, 1), noise=(0, 0), poisson=(0, 0), jpeg=(50, 50)))
+    assert torch.isfinite(y).all()
+
+@pytest.mark.parametrize('name', RANDOM)
+def test_the_caller_keeps_his_pictures_and_his_random_state(name):
+    x = torch.rand(4, 3, 32, 32, generator=gen())
+    was, states = x.clone(), (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    RANDOM[name](x, generator=gen(1))
+    assert torch.equal(x, was) and torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]

@@ -1227,3 +1227,192 @@ def test_training_pass_gives_back_the_picture_behind_the_loss(process):
     torch.testing.assert_close(error, loss.per_sample, atol=1e-6, rtol=1e-4)      # the packets are orthonormal: this is the picture of that very loss
     x_hat.square().mean().backward()
     assert model.net.last[-1].weight.grad.abs().sum() > 0
+
+
+# saved models come back as the same function ---------------------------------------------------------------------------
+
+def exact(model): return halved(model)          # what half precision holds, so that a file must give back the same numbers
+
+KNOBS = [dict(codec='full', codec_options=dict(level=1, wavelet='db2')), dict(codec='dct', codec_options=dict(block=8)), dict(codec='vq', codec_options=dict(factor=2, latent=3, codes=32, width=8, depth=1)),
+         dict(codec='hybrid', codec_options=dict(level=1, width=8, depth=1)), dict(gains='unit'), dict(net_options=NET | dict(around=False)), dict(net_options=NET | dict(skip=True)), dict(net_options=NET | dict(head_channels=4)),
+         dict(net_options=NET | dict(mults=[1, 2], blocks=2)), dict(process=None), dict(process=dict(steps=4, kappa=1.5, min_noise=.1, power=.5, etas_end=.9, latent_std=.7)), dict(channels=3), dict(scale=2)]
+
+@pytest.mark.parametrize('kw', KNOBS)
+def test_every_knob_comes_back(tmp_path, kw):
+    model = exact(awake(**kw))
+    save_sr(model, tmp_path/'a.safetensors')
+    back, _ = load_sr(tmp_path/'a.safetensors')
+    y = torch.rand(1, model.codec.channels, 8, 8)
+    for steps in (1, 3): assert torch.equal(superresolve(back, y, steps), superresolve(model, y, steps))
+    assert back.config == model.config
+
+@pytest.mark.parametrize('wavelet', ['db2', 'bior4.4', 'haar'])
+def test_a_swapped_wavelet_comes_back(tmp_path, wavelet):
+    from restore_lib.ablations import swap_wavelet
+    for model in (exact(awake()), exact(awake(codec='full', codec_options=dict(level=1)))):
+        swapped = swap_wavelet(model, wavelet)
+        save_sr(swapped, tmp_path/'a.safetensors')
+        back, y = load_sr(tmp_path/'a.safetensors')[0], torch.rand(1, 1, 8, 8)
+        assert torch.equal(superresolve(back, y, 2), superresolve(swapped, y, 2)) and close(superresolve(back, y, 2), superresolve(model, y, 2), 1e-5) == (wavelet == 'haar')
+
+def test_files_of_the_first_version_load(tmp_path):
+    from safetensors import safe_open
+    model, path = exact(awake(codec='ll', codec_options=dict(level=1, wavelet='db2'))), tmp_path/'a.safetensors'
+    save_sr(model, path)
+    with safe_open(path, 'pt') as f: info = f.metadata()
+    made = json.loads(info['superres'])
+    made.pop('codec', None)
+    save_file(load_file(path), path, metadata=info | dict(superres=json.dumps(made)))
+    y = torch.rand(1, 1, 8, 8)
+    assert torch.equal(superresolve(load_sr(path)[0], y, 2), superresolve(model, y, 2))
+
+def test_what_was_changed_by_hand_is_not_saved(tmp_path):
+    process, net, scaled, other = (awake() for _ in range(4))
+    process.process = ResidualShift(kappa=1.)
+    net.net = SwinUNet.tiny(32, 16, **(NET | dict(window=2)))
+    scaled.scale = 2
+    class Mine(PacketCodec): pass
+    other.codec = Mine()
+    for model, says in ((process, 'changed by hand'), (net, 'changed by hand'), (scaled, 'changed by hand'), (other, 'the codec is Mine; expected one of')):
+        with pytest.raises(ValueError, match=says): save_sr(model, tmp_path/'a.safetensors')
+    with pytest.raises(ValueError, match='no configuration'): save_sr(LatentSR(make_codec('packet'), nn.Identity()), tmp_path/'a.safetensors')
+    large = awake()
+    large.net.last[-1].bias.data[0] = 1e5
+    with pytest.raises(ValueError, match='net.last.2.bias holds numbers beyond 65504'): save_sr(large, tmp_path/'a.safetensors')
+    assert not list(tmp_path.iterdir())
+
+def test_the_callers_random_state_stays(tmp_path):
+    import random
+    states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    was = states()
+    model = make_sr(config(codec='hybrid'), pairs())
+    save_sr(model, tmp_path/'a.safetensors'), load_sr(tmp_path/'a.safetensors')
+    assert states() == was
+    assert same(held(model), held(make_sr(config(codec='hybrid'), pairs())))                   # and its own is its seed's
+
+WRONG = dict(list=[], none=None, number=3, text='x', config=dict(config=[]), crop=dict(config=dict(crop='a')), options=dict(config=dict(net_options=[])), codec_kind=dict(codec=dict(kind='Module', arguments={})),
+             codec_list=dict(codec=[]), arguments=dict(codec=dict(kind='PacketCodec', arguments=[])), level=dict(codec=dict(kind='PacketCodec', arguments=dict(channels=1, level='two'))), std=dict(latent_std={}), std_text=dict(latent_std='a'),
+             std_nan=dict(latent_std=float('nan')), base=dict(config=dict(net_options=NET | dict(base=None))), mults=dict(config=dict(net_options=NET | dict(mults=[-1]))), heads=dict(config=dict(net_options=NET | dict(head_channels=0))))
+
+def changed(saved, path, change):
+    from safetensors import safe_open
+    with safe_open(saved, 'pt') as f: info = f.metadata()
+    made = json.loads(info['superres'])
+    if isinstance(change, dict):
+        config = change.get('config', {})
+        made |= {k: v for k, v in change.items() if k != 'config'} | dict(config=made['config'] | config if isinstance(config, dict) else config)
+    else: made = change
+    save_file(load_file(saved), path, metadata=info | dict(superres=json.dumps(made)))
+    return path
+
+@pytest.mark.parametrize('name', WRONG)
+def test_metadata_of_the_wrong_kind(saved, tmp_path, name):
+    with pytest.raises(ValueError, match='a.safetensors does not say how its model is built .*expected a file by save_sr'): load_sr(changed(saved, tmp_path/'a.safetensors', WRONG[name]))
+
+def test_what_a_file_says_is_a_dict(saved, tmp_path):
+    from safetensors import safe_open
+    with safe_open(saved, 'pt') as f: info = f.metadata()
+    for says in ('[]', 'null', '3', '"x"'):
+        save_file(load_file(saved), tmp_path/'a.safetensors', metadata=info | dict(says=says))
+        with pytest.raises(ValueError, match='does not say'): load_sr(tmp_path/'a.safetensors')
+
+def test_shapes_are_compared_before_memory_is_asked_for(saved, tmp_path):
+    "base=640 is a network of 400 MB; what was tried was 20,000, 25 GB."
+    from restore_lib.metrics import peak_memory
+    path = changed(saved, tmp_path/'a.safetensors', dict(config=dict(net_options=NET | dict(base=640))))
+    def load():
+        with pytest.raises(ValueError, match='copied'): load_sr(path)
+    assert peak_memory(load) < 5e6
+
+def test_a_file_with_more_than_its_model(saved, tmp_path):
+    state, path = load_file(saved), tmp_path/'a.safetensors'
+    changed(saved, path, {})
+    from safetensors import safe_open
+    with safe_open(path, 'pt') as f: info = f.metadata()
+    save_file(state | dict(extra=torch.ones(1)), path, metadata=info)
+    with pytest.raises(ValueError, match="holds 'extra', which the model that it describes does not have"): load_sr(path)
+
+
+# memory ----------------------------------------------------------------------------------------------------------------
+
+class Pointwise(nn.Module):
+    "A network of next to no memory."
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(2*c, c, 1)
+    def forward(self, z, t, cond): return self.conv(torch.cat([z, cond], 1))
+
+@pytest.mark.parametrize('codec, channels, steps, most', [('packet', 1, 1, 400), ('packet', 3, 1, 550), ('packet', 3, 4, 700), ('ll', 3, 1, 550), ('vq', 1, 1, 400)])
+def test_memory_grows_little_with_the_picture(codec, channels, steps, most):
+    "Bytes a pixel at which memory grows: 64 for each colour are the result itself."
+    from restore_lib.metrics import peak_memory
+    made = make_codec(codec)
+    model = LatentSR(made, Pointwise(made.latent_channels), ResidualShift())
+    small, large = (peak_memory(lambda y: superresolve(model, y, steps), torch.rand(channels, s, s)) for s in (192, 320))
+    assert 64*channels < (large - small)/(320**2 - 192**2) < most
+
+@pytest.mark.parametrize('name', CODECS)
+def test_strips_and_planes_are_the_whole(name, monkeypatch):
+    "A colour photograph, plane by plane, in strips: what one walk of all planes gives, under the same noise."
+    made = make_codec(name)
+    torch.nn.init.normal_(made.gains, 1, .1)
+    model, y = LatentSR(made, Pointwise(made.latent_channels), ResidualShift()).eval(), torch.rand(1, 3, 40, 24)
+    with torch.no_grad():
+        z, side = made.encode(bicubic_up(y[0][:, None], 4))
+        want = made.decode(model.process.sample(model.correct, z, 3, generator=gen(2)), side).reshape(1, 3, 160, 96)
+    heights, decode = [], made.decode
+    monkeypatch.setattr(made, 'decode', lambda z, side=(): heights.append(tuple(z.shape[::2])) or decode(z, side))
+    out = superresolve(model, y, 3, 2, window=12, overlap=8, batch=1)
+    assert close(out, want, 2e-5) and len(heights) > 6 and {b for b, _ in heights} == {1} and max(h for _, h in heights) < z.shape[2]
+
+def test_a_cascade_in_planes():
+    "The first model of a cascade draws its noise for all planes at once, as for a small picture."
+    before, y = local(1), torch.rand(1, 3, 30, 24)
+    model = LatentSR(make_codec('packet'), Local(16, 1), ResidualShift(), before=before).measure(*batch())
+    assert close(superresolve(model, y, 2, window=12, overlap=8, batch=1), superresolve(model, y, 2), 2e-5)
+
+
+# numbers of every kind, and what makes no sense ------------------------------------------------------------------------
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    i, r = np.int64, np.float32
+    kw = dict(crop=32, batch=4, steps=10, scale=4, codec_steps=2, seed=3, channels=1)
+    plain = config(**kw, lr=.5, ema=.25, clip=.5, warmup=.5, net_options=NET)
+    c = config(**{k: i(v) for k, v in kw.items()}, lr=r(.5), ema=r(.25), clip=r(.5), warmup=r(.5), net_options={k: i(v) for k, v in NET.items()})
+    assert c == plain and repr(c) == repr(plain) and json.dumps(asdict(c)) == json.dumps(asdict(plain))
+    model = make_sr(c, pairs())
+    assert same(held(model), held(make_sr(plain, pairs())))
+    save_sr(model, tmp_path/'a.safetensors', psnr=r(1.5))
+    assert load_sr(tmp_path/'a.safetensors')[0].config == plain
+    y = torch.rand(1, 1, 24, 24)
+    assert torch.equal(superresolve(model, y, i(2), i(1), i(16), i(8), i(2), r(1)), superresolve(model, y, 2, 1, 16, 8, 2, 1.))
+    assert sr_pairs(scenes(1), i(4), i(8))[0][0].shape == sr_pairs(scenes(1), 4, 8)[0][0].shape and torch.equal(unsharp(y, r(.5)), unsharp(y, .5))
+    assert config(process=dict(kappa=np.array([1., 2.]), latent_std=torch.ones(2))).process == dict(kappa=[1., 2.], latent_std=[1., 1.])
+
+NAN_ = float('nan')
+@pytest.mark.parametrize('name, value', [*((k, v) for k in ('crop', 'batch', 'steps', 'scale', 'codec_steps') for v in (0, -1, 1.5, True)), ('seed', 1.5), *(('lr', v) for v in (-1, 0, NAN_)), *(('ema', v) for v in (5, 1, -.1, NAN_)),
+                                         ('lr_floor', -1), ('lr_floor', 2), ('warmup', NAN_), ('warmup', 1.5), ('weight_decay', -.1), ('weight_decay', NAN_), ('clip', 0), ('clip', -1), ('clip', NAN_), ('channels', 2), ('precision', 'half'),
+                                         ('codec_options', dict(block=3)), ('net_options', dict(deep=3)), ('process', dict(kapa=1))])
+def test_a_configuration_names_what_makes_no_sense(name, value):
+    with pytest.raises(ValueError, match=f'^{name} '): config(**{name: value})
+
+@pytest.mark.parametrize('name, value', [('crop', 'a'), ('lr', None), ('net_options', [1]), ('codec_options', None), ('net_options', NET | dict(mults={1}))])
+def test_a_configuration_names_what_is_no_number(name, value):
+    with pytest.raises(TypeError, match=f'^{name} '): config(**{name: value})
+
+@pytest.mark.parametrize('call, says', [
+    (lambda: sr_pairs(scenes(1), 4, 0), 'multiple is 0'), (lambda: sr_pairs(scenes(1), 2.5), 'scale is 2.5'), (lambda: unsharp(torch.rand(1, 1, 9, 9), NAN_), 'amount is nan'), (lambda: unsharp(torch.rand(1, 1, 9, 9), 1, -1), 'sigma is -1'),
+    (lambda: fresh().measure(torch.rand(1, 1, 8, 8), torch.rand(3, 1, 32, 32)), 'x has shape'), (lambda: fresh().measure(torch.rand(0, 1, 8, 8), torch.rand(0, 1, 32, 32)), 'at least one picture'),
+    (lambda: fresh()(torch.rand(0, 1, 8, 8)), 'at least one picture'), (lambda: LatentSR(make_codec('packet'), nn.Identity(), scale=0), 'scale is 0'), (lambda: Buckets(SRLoss(), ResidualShift(), n=0), 'n is 0'), (lambda: Buckets(SRLoss(), ResidualShift(), n=16), 'n is 16'),
+    (lambda: sr_learner(fresh(), pairs(), pairs(), n_valid=0), 'n_valid is 0'), (lambda: sr_learner(fresh(), pairs(), workers=-1), 'workers is -1'),
+    *[(lambda kw=kw: superresolve(model_of(), torch.rand(8, 8), **kw), f'{next(iter(kw))} is') for kw in (dict(window=0), dict(window=-3), dict(overlap=-1), dict(batch=0), dict(batch=-1), dict(batch=1.5), dict(seed=1.5), dict(window=NAN_))]])
+def test_what_makes_no_sense_is_named(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+def test_what_was_seen_last_is_no_setting():
+    "A fingerprint of a run sees what pickle would store: not the last batch."
+    loss = SRLoss()
+    buckets = Buckets(loss, ResidualShift())
+    loss.last, buckets.seen = 'a batch', ['a batch']
+    assert loss.__getstate__()['last'] is None and buckets.__getstate__()['seen'] == [] and loss.last == 'a batch' and buckets.seen == ['a batch']
+    assert loss.__getstate__()['weight'] == 'uniform' and copy.deepcopy(loss).weight == 'uniform'

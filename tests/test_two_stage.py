@@ -1,5 +1,5 @@
 """What lesson 10 does not teach: formulas derived anew, gradients, resumed runs, which truth is read, seams, every kind of picture, bad input, the command."""
-import copy, importlib, inspect, os, pickle, re, shutil, tomllib
+import copy, importlib, inspect, json, os, pickle, re, shutil, tomllib
 from configparser import ConfigParser
 from functools import partial
 from pathlib import Path
@@ -459,7 +459,7 @@ def test_stage_a_by_the_audit():
     at, after = states(audit()), held(model)
     assert at['encoder'] == at['decoder1'] == 'frozen' and at['decoder2'] == at['sees'] == 'alive'
     still = {k for k in before if torch.equal(before[k], after[k])}
-    assert still == {k for k in before if k.startswith(('encoder.', 'decoder1.'))}
+    assert still - {'mean', 'std'} == {k for k in before if k.startswith(('encoder.', 'decoder1.'))}
     assert all(p.grad is None for part in (model.encoder, model.decoder1) for p in part.parameters())
 
 def test_each_loss_moves_what_it_should():
@@ -491,7 +491,7 @@ def test_a_then_b():
     learn = learner(model, stage='B').fit(2)
     after = held(model)
     assert all(p.requires_grad for p in model.parameters())
-    assert [k for k in before if torch.equal(before[k], after[k])] == [k for k in before if k.endswith('pos_embed')]
+    assert [k for k in before if torch.equal(before[k], after[k])] == [k for k in before if k in ('mean', 'std') or k.endswith('pos_embed')]
     assert {'refined', 'first'} <= learn.history[-1].keys()
     learner(model, stage='A')
     assert not any(p.requires_grad for p in model.decoder1.parameters())
@@ -849,7 +849,7 @@ def test_save_and_load(tmp_path, kw, own):
     y, rounded = torch.rand(2, own.get('channels', 3), 16, 24), copy.deepcopy(model).eval()
     with torch.no_grad():
         for p in (*rounded.parameters(), *rounded.buffers()): p.copy_(p.half().float() if p.is_floating_point() and p.numel() > 3 else p)
-        rounded.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in before.items()})
+        rounded.load_state_dict({k: v.half().float() if v.is_floating_point() and k not in ('mean', 'std') else v for k, v in before.items()})
         assert all(torch.equal(a, b) for a, b in zip(back(y), rounded(y))) and close(back(y)[1], model.eval()(y)[1], .03)
     assert os.path.getsize(tmp_path/'new'/'a.safetensors') < 2*sum(p.numel() for p in before.values()) + 20_000
 
@@ -1151,3 +1151,167 @@ def test_shipped_weights_restore_a_photograph(tmp_path):
     grey(y).save(tmp_path/'in.png')
     assert restore_image([str(tmp_path/'in.png'), str(tmp_path/'out.png'), '--task', 'denoise', '--sigma', '25', '--quiet']) == 0
     with Image.open(tmp_path/'out.png') as out: assert score(torch.from_numpy(np.array(out, dtype=np.float32))[None]/255) > score(y) + 5.5
+
+
+# saved models come back as the same function ---------------------------------------------------------------------------
+
+def rounded(model):
+    "With weights that half precision holds, so that a file must give back the same numbers."
+    with torch.no_grad():
+        for name, v in model.state_dict().items():
+            if v.is_floating_point() and name not in ('mean', 'std'): v.copy_(v.half().float())
+    return model.eval()
+
+KNOBS = dict(cond=[12, 256], pool=[4, None], norm=['batch'], place=['end'], identity=[False], residual=[k for k in KINDS if k != 'deployed'])
+OWN = dict(img_size=[(8, 24)], patch=[8], channels=[1], dim=[48], depth=[2], heads=[2], dec_dim=[32], dec_depth=[1], dec_heads=[4], mean=[.1, (.4, .5, .6)], std=[.7, (.2, .3, .25)])
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('knob, value, own', [*((k, v, False) for k, vs in KNOBS.items() for v in vs), *((k, v, True) for k, vs in OWN.items() for v in vs)])
+def test_every_knob_comes_back(tmp_path, knob, value, own, place):
+    "The same output, to the bit, whatever was chosen: in use, and where the truth is shown."
+    model = rounded(awake(dmae(**({knob: value} if own else {})), **(dict(place=place) | ({} if own else {knob: value}))))
+    if model.residual == 'truth': model.share = .25
+    save_restorer(model, tmp_path/'a.safetensors')
+    back, _ = load_restorer(tmp_path/'a.safetensors')
+    y, x = torch.rand(2, 2, model.encoder.channels, 16, 24)
+    with torch.no_grad():
+        for given in ((y,), (y, x)): assert all(torch.equal(a, b) for a, b in zip(back(*given), model(*given)))
+    assert torch.equal(back.mean, model.mean) and torch.equal(back.std, model.std)
+
+def test_no_knob_is_forgotten():
+    "What a file says has each argument of each constructor: a new argument that no file keeps fails here."
+    from restore_lib.patching import ViTEncoder
+    names = lambda kind: {k for k, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    made = T._made_of(fresh(conditional=True))
+    assert made.keys() == names(TwoStageDMAE) | {'share'} and made['encoder'].keys() == names(ViTEncoder) and made['residual_encoder'].keys() == names(ResidualEncoder)
+    assert made['decoder1'].keys() == made['decoder2'].keys() == names(ConditionalDecoder)
+    assert names(TwoStageDMAE.from_pretrained) - {'dmae', 'conditional'} == KNOBS.keys()                      # each of them is tried above
+    assert names(ConditionalBlock) <= names(ConditionalDecoder) | {'dec_dim'} and names(FiLM) <= names(ConditionalBlock)
+
+def test_parts_that_are_no_dmaes_own(tmp_path):
+    from restore_lib.patching import ViTEncoder
+    enc = ViTEncoder((16, 24), 4, 32, 1, 4, 1, cls_token=False, mlp=2.3, drop_path=.1)
+    parts = (ConditionalDecoder(32, 16, 1, 2, 16), ConditionalDecoder(32, 24, 2, 3, 16, cond=8, place='end', identity=False), ResidualEncoder(1, 8, None, 'batch', 16))
+    model = rounded(shake(TwoStageDMAE(enc, *parts, mean=.2, std=.3)))
+    save_restorer(model, tmp_path/'a.safetensors')
+    y = torch.rand(2, 1, 16, 24)
+    assert all(torch.equal(a, b) for a, b in zip(load_restorer(tmp_path/'a.safetensors')[0](y), model(y)))
+
+def test_what_was_changed_by_hand_is_not_saved(tmp_path):
+    one, other, heads = awake(place='end'), awake(), awake()
+    one.decoder2.decoder_blocks[0].film.one = 0.
+    other.decoder2.decoder_blocks[0].attn.heads = 1
+    heads.residual_encoder.linear = nn.Linear(128, 8, bias=False)
+    for model in (one, other, heads):
+        with pytest.raises(ValueError, match='changed by hand'): save_restorer(model, tmp_path/'a.safetensors')
+    large, nan = awake(), awake()
+    large.decoder1.decoder_pred.bias.data[0], nan.decoder1.decoder_pred.bias.data[0] = 1e5, float('nan')
+    with pytest.raises(ValueError, match='decoder1.decoder_pred.bias holds numbers beyond 65504'): save_restorer(large, tmp_path/'a.safetensors')
+    with pytest.raises(ValueError, match='decoder1.decoder_pred.bias of the model holds values that are NaN'): save_restorer(nan, tmp_path/'a.safetensors')
+    with pytest.raises(TypeError, match='says holds set'): save_restorer(awake(), tmp_path/'a.safetensors', tasks={1})
+    assert not list(tmp_path.iterdir())
+
+def test_numpy_may_be_said(tmp_path):
+    save_restorer(awake(), tmp_path/'a.safetensors', psnr=np.float32(1.5), n=np.int64(3), all=np.arange(2), t=torch.ones(1))
+    assert load_restorer(tmp_path/'a.safetensors')[1] == dict(psnr=1.5, n=3, all=[0, 1], t=[1.0])
+
+def test_mean_and_std_are_of_the_state():
+    "Another model's state brings its units with it."
+    a, b = awake(dmae(mean=.1, std=.9)).eval(), awake(dmae()).eval()
+    b.load_state_dict(a.state_dict())
+    y = torch.rand(2, 3, 16, 16)
+    assert torch.equal(b(y)[1], a(y)[1]) and {'mean', 'std'} <= a.state_dict().keys()
+
+def test_the_callers_random_state_stays(tmp_path):
+    import random
+    model = awake()
+    states = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    was = states()
+    save_restorer(model, tmp_path/'a.safetensors'), load_restorer(tmp_path/'a.safetensors'), load_restorer('mixed')
+    assert states() == was
+
+def edited(path, **changes):
+    "A file by save_restorer whose 'made_of' is changed at 'part.name' or as a whole."
+    def meta(info):
+        made = json.loads(info['made_of'])
+        for k, v in changes.items():
+            if k in ('made_of', 'says'): return dict(info, **{k: json.dumps(v)})
+            part, name = k.split('__') if '__' in k else (None, k)
+            (made[part] if part else made)[name] = v
+        return dict(info, made_of=json.dumps(made))
+    return file_of(fresh(), path, meta)
+
+@pytest.mark.parametrize('changes', [dict(made_of=[]), dict(made_of=None), dict(made_of=3), dict(made_of='a'), dict(says=[1]), dict(says=None), dict(says='x'), dict(encoder=None), dict(encoder=[]), dict(encoder__dim='wide'),
+                                     dict(encoder__img_size=None), dict(decoder1__heads=0), dict(decoder1__new=3), dict(residual_encoder=4), dict(mean='a'), dict(mean=[]), dict(std={}), dict(residual=[]),
+                                     dict(share='much'), dict(share=2), dict(std=[0.]), dict(std=[float('nan')]), dict(decoder2__place=3)])
+def test_metadata_of_the_wrong_kind(tmp_path, changes):
+    with pytest.raises(ValueError, match='a.safetensors does not say how its model is built .*expected a file by save_restorer'): load_restorer(edited(tmp_path/'a.safetensors', **changes))
+
+def test_shapes_are_compared_before_memory_is_asked_for(tmp_path):
+    from restore_lib.metrics import peak_memory
+    path = edited(tmp_path/'a.safetensors', decoder2__dec_dim=1024)                          # 50 MB
+    def load():
+        with pytest.raises(ValueError, match='copied'): load_restorer(path)
+    assert peak_memory(load) < 2e6
+
+def test_a_file_with_more_than_its_model(tmp_path):
+    "A model of less blocks than the file holds is another function: not loaded in silence."
+    with pytest.raises(ValueError, match='decoder2.decoder_blocks.1.* which the model that it describes does not have'): load_restorer(edited(tmp_path/'a.safetensors', decoder2__depth=1))
+
+
+# numbers of every kind, and what makes no sense ------------------------------------------------------------------------
+
+def test_numpy_numbers_are_numbers():
+    i = np.int64
+    sees, plain = ResidualEncoder(i(3), i(8), i(2), width=i(16)), ResidualEncoder(3, 8, 2, width=16)
+    sees.load_state_dict(plain.state_dict())
+    r = torch.rand(2, 3, 16, 16)
+    assert torch.equal(sees(r, (4, 4)), plain(r, (4, 4))) and PatchCritic(i(3), i(8))(r).shape == (2, 1, 3, 3)
+    assert ConditionalDecoder(i(32), i(16), i(1), i(2), i(48), cond=i(8)).decoder_pred.out_features == 48
+    assert Degradation('denoise', np.float64(.1)) == Degradation('denoise', .1) and repr(Degradation('denoise', np.float64(.1))) == repr(Degradation('denoise', .1))
+    y = torch.rand(1, 1, 20, 20)
+    assert torch.equal(windows(lambda v: v*2, y, i(8), i(4), batch=i(3)), windows(lambda v: v*2, y, 8, 4, batch=3))
+
+@pytest.mark.parametrize('call, says', [
+    (lambda: Degradation('denoise', -1), 'sigma is -1'), (lambda: Degradation('denoise', (.2, .1)), 'smaller number first'), (lambda: Degradation('denoise', float('nan')), 'sigma is nan'), (lambda: Degradation('denoise', 25), 'sigma is 25'),
+    (lambda: Degradation('denoise', (.1, .2, .3)), 'sigma is'), (lambda: ResidualEncoder(3, 8, width=12), 'width is 12; expected a multiple of 8'), (lambda: ResidualEncoder(0, 8), 'channels is 0'), (lambda: PatchCritic(3, 6), 'width is 6; expected a multiple of 4'),
+    (lambda: ConditionalDecoder(32, 16, 0, 2, 48), 'depth is 0'), (lambda: FiLM(8, 0), 'cond is 0'), (lambda: fresh(dmae(std=.5), cond=-3), 'cond is -3'),
+    (lambda: TwoStageDMAE(dmae().encoder, None, None, None, std=0.), 'std is'), (lambda: TwoStageDMAE(dmae().encoder, None, None, None, std=float('nan')), 'std is'), (lambda: TwoStageDMAE(dmae().encoder, None, None, None, mean=float('inf')), 'mean is'),
+    (lambda: TwoStageDMAE(dmae().encoder, None, None, None, mean=(.1, .2)), 'expected finite numbers: one, or one for each of 3 channels'),
+    (lambda: Adversary(PatchCritic(3), weight=-1), 'weight is -1'), (lambda: Adversary(PatchCritic(3), start=-1), 'start is -1'), (lambda: Adversary(PatchCritic(3), lr=0), 'lr is 0'),
+    (lambda: Adversary(PatchCritic(3)).after_step(None), 'the loss does not use it'), *[(lambda u=u: ShareSchedule(u), 'until is') for u in (0, -1, 1.5, float('nan'))],
+    (lambda: two_stage_loss(fresh(), pair()[::-1], lam=-1), 'lam is -1'), (lambda: two_stage_loss(fresh(), pair()[::-1], fourier=float('nan')), 'fourier is nan'), (lambda: two_stage_loss(fresh(), pair()[::-1], pixel='l3'), "pixel is 'l3'"),
+    *[(lambda k=k, v=v: learner(fresh(), **{k: v}), f'{k} is') for k, v in (('lr', 0), ('lr', -1.), ('lr', float('nan')), ('weight_decay', -.1), ('warmup', 2), ('lam', -1), ('fourier', -1))],
+    *[(lambda kw=kw: windows(lambda v: v, torch.rand(1, 1, 20, 20), **(dict(size=8, overlap=4) | kw)), says) for kw, says in ((dict(batch=0), 'batch is 0'), (dict(batch=-1), 'batch is -1'), (dict(size=8.5), 'size is 8.5'),
+       (dict(overlap=float('nan')), 'overlap is nan'))],
+    (lambda: windows(lambda v: v, torch.rand(0, 1, 20, 20), 8, 4), 'expected at least one image'), (lambda: windows(lambda v: v[:1], torch.rand(1, 1, 20, 20), 8, 4), 'fn gave shape'), (lambda: windows(lambda v: v.mean(), torch.rand(1, 1, 20, 20), 8, 4), 'fn gave shape'),
+    (lambda: windows(lambda v, w: v, torch.rand(1, 1, 20, 20), 8, 4, beside=[torch.rand(1, 1, 20, 19)]), 'beside has shapes')])
+def test_what_makes_no_sense_is_named(call, says):
+    with pytest.raises(ValueError, match=says): call()
+
+def test_adaptive_weight_without_gradients():
+    w = torch.ones(2, requires_grad=True)
+    nll, other = (w**2).sum(), torch.ones(1, requires_grad=True).sum()
+    assert adaptive_weight(nll, 0*w.sum(), w) == 1e4 and adaptive_weight(0*w.sum(), nll, w) == 0 and adaptive_weight(nll, 0*w.sum(), w, most=np.float32(3)) == 3
+    with pytest.raises(ValueError, match='nll does not depend on last'): adaptive_weight(other, nll, w)
+    with pytest.raises(ValueError, match='g does not depend on last'): adaptive_weight(nll, other, w)
+    with pytest.raises(ValueError, match='g has a gradient of nan'): adaptive_weight(nll, (w*float('nan')).sum(), w)
+    with pytest.raises(ValueError, match='most is -1'): adaptive_weight(nll, nll, w, most=-1)
+
+def test_an_adversary_leaves_frozen_parts_frozen():
+    critic = PatchCritic(3)
+    critic.layers[0].requires_grad_(False)
+    adversary, w = Adversary(critic), torch.ones(1, requires_grad=True)
+    fake = torch.rand(2, 3, 16, 16)*w
+    adversary.loss(fake, torch.rand(2, 3, 16, 16), fake.mean(), w)
+    assert [p.requires_grad for p in critic.parameters()] == [False]*2 + [True]*(len(list(critic.parameters())) - 2)
+    assert adversary.__getstate__()['pair'] is None and adversary.pair is not None       # a fingerprint of the run does not see the last batch
+
+def test_windows_of_several_tensors():
+    a, b = torch.rand(2, 2, 3, 30, 21)
+    assert torch.allclose(windows(lambda u, v: u - v, a, 8, 4, batch=5, beside=[b]), a - b, atol=1e-6)
+
+def test_windows_take_no_second_copy():
+    from restore_lib.metrics import peak_memory
+    small, large = (peak_memory(lambda y: windows(lambda v: v, y, 32, 16), torch.rand(1, 3, s, s)) for s in (128, 512))
+    assert (large - small)/(512**2 - 128**2) < 18                            # bytes a pixel: the result and the weights, 16
