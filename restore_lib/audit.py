@@ -8,7 +8,7 @@ __all__ = ['Report', 'Headroom', 'headroom', 'Ladder', 'reads_truth', 'stateless
            'claims_page']
 
 # %% ../nbs/04_audit.ipynb #04-003
-import functools, inspect, json, linecache, math, os, random, re, sys, threading, time, types
+import functools, inspect, json, linecache, math, os, re, sys, threading, time, types
 from collections import Counter, deque
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy

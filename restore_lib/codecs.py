@@ -258,7 +258,6 @@ class WaveletPacketCodec(PacketCodec):
         _check_wavelet(wavelet)
     def extra_repr(self): return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
     def _apart(self, x):
-        c = x.shape[1]
         for _ in range(self.level):
             LL, d = dwt2(x, self.wavelet, 'periodization')
             x = torch.stack([LL, *d], 2).flatten(1, 2)

@@ -318,7 +318,7 @@ def _chain_kernels(x, rnd, generator):
 # %% ../nbs/01_degrade.ipynb #01-064
 def _chain_noise(y, rnd, generator):
     "Gaussian or Poisson noise, coloured or grey, chosen for each image; clipped to [0, 1] as published."
-    (b, c, h, w), grey = y.shape, _rand((len(y), 1, 1, 1), y, generator) < rnd.grey_prob
+    (b, c), grey = y.shape[:2], _rand((len(y), 1, 1, 1), y, generator) < rnd.grey_prob
     sigma, scale = _level(rnd.noise, y, 'noise', 0, 2, generator), _level(rnd.poisson, y, 'poisson', 0, 100, generator)
     n = _randn(y.shape, y, generator)
     normal = _each(sigma)*torch.where(grey, n[:, :1], n)
