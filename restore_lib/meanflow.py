@@ -189,7 +189,7 @@ def _refuse_fused(net):
     for name, part in net.named_modules():
         if getattr(part, 'fused', False):
             where = name or type(part).__name__
-            raise ValueError(f'net has fused attention ({where}), which MeanFlow cannot differentiate; '
+            raise ValueError(f'net has fused attention ({where}), which has no derivative here; '
                              'expected a network made with fused=False')
 
 class MeanFlow(FlowMatching):
