@@ -126,7 +126,6 @@ class FlowMatching(Knobbed):
         std = check_number(std, 'std', above=0)
         self.net, self.knobs = net, dict(equal=1.0, start=start, mean=mean, std=std)
         self.power, self.c, self.reduce = float(power), float(c), reduce
-        self.times(1)
 
     def own_knobs(self): return dict(kind=type(self).__name__)  # which decides how `sample` walks
 
@@ -189,7 +188,7 @@ def _refuse_fused(net):
     for name, part in net.named_modules():
         if getattr(part, 'fused', False):
             where = name or type(part).__name__
-            raise ValueError(f'net has fused attention ({where}), which MeanFlow cannot differentiate; '
+            raise ValueError(f'net has fused attention ({where}), which has no derivative here; '
                              'expected a network made with fused=False')
 
 class MeanFlow(FlowMatching):

@@ -596,3 +596,9 @@ def test_given_generators_leave_the_callers_random_state_and_tensors_alone():
     before = torch.get_rng_state()
     flow(x, e, torch.arange(4), generator=gen()).mean.backward(), flow.sample(e, 2, torch.arange(4))
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, X) and torch.equal(e, E)
+
+@pytest.mark.parametrize('make', [FlowMatching, MeanFlow, Regression])
+def test_making_a_flow_draws_nothing(make):
+    net, before = unet(), torch.get_rng_state()
+    make(net)
+    assert torch.equal(torch.get_rng_state(), before)
