@@ -21,8 +21,9 @@ from .wavelets import dct2, dwt2, idct2, idwt2, packet2, unpacket2, wavedec2, wa
 
 # %% ../nbs/12_codecs.ipynb #12-013
 class Codec(nn.Module):
-    """Pictures to a latent and back, without hidden state: what decode needs beside the latent is returned by encode. Subclasses give `_apart` and `_together`,
-    and keep each argument of their constructor as an attribute of that name, so that a file can say how they are built."""
+    """Pictures to a latent and back, without hidden state: what decode needs beside the latent is
+    returned by encode. Subclasses give `_apart` and `_together`, and keep each argument of their
+    constructor as an attribute of that name, so that a file can say how they are built."""
     lossless = True      # is decode(*encode(x)) the picture again?
     def __init__(self,
         channels,        # of the pictures: 1 or 3
@@ -35,7 +36,9 @@ class Codec(nn.Module):
         self.bands = tuple(bands) if channels == 1 else tuple(f'{b} {c}' for b in bands for c in 'rgb')
         self.register_buffer('gains', torch.ones(len(self.bands)))
     latent_channels = property(lambda self: len(self.bands))
-    reach = None             # how many places around its own a place of the latent has to do with, both ways; None: all, pictures cannot be cut in strips
+    # how many places around its own a place of the latent has to do with, both ways;
+    # None: all of them, so that pictures cannot be cut in strips
+    reach = None
     device, dtype = property(lambda self: self.gains.device), property(lambda self: self.gains.dtype)   # it may have no parameters to ask
     def side_shapes(self, b, h, w): return []                # of the tensors beside a latent (b, latent_channels, h, w)
 
@@ -73,7 +76,8 @@ def _check_picture(x, codec, name='x'):
     fine = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 4 and x.shape[1] == c and x.numel() > 0
     if not (fine and (x.device.type != 'cpu' or all(v.abs() <= 16 for v in x.detach().aminmax()))): check_images(x, name, channels=c)   # NaN fails, too; one pass where all is well
     if not isinstance(codec, BandsCodec): _check_dtype(name, x, codec)                                       # its encode asks no parameter
-    if not len(x): raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one picture')
+    if not len(x):
+        raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one picture')
     h, w = x.shape[-2:]
     if h % f or w % f or not x.numel():
         raise ValueError(f'{name} is {h} x {w}, which factor={f} does not divide; pad it to {max(1, -(-h//f))*f} x {max(1, -(-w//f))*f} and cut what decode gives')
@@ -85,12 +89,14 @@ def _check_dtype(name, t, codec):
         raise TypeError(f'{name} is {t.dtype}, the parameters of {type(codec).__name__} are {p.dtype}: give it {name}.to(codec.dtype), or move the codec by codec.to({t.dtype})')
 
 def _haar_reach(codec, reach=0):
-    "`reach` for Haar, whose filters end with their block; None for longer ones, which are continued periodically."
+    """`reach` for Haar, whose filters end with their block; None for longer ones, which are
+    continued periodically."""
     return reach if getattr(codec, 'wavelet', 'haar') in ('haar', 'db1') else None
 
 def _check_wavelet(wavelet):
     "Raises for a name that is none."
-    with torch.device('cpu'): dwt2(torch.zeros(1, 1, 2, 2), wavelet)       # whatever device the codec is being built on
+    with torch.device('cpu'):
+        dwt2(torch.zeros(1, 1, 2, 2), wavelet)       # whatever device the codec is being built on
 
 def _check_latent(z, side, codec):
     "Raises unless z and side are what this codec's encode may have given."
@@ -187,10 +193,12 @@ class AllBandsCodec(Codec):
     thermal scenes, 23 to 30 on photographs (lesson 12); level 1 is lossless (DifIISR-DWT log, 19.4 option B)."""
     def __init__(self, channels=1, level=2, wavelet='haar'):
         inner = FullBandCodec(channels, level, wavelet)
-        super().__init__(channels, inner.factor, [f'LL{inner.level}', *(f'{b}{k}' for k in range(inner.level, 0, -1) for b in _FOUR[1:])])
+        details = [f'{b}{k}' for k in range(inner.level, 0, -1) for b in _FOUR[1:]]
+        super().__init__(channels, inner.factor, [f'LL{inner.level}', *details])
         self.level, self.wavelet, self.lossless = inner.level, wavelet, inner.level == 1
 
-    reach = property(lambda self: _haar_reach(self, 0 if self.level == 1 else 4))       # two of each enlargement's own pixels
+    # two of each enlargement's own pixels
+    reach = property(lambda self: _haar_reach(self, 0 if self.level == 1 else 4))
 
     def shrink(self, d): return F.interpolate(d, scale_factor=0.5, mode='area')                 # details (b, 3*channels, h, w), once a level
     def enlarge(self, d): return F.interpolate(d, scale_factor=2.0, mode='bicubic', align_corners=False)
@@ -251,12 +259,14 @@ class PacketCodec(Codec):
     def _together(self, z, side): return unpacket2(_by_band(z, self.channels), self.level)
 
 class WaveletPacketCodec(PacketCodec):
-    "PacketCodec with any orthogonal or biorthogonal wavelet of PyWavelets, continued periodically; 'haar' is PacketCodec. Lossless (1e-5 in float32)."
+    """PacketCodec with any orthogonal or biorthogonal wavelet of PyWavelets, continued
+    periodically; 'haar' is PacketCodec. Lossless (1e-5 in float32)."""
     def __init__(self, channels=1, level=2, wavelet='haar'):
         super().__init__(channels, level)
         self.wavelet = wavelet
         _check_wavelet(wavelet)
-    def extra_repr(self): return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
+    def extra_repr(self):
+        return f'{super().extra_repr()}, level={self.level}, wavelet={self.wavelet!r}'
     def _apart(self, x):
         for _ in range(self.level):
             LL, d = dwt2(x, self.wavelet, 'periodization')
@@ -323,11 +333,13 @@ class HybridCodec(LLCodec):
         depth=2,         # residual blocks
     ):
         super().__init__(channels, level, wavelet)
-        self.width, self.depth, inputs = check_whole(width, 'width', 1), check_whole(depth, 'depth', 0), self.channels*4**self.level
+        self.width, self.depth = check_whole(width, 'width', 1), check_whole(depth, 'depth', 0)
+        inputs = self.channels*4**self.level
         self.cnn = _trunk(inputs, inputs - self.channels, self.width, self.depth)
         nn.init.zeros_(self.cnn[-1].weight), nn.init.zeros_(self.cnn[-1].bias)
 
-    reach = property(lambda self: _haar_reach(self, 2*self.depth + 2))       # a place for each convolution of the CNN
+    # a place for each convolution of the CNN
+    reach = property(lambda self: _haar_reach(self, 2*self.depth + 2))
 
     def refine(self, LL, side):  # LL (b, channels, h, w) without gains; side -> the details, as side
         "side plus the CNN's correction; every band by pixel-unshuffle on LL's grid."
@@ -341,7 +353,9 @@ class HybridCodec(LLCodec):
     def loss(self, x, y, blend=None):
         """{term: scalar}: squared error of x's details from y's, per pixel. `blend` is the share of the true LL in what the CNN sees, the rest being y's:
         drawn for each picture by default, because the LL that a diffusion gives lies between; 1 shows it the truth only."""
-        if x.shape != y.shape: raise ValueError(f'y has shape {tuple(y.shape)}, x has shape {tuple(x.shape)}; expected the same')
+        if x.shape != y.shape:
+            raise ValueError(f'y has shape {tuple(y.shape)}, x has shape {tuple(x.shape)}; '
+                             'expected the same')
         if blend is not None: blend = check_number(blend, 'blend', 0, 1)
         (z, truth), (z_y, side) = self.raw(x), self.raw(y)
         share = torch.rand(len(x), 1, 1, 1, device=x.device, dtype=x.dtype) if blend is None else blend
@@ -359,14 +373,16 @@ class VQCodec(Codec):
         codes=512,       # in the codebook
         width=48, depth=2,  # of encoder and decoder alike: convolutions at the latent's resolution
     ):
-        factor, latent, codes, width = (check_whole(v, k, 1) for k, v in dict(factor=factor, latent=latent, codes=codes, width=width).items())
+        factor, latent = check_whole(factor, 'factor', 1), check_whole(latent, 'latent', 1)
+        codes, width = check_whole(codes, 'codes', 1), check_whole(width, 'width', 1)
+        depth = check_whole(depth, 'depth', 0)
         super().__init__(channels, factor, ['z'])
-        self.latent, self.codes, self.width, self.depth = latent, codes, width, check_whole(depth, 'depth', 0)
+        self.latent, self.codes, self.width, self.depth = latent, codes, width, depth
         channels = self.channels
         self.bands = tuple(f'z{k}' for k in range(latent))
         self.register_buffer('gains', torch.ones(latent))
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), _trunk(channels*factor**2, latent, width, self.depth))
-        self.decoder = nn.Sequential(_trunk(latent, channels*factor**2, width, self.depth), nn.PixelShuffle(factor))
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(factor), _trunk(channels*factor**2, latent, width, depth))
+        self.decoder = nn.Sequential(_trunk(latent, channels*factor**2, width, depth), nn.PixelShuffle(factor))
         self.codebook = Codebook(codes, latent, decay=0.95, revive=0.5)
 
     reach = property(lambda self: 2*self.depth + 2)          # a place for each convolution
@@ -398,9 +414,12 @@ def check_options(
 ):
     "ValueError for an option that `kind` does not have, TypeError for no dict."
     if not isinstance(options, dict): raise TypeError(f'{name} is {options!r}; expected a dict')
-    known = [k for k, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    parameters = inspect.signature(kind).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     odd = [k for k in options if k not in known]
-    if odd: raise ValueError(f'{name} holds {odd[0]!r}, which {kind.__name__} does not have; it has {", ".join(known)}')
+    if odd:
+        raise ValueError(f'{name} holds {odd[0]!r}, which {kind.__name__} does not have; '
+                         f'it has {", ".join(known)}')
 
 def make_codec(
     name,        # of CODECS

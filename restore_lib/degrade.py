@@ -34,7 +34,8 @@ def _level(value, x, name, least, most, generator=None, unit=''):
         low, high = check_interval(value, name)
         if low < least or high > most: raise ValueError(f'{name} is {value}; {expected}')
         return low + (high - low)*_rand((b,), x, generator)
-    if not isinstance(value, (Real, torch.Tensor)): raise TypeError(f'{name} is {type(value).__name__}; {expected}')
+    if not isinstance(value, (Real, torch.Tensor)):
+        raise TypeError(f'{name} is {type(value).__name__}; {expected}')
     if not isinstance(value, torch.Tensor): value = torch.tensor(check_number(value, name))
     if value.ndim > 1 or value.numel() not in (1, b): raise ValueError(f'{name} has shape {tuple(value.shape)}; {expected}, here {b}')
     if value.device.type == 'cpu' and not ((value >= least) & (value <= most)).all():     # on a GPU the look would make the program wait
@@ -91,9 +92,11 @@ def block_mask(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # y (b, c, h, w); mask (b, 1, h, w), 1 = removed
     "Rectangles at random places; ValueError where the longest side does not fit into the image."
     check_images(x, 'x')
-    blocks, fill, b, h, w = check_whole(blocks, 'blocks', 1), check_number(fill, 'fill'), len(x), *x.shape[-2:]
+    blocks, fill = check_whole(blocks, 'blocks', 1), check_number(fill, 'fill')
+    b, _, h, w = x.shape
     check_interval(size, 'size')
-    low, high = (check_whole(v, 'size') for v in (size if isinstance(size, (tuple, list)) else (size, size)))
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    low, high = (check_whole(v, 'size') for v in pair)
     if not 1 <= low <= high <= min(h, w): raise ValueError(f'size is {size}; expected sides from 1 to {min(h, w)} for images of {h} x {w}')
     rows, cols = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
     mask = torch.zeros(b, h, w, dtype=torch.bool, device=x.device)
@@ -127,12 +130,14 @@ def blur_kernel(
     if kind not in ('gaussian', 'motion'): raise ValueError(f"kind is {kind!r}; expected 'gaussian' or 'motion'")
     name, extent = ('sigma', sigma) if kind == 'gaussian' else ('length', length)
     extent, angle = torch.as_tensor(extent, dtype=torch.float32), torch.as_tensor(angle, dtype=torch.float32)
-    if extent.ndim > (2 if kind == 'gaussian' else 1) or extent.device.type == 'cpu' and not ((extent >= 0) & (extent < math.inf)).all():
+    fine = extent.device.type != 'cpu' or ((extent >= 0) & (extent < math.inf)).all()
+    if extent.ndim > (2 if kind == 'gaussian' else 1) or not fine:
         raise ValueError(f'{name} is {extent.tolist()}; expected a number from 0, or (b,) of them')
     if angle.ndim > 1 or angle.device.type == 'cpu' and not torch.isfinite(angle).all():
         raise ValueError(f'angle is {angle.tolist()}; expected degrees, or (b,) of them')
     most = extent.max().item() if size is None and extent.numel() else 0.0
-    size = _odd(3*most if kind == 'gaussian' else most/2) if size is None else check_whole(size, 'size', 1)
+    if size is None: size = _odd(3*most if kind == 'gaussian' else most/2)
+    size = check_whole(size, 'size', 1)
     if size % 2 == 0: raise ValueError(f'size is {size}; expected an odd number')
     both = (extent if extent.ndim == 2 else extent.reshape(-1, 1)).expand(-1, 2)      # (b, 2)
     if angle.numel() not in (1, len(both)) and len(both) != 1: raise ValueError(f'{name} is for {len(both)} images, angle for {angle.numel()}')
@@ -150,12 +155,14 @@ def blur(
 ) -> torch.Tensor:   # (b, c, h, w)
     "Convolution with mirrored borders, linear in x; ValueError where the kernel does not fit."
     check_images(x, 'x')
-    if not isinstance(kernel, torch.Tensor) or not kernel.ndim: raise TypeError(f'kernel is {kernel!r}; expected a tensor (k, k) or (b, k, k)')
+    if not isinstance(kernel, torch.Tensor) or not kernel.ndim:
+        raise TypeError(f'kernel is {kernel!r}; expected a tensor (k, k) or (b, k, k)')
     (b, c, h, w), k = x.shape, kernel.shape[-1]
     if kernel.ndim == 2: kernel = kernel[None]
     if kernel.ndim != 3 or kernel.shape[1] != k or k % 2 == 0 or len(kernel) not in (1, b):
         raise ValueError(f'kernel has shape {tuple(kernel.shape)}; expected (k, k) or ({b}, k, k) with k odd')
-    if kernel.device.type == 'cpu' and not torch.isfinite(kernel).all(): raise ValueError('kernel holds values that are NaN or infinite')
+    if kernel.device.type == 'cpu' and not torch.isfinite(kernel).all():
+        raise ValueError('kernel holds values that are NaN or infinite')
     if k//2 >= min(h, w): raise ValueError(f'kernel is {k} x {k}; too large to mirror images of {h} x {w}')
     if not b: return x.clone()
     weight = kernel.to(x).flip(1, 2).expand(b, k, k).repeat_interleave(c, 0)[:, None]        # conv2d correlates: flip, (b*c, 1, k, k)
@@ -182,14 +189,16 @@ def motion_blur(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # y (b, c, h, w); kernel (b, k, k)
     "Blur along a straight line; ValueError where it is longer than the image allows."
     check_images(x, 'x')
-    level, angle = _level(length, x, 'length', 0, 300, generator, ' pixels'), _level(angle, x, 'angle', -360, 360, generator, ' degrees')
+    level = _level(length, x, 'length', 0, 300, generator, ' pixels')
+    angle = _level(angle, x, 'angle', -360, 360, generator, ' degrees')
     kernel = blur_kernel('motion', _odd(_most(length, level)/2), length=level, angle=angle)
     return blur(x, kernel), kernel
 
 # %% ../nbs/01_degrade.ipynb #01-052
 def _resize(x, h, w, clip):
     "Bicubic (a=-0.5), antialiased, rows first; `clip` cuts to [0, 1] after each pass as Pillow does on 8 bits."
-    if not (x.shape[-2] and x.shape[-1]): raise ValueError(f'the image is {x.shape[-2]} x {x.shape[-1]}; expected at least one pixel')
+    if not (x.shape[-2] and x.shape[-1]):
+        raise ValueError(f'the image is {x.shape[-2]} x {x.shape[-1]}; expected at least one pixel')
     y = x.to(torch.promote_types(x.dtype, torch.float32))                              # no half precision on CPUs
     for size in ((x.shape[-2], w), (h, w)):
         y = F.interpolate(y, size=size, mode='bicubic', antialias=True)
@@ -268,19 +277,27 @@ class Round:
     jpeg: tuple = (30, 95)                    # quality
 
     def __post_init__(self):
-        for name in ('blur_prob', 'sinc_prob', 'gaussian_prob', 'grey_prob'): check_number(getattr(self, name), name, 0, 1)
-        for name, low, high in (('noise', 0, 2), ('poisson', 0, 100), ('jpeg', 1, 100)): self._range(name, low, high)
+        for name in ('blur_prob', 'sinc_prob', 'gaussian_prob', 'grey_prob'):
+            check_number(getattr(self, name), name, 0, 1)
+        for name, low, high in (('noise', 0, 2), ('poisson', 0, 100), ('jpeg', 1, 100)):
+            self._range(name, low, high)
         self._range('sigma', high=100, above=0)
         self._range('resize', above=0)
-        if not self.resize[0] <= 1 <= self.resize[1]: raise ValueError(f'resize is {self.resize}; expected the least factor up to 1, the largest from 1')
+        if not self.resize[0] <= 1 <= self.resize[1]:
+            raise ValueError(f'resize is {self.resize}; '
+                             'expected the least factor up to 1, the largest from 1')
         probs = self.resize_prob
-        if not isinstance(probs, (tuple, list)) or len(probs) != 3: raise ValueError(f'resize_prob is {probs!r}; expected three shares: enlarge, shrink, keep')
-        if not sum(check_number(p, 'resize_prob', 0) for p in probs): raise ValueError(f'resize_prob is {probs}; expected not all 0')
+        if not isinstance(probs, (tuple, list)) or len(probs) != 3:
+            raise ValueError(f'resize_prob is {probs!r}; '
+                             'expected three shares: enlarge, shrink, keep')
+        if not sum(check_number(p, 'resize_prob', 0) for p in probs):
+            raise ValueError(f'resize_prob is {probs}; expected not all 0')
 
     def _range(self, name, low=None, high=None, above=None):
         "One number becomes a pair; ValueError names a bad one."
         value = check_interval(getattr(self, name), name, low, high, above)
-        if not isinstance(getattr(self, name), (tuple, list)): object.__setattr__(self, name, value)     # the class is frozen
+        # the class is frozen
+        if not isinstance(getattr(self, name), (tuple, list)): object.__setattr__(self, name, value)
 
 SECOND_ROUND = Round(blur_prob=.8, sigma=(.2, 1.5), resize_prob=(.3, .4, .3), resize=(.3, 1.2), noise=(1/255, 25/255), poisson=(.05, 2.5))
 KERNEL_SHAPES = dict(iso=.45, aniso=.25, generalized_iso=.12, generalized_aniso=.03, plateau_iso=.12, plateau_aniso=.03)
@@ -354,7 +371,8 @@ def second_order(
 ) -> torch.Tensor:          # (b, c, h/scale, w/scale) in [0, 1], on 8-bit levels, without gradient
     "Real-ESRGAN's two rounds of blur, resize, noise and JPEG (Wang et al. 2021, sec. 3; without its sharpening of x); resizes are drawn once a batch, the rest for each image."
     check_images(x, 'x', channels=(1, 3))
-    scale, final_sinc_prob = check_whole(scale, 'scale', 1), check_number(final_sinc_prob, 'final_sinc_prob', 0, 1)
+    scale = check_whole(scale, 'scale', 1)
+    final_sinc_prob = check_number(final_sinc_prob, 'final_sinc_prob', 0, 1)
     for name, rnd in (('first', first), ('second', second)):
         if not isinstance(rnd, Round): raise TypeError(f'{name} is {rnd!r}; expected a Round')
     h, w = x.shape[-2:]
@@ -381,7 +399,9 @@ class Mixture:
         *ops,            # callables op(x, generator=...) -> y or (y, ...), as partial(gaussian, sigma=25/255); levels: numbers or ranges
         weights=None,    # how often each is drawn, relative; default all alike
     ):
-        weights = [1.]*len(ops) if weights is None else [float(v) if isinstance(v, torch.Tensor) else check_number(v, 'weights', 0) for v in weights]
+        weights = [1.]*len(ops) if weights is None else list(weights)
+        weights = [float(v) if isinstance(v, torch.Tensor) else check_number(v, 'weights', 0)
+                   for v in weights]
         if not ops or not all(callable(op) for op in ops): raise ValueError(f'ops is {ops}; expected one callable or more')
         if len(weights) != len(ops) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
             raise ValueError(f'weights is {weights}; expected {len(ops)} numbers from 0, not all 0')

@@ -20,14 +20,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .audit import _seeded
-from .codecs import CODECS, SCALES, WaveletPacketCodec, check_options, codec_learner, make_codec
+from .codecs import (
+    CODECS, SCALES, WaveletPacketCodec, check_options, codec_learner, make_codec)
 from .data import Crops, PairedFolder, as_image, check_images, check_number, check_output
 from .data import check_whole, check_writable, open_image, save_image, whole_file
 from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
 from .diffusion import WEIGHTS, Loss, ResidualShift
 from .learner import EMA, Callback, Learner, Metrics, seed_all, warmup_cosine
 from .metrics import _deployed, psnr
-from .two_stage import _opened, as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built, windows
+from restore_lib.two_stage import (
+    _opened, as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built,
+    windows)
 from .unet import SwinUNet
 from .wavelets import dwt2
 
@@ -105,7 +108,9 @@ class LatentSR(nn.Module):
     def measure(self, y, x):
         "Sets what the network sees and says to unit size by the latents of pairs y (b, c, h, w), x: rms of the latent, rms of its residual; returns self."
         zy, zx = self.codec.encode(self.start(y))[0], self.codec.encode(x)[0]
-        if zy.shape != zx.shape: raise ValueError(f'x has shape {tuple(x.shape)}, y has {tuple(y.shape)}; expected x {self.scale} times as large, as many')
+        if zy.shape != zx.shape:
+            raise ValueError(f'x has shape {tuple(x.shape)}, y has {tuple(y.shape)}; '
+                             f'expected x {self.scale} times as large, as many')
         for buffer, v in ((self.sees, zx), (self.says, zy - zx)): buffer.copy_(v.double().square().mean((0, 2, 3)).sqrt().clamp(min=1e-6))
         return self
 
@@ -158,7 +163,8 @@ class SRLoss:
         degrade=None,      # x -> y
         weight='uniform',  # of time steps, as in `ResidualShift.loss_weights`
     ): self.degrade, self.weight, self.last = degrade, weight, None
-    def __getstate__(self): return {**vars(self), 'last': None}              # what it saw last is no setting
+    # what it saw last is no setting
+    def __getstate__(self): return {**vars(self), 'last': None}
     def __repr__(self): return f'SRLoss({self.degrade}, {self.weight!r})'
     def pair(self, batch):
         "(y, x) of a batch."
@@ -171,7 +177,9 @@ class SRLoss:
 
 class Buckets(Callback):
     "The loss by time step, in `n` equal ranges of t, into the learner's history: the mean since the last row."
-    def __init__(self, loss, process, n=3): self.loss, self.process, self.n, self.seen = loss, process, check_whole(n, 'n', 1, process.steps), []
+    def __init__(self, loss, process, n=3):
+        self.loss, self.process, self.seen = loss, process, []
+        self.n = check_whole(n, 'n', 1, process.steps)
     def __getstate__(self): return {**vars(self), 'seen': []}
     def before_fit(self, learn): self.seen = []
     def after_step(self, learn):
@@ -188,7 +196,8 @@ def _score(metric, steps, model, batch):
 
 # %% ../nbs/15_superres.ipynb #15-015
 def _plain(options, name):
-    "A dict of options as a file gives it back: NumPy's numbers and tensors as Python's; TypeError for what JSON cannot hold."
+    """A dict of options as a file gives it back: NumPy's numbers and tensors as Python's.
+    TypeError for what JSON cannot hold."""
     if not isinstance(options, dict): raise TypeError(f'{name} is {options!r}; expected a dict')
     options = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in options.items()}
     json_text(options, name)
@@ -221,25 +230,38 @@ class SRConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ('crop', 'batch', 'steps', 'scale', 'codec_steps'): self._keep(name, check_whole(getattr(self, name), name, 1))
+        for name in ('crop', 'batch', 'steps', 'scale', 'codec_steps'):
+            self._keep(name, check_whole(getattr(self, name), name, 1))
         self._keep('seed', check_whole(self.seed, 'seed'))
         self._keep('lr', check_number(self.lr, 'lr', above=0))
-        for name in ('lr_floor', 'warmup', 'ema'): self._keep(name, check_number(getattr(self, name), name, 0, 1))
+        for name in ('lr_floor', 'warmup', 'ema'):
+            self._keep(name, check_number(getattr(self, name), name, 0, 1))
         if self.ema == 1: raise ValueError(f'ema is {self.ema}; expected a number below 1')
         self._keep('weight_decay', check_number(self.weight_decay, 'weight_decay', 0))
         if self.clip is not None: self._keep('clip', check_number(self.clip, 'clip', above=0))
-        if self.channels not in (1, 3): raise ValueError(f'channels is {self.channels!r}; expected 1 or 3')
+        if self.channels not in (1, 3):
+            raise ValueError(f'channels is {self.channels!r}; expected 1 or 3')
         self._keep('channels', int(self.channels))
         for name in ('codec_options', 'net_options', 'process'):
-            if getattr(self, name) is not None or name != 'process': self._keep(name, _plain(getattr(self, name), name))
-        for name, known in (('codec', CODECS), ('gains', SCALES), ('net', ('tiny', 'paper')), ('degradation', ('bicubic', 'real')), ('weight', WEIGHTS), ('precision', ('no', 'bf16', 'fp16'))):
+            if getattr(self, name) is not None or name != 'process':
+                self._keep(name, _plain(getattr(self, name), name))
+        named = dict(
+            codec=CODECS,
+            gains=SCALES,
+            net=('tiny', 'paper'),
+            degradation=('bicubic', 'real'),
+            weight=WEIGHTS,
+            precision=('no', 'bf16', 'fp16'))
+        for name, known in named.items():
             if getattr(self, name) not in known: raise ValueError(f'{name} is {getattr(self, name)!r}; expected one of {", ".join(known)}')
         if self.process is None and self.weight != 'uniform': raise ValueError(f'weight is {self.weight!r}, process is None; a regression has no time steps to weigh')
         check_options(CODECS[self.codec], self.codec_options, 'codec_options')
-        check_options(SwinUNet, self.net_options, 'net_options'), check_options(ResidualShift, self.process or {}, 'process')
+        check_options(SwinUNet, self.net_options, 'net_options')
+        check_options(ResidualShift, self.process or {}, 'process')
         if (self.process or {}).get('predicts', 'x0') != 'x0': raise ValueError(f"process predicts {self.process['predicts']!r}; expected 'x0', to which the network's correction is added")
 
-    def _keep(self, name, value): object.__setattr__(self, name, value)             # the class is frozen
+    def _keep(self, name, value):
+        object.__setattr__(self, name, value)             # the class is frozen
 
     @classmethod
     def two_cores(cls, **changes): return cls(**changes)
@@ -267,7 +289,8 @@ def _trained_codec(config, pairs):
 def _around(codec, config, before=None):
     "The LatentSR that `config` says around a codec, without its process."
     c = codec.latent_channels
-    return LatentSR(codec, getattr(SwinUNet, config.net)(2*c, c, **config.net_options), None, config.scale, before)
+    net = getattr(SwinUNet, config.net)(2*c, c, **config.net_options)
+    return LatentSR(codec, net, None, config.scale, before)
 
 def _with_process(model, config, std):
     "The same with the process that `config` says for latents of size `std`."
@@ -282,7 +305,8 @@ def make_sr(
 ) -> LatentSR:
     "A model as `config` says; `model.config` keeps it."
     std = 1.0
-    with _seeded(0):                                                        # the caller's random state stays
+    with _seeded(0):
+        # the caller's random state stays
         seed_all('superres', config.seed)
         codec = _trained_codec(config, pairs)
         seed_all('superres net', config.seed)
@@ -306,7 +330,8 @@ def sr_learner(
     **options,    # of Learner: precision, accumulate, cpu
 ) -> Learner:
     "A Learner for a LatentSR: EMA, cosine, the loss by time step; the same under `accelerate launch`."
-    c, n_valid, workers = model.config, check_whole(n_valid, 'n_valid', 1), check_whole(workers, 'workers', 0)
+    n_valid, workers = check_whole(n_valid, 'n_valid', 1), check_whole(workers, 'workers', 0)
+    c = model.config
     real = c.degradation == 'real'
     loss = loss or SRLoss(partial(second_order, scale=c.scale) if real else None, c.weight)
     if real and loss.degrade is None: raise ValueError("loss has degrade=None, the configuration says degradation='real'; expected a loss that degrades")
@@ -340,34 +365,43 @@ def superresolve(
 ):                 # a PIL image for paths and PIL images, a tensor for tensors (not clipped), `model.scale` times as large
     """Any picture enlarged. Sides that the codec does not divide are padded and cut back; a one-channel model takes colours one by one, a three-channel model sees
     grey three times; alpha is enlarged by Pillow. ValueError or TypeError for what is no image; nothing of `image` is changed."""
-    seed, window, batch = check_whole(seed, 'seed'), check_whole(window, 'window', 1), check_whole(batch, 'batch', 1)
-    overlap = check_whole(overlap, 'overlap', 0)
+    seed, batch = check_whole(seed, 'seed'), check_whole(batch, 'batch', 1)
+    window, overlap = check_whole(window, 'window', 1), check_whole(overlap, 'overlap', 0)
     x, back = _opened(image)
     return back(_enlarge(model, x.float(), steps, seed, window, overlap, batch, randomness))
 
 class _Noise:
-    "The noise of some planes, (steps, planes, c, h, w), as one generator gives it for all of them; drawn step by step, when it is asked for."
+    """The noise of some planes, (steps, planes, c, h, w), as one generator gives it for all of
+    them; drawn step by step, when it is asked for."""
     def __init__(self, seed, steps, planes, part, like):
         self.generator, self.part, self.like = torch.Generator().manual_seed(seed), part, like
         self.all, self.shape = (planes, *like.shape[1:]), (steps, *like.shape)
     def __getitem__(self, k):
-        drawn = torch.randn(self.all, generator=self.generator, dtype=torch.promote_types(self.like.dtype, torch.float32))
-        return (drawn if len(self.like) == len(drawn) else drawn[self.part].clone()).to(self.like.device)
+        dtype = torch.promote_types(self.like.dtype, torch.float32)
+        drawn = torch.randn(self.all, generator=self.generator, dtype=dtype)
+        # the rest is freed
+        if len(drawn) > len(self.like): drawn = drawn[self.part].clone()
+        return drawn.to(self.like.device)
 
 def _by_strips(fn, height, rows, reach, *tensors):
-    "fn of strips of tensors (..., k*height, w), `rows` of `height` at a time and `reach` around them; its results, a list of such tensors, put together."
+    """fn of strips of tensors (..., k*height, w), `rows` of `height` at a time and `reach` around
+    them; its results, a list of such tensors, put together."""
     out = []
     for top in range(0, height, rows):
         end = min(top + rows, height)
         first, last = max(top - reach, 0), min(end + reach, height)
         def cut(t, tall, a, b): return t[..., a*(t.shape[-2]//tall):b*(t.shape[-2]//tall), :]
-        done = [cut(t, last - first, top - first, end - first) for t in fn(*(cut(t, height, first, last) for t in tensors))]
-        if not out: out = [t.new_empty(*t.shape[:-2], t.shape[-2]//(end - top)*height, t.shape[-1]) for t in done]
+        done = fn(*(cut(t, height, first, last) for t in tensors))
+        done = [cut(t, last - first, top - first, end - first) for t in done]
+        if not out:
+            tall = [t.shape[-2]//(end - top)*height for t in done]
+            out = [t.new_empty(*t.shape[:-2], n, t.shape[-1]) for t, n in zip(done, tall)]
         for whole, t in zip(out, done): cut(whole, height, top, end).copy_(t)
     return out
 
 def _start_latent(model, planes, start, hw, rows):
-    "[z, *side] of planes enlarged, or of the `start` that is given, padded to a latent of hw positions, encoded in strips of so many rows."
+    """[z, *side] of planes enlarged, or of the `start` that is given, padded to a latent of hw
+    positions, encoded in strips of so many rows."""
     large = model.start(planes) if start is None else start
     low, wide = (n*model.codec.factor - m for n, m in zip(hw, large.shape[-2:]))
     if low or wide: large = F.pad(large, (0, wide, 0, low), mode='replicate')
@@ -378,57 +412,77 @@ def _start_latent(model, planes, start, hw, rows):
 
 @torch.no_grad()
 def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomness=1.0):
-    """(b, c, h, w) -> (b, c, h*scale, w*scale). As many planes at a time as fill a batch of windows, under the noise that they would get together;
-    codecs that allow it work in strips. What grows with the picture, beside the result, is one plane's latents and the noise."""
+    """(b, c, h, w) -> (b, c, h*scale, w*scale). As many planes at a time as fill a batch of
+    windows, under the noise that they would get together; codecs that allow it work in strips. What
+    grows with the picture, beside the result, is one plane's latents and the noise."""
     (b, c, h, w), codec, s, f = x.shape, model.codec, model.scale, model.codec.factor
-    planes = (x.reshape(-1, 1, h, w) if codec.channels == 1 else x.expand(-1, codec.channels, -1, -1)).to(model.sees)
-    least = window if max(h, w)*s > window*f else 1                        # a latent fills a window if one of its sides is larger
+    grey = codec.channels == 1
+    planes = x.reshape(-1, 1, h, w) if grey else x.expand(-1, codec.channels, -1, -1)
+    planes = planes.to(model.sees)
+    correct = _by_windows(model.correct, window, overlap, batch)
+    # a latent fills a window if one of its sides is larger
+    least = window if max(h, w)*s > window*f else 1
     rows, columns = (max(-(-n*s//f), least) for n in (h, w))
     at_once = max(1, batch*window**2//(rows*columns))
     strip = rows if codec.reach is None else max(1, batch*window**2//columns)
     out = planes.new_empty(len(planes), codec.channels, h*s, w*s)
     with _deployed(model):
-        start = None if model.before is None else model.start(planes)      # a cascade draws the noise of all planes, too
+        # a cascade draws the noise of all planes, too
+        start = None if model.before is None else model.start(planes)
         for first in range(0, len(planes), at_once):
             part = slice(first, first + at_once)
-            z, *side = _start_latent(model, planes[part], None if start is None else start[part], (rows, columns), strip)
+            begin = None if start is None else start[part]
+            z, *side = _start_latent(model, planes[part], begin, (rows, columns), strip)
             how = {}
             if model.process is not None:
-                how = dict(randomness=randomness, noise=_Noise(seed, len(model.process.subsequence(steps)), len(planes), part, z))
-            z = model.restore_latent(z, steps, _by_windows(model.correct, window, overlap, batch), **how)
+                count = len(model.process.subsequence(steps))
+                how = dict(randomness=randomness, noise=_Noise(seed, count, len(planes), part, z))
+            z = model.restore_latent(z, steps, correct, **how)
             def together(z, *side): return [codec.decode(z, side)[..., :w*s]]
-            out[part] = _by_strips(together, rows, strip, codec.reach or 0, z, *side)[0][..., :h*s, :]
-    return out.reshape(b, c, h*s, w*s) if codec.channels == 1 or c == 3 else out.mean(1, keepdim=True)
+            sharp, = _by_strips(together, rows, strip, codec.reach or 0, z, *side)
+            out[part] = sharp[..., :h*s, :]
+    return out.reshape(b, c, h*s, w*s) if grey or c == 3 else out.mean(1, keepdim=True)
 
 
 # %% ../nbs/15_superres.ipynb #15-047
 def _codec_kinds(): return {kind.__name__: kind for kind in (*CODECS.values(), WaveletPacketCodec)}
 
 def _sr_of(made):
-    "The LatentSR, without its process, that a file describes: its configuration and, since a codec may have been swapped, its codec."
-    config, codec = SRConfig(**made['config']), made.get('codec')              # the first files had no 'codec'
-    if codec is None: return _around(make_codec(config.codec, config.channels, **config.codec_options), config)
+    """The LatentSR, without its process, that a file describes: its configuration and, since a
+    codec may have been swapped, its codec."""
+    # the first files had no 'codec'
+    config, codec = SRConfig(**made['config']), made.get('codec')
+    if codec is None:
+        return _around(make_codec(config.codec, config.channels, **config.codec_options), config)
     kind = _codec_kinds()[codec['kind']]
-    if not issubclass(kind, CODECS[config.codec]): raise ValueError(f'the codec is {kind.__name__}, the configuration says {config.codec!r}')
+    if not issubclass(kind, CODECS[config.codec]):
+        raise ValueError(f'the codec is {kind.__name__}, the configuration says {config.codec!r}')
     return _around(kind(**codec['arguments']), config)
 
-def _process_of(model, made): return _with_process(model, SRConfig(**made['config']), made['latent_std'])
+def _process_of(model, made):
+    return _with_process(model, SRConfig(**made['config']), made['latent_std'])
 
 def save_sr(
     model,   # a LatentSR by make_sr, without `before`
     path,    # of the file, .safetensors
     **says,  # JSON to be kept with it: what it was trained on, what it scores
 ):
-    "Weights in half precision in one safetensors file that says how to build the model; ValueError for a model that would not come back."
+    """Weights in half precision in one safetensors file that says how to build the model.
+    ValueError for a model that would not come back."""
     if model.before is not None: raise ValueError('model has a `before`; expected each model of a cascade by itself')
-    if not hasattr(model, 'config'): raise ValueError('model has no configuration; expected one by make_sr')
+    if not hasattr(model, 'config'):
+        raise ValueError('model has no configuration; expected one by make_sr')
     kind = type(model.codec).__name__
-    if kind not in _codec_kinds(): raise ValueError(f'the codec is {kind}; expected one of {", ".join(_codec_kinds())}, which load_sr can build')
+    if kind not in _codec_kinds():
+        raise ValueError(f'the codec is {kind}; '
+                         f'expected one of {", ".join(_codec_kinds())}, which load_sr can build')
     codec = dict(kind=kind, arguments=constructor_arguments(model.codec))
-    made = json_text(dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec), 'model')
+    made = dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec)
+    made = json_text(made, 'model')
     info = dict(superres=made, says=json_text(says, 'says'))
     with _seeded(0): again = _process_of(_sr_of(json.loads(made)), json.loads(made))
-    y = torch.rand(1, model.codec.channels, *[2*model.codec.factor]*2, generator=torch.Generator().manual_seed(0)).to(model.sees)
+    side, g = 2*model.codec.factor, torch.Generator().manual_seed(0)
+    y = torch.rand(1, model.codec.channels, side, side, generator=g).to(model.sees)
     def run(m):
         if m.process is None: return [m(y)]
         tables = (m.process.sqrt_etas, m.process.kappa, m.process.latent_std)
@@ -437,7 +491,8 @@ def save_sr(
     state = model.state_dict()
     net = as_half({k: v for k, v in state.items() if k.startswith('net.')})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: net[k] if k in net else v.detach().cpu().contiguous() for k, v in state.items()}, path, metadata=info)
+    rest = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in net}
+    save_file({**net, **rest}, path, metadata=info)
 
 def load_sr(path):  # -> the model, in evaluation mode; what the file says of it
     "A LatentSR from a file by save_sr; nothing is unpickled. FileNotFoundError or ValueError names what is wrong."

@@ -51,7 +51,8 @@ class Degradation:
     def __post_init__(self):
         if self.task not in _TASKS: raise ValueError(f'task is {self.task!r}; expected one of {", ".join(map(repr, _TASKS))}')
         low, high = check_interval(self.sigma, 'sigma', 0, 2)
-        object.__setattr__(self, 'sigma', (low, high) if isinstance(self.sigma, (tuple, list)) else low)
+        sigma = (low, high) if isinstance(self.sigma, (tuple, list)) else low
+        object.__setattr__(self, 'sigma', sigma)                 # the class is frozen
 
     @property
     def ops(self):
@@ -95,7 +96,8 @@ class ResidualEncoder(nn.Module):
         super().__init__()
         if norm not in ('group', 'batch'): raise ValueError(f"norm is {norm!r}; expected 'group' or 'batch'")
         if pool is not None: pool = check_whole(pool, 'pool', 1)
-        channels, dim, width = check_whole(channels, 'channels', 1), check_whole(dim, 'dim', 1), check_whole(width, 'width', 1)
+        channels, dim = check_whole(channels, 'channels', 1), check_whole(dim, 'dim', 1)
+        width = check_whole(width, 'width', 1)
         if width % 8: raise ValueError(f'width is {width}; expected a multiple of 8')
         self.channels, self.dim, self.pool, self.norm, self.width = channels, dim, pool, norm, width
         layers = []
@@ -167,8 +169,10 @@ class ConditionalDecoder(nn.Module):
         identity=True,          # start as the plain decoder
     ):
         super().__init__()
-        self.dim, self.dec_dim, self.depth, self.heads = (check_whole(v, k, 1) for k, v in dict(dim=dim, dec_dim=dec_dim, depth=depth, heads=heads).items())
-        self.out, self.cond, self.place, self.identity = check_whole(out, 'out', 1), cond if cond is None else check_whole(cond, 'cond', 0), place, bool(identity)
+        self.dim, self.dec_dim = check_whole(dim, 'dim', 1), check_whole(dec_dim, 'dec_dim', 1)
+        self.depth, self.heads = check_whole(depth, 'depth', 1), check_whole(heads, 'heads', 1)
+        self.out, self.place, self.identity = check_whole(out, 'out', 1), place, bool(identity)
+        self.cond = None if cond is None else check_whole(cond, 'cond', 0)
         self.decoder_embed = nn.Linear(dim, dec_dim)
         self.decoder_blocks = nn.ModuleList(ConditionalBlock(dec_dim, heads, cond, place, identity) for _ in range(depth))
         self.decoder_norm, self.decoder_pred = nn.LayerNorm(dec_dim, eps=1e-6), nn.Linear(dec_dim, out)
@@ -203,9 +207,12 @@ class TwoStageDMAE(nn.Module):
         self.estimator = nn.Sequential(nn.Conv2d(2*c, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU(), nn.Conv2d(32, c, 3, 1, 1)) if residual == 'learned' else None
         for name, v in (('mean', mean), ('std', std)):
             v = torch.as_tensor(v, dtype=torch.float32).reshape(-1, 1, 1)
-            fine = v.is_meta or torch.isfinite(v).all() and (name == 'mean' or (v > 0).all())      # without memory there is nothing to look at
+            # without memory there is nothing to look at
+            fine = v.is_meta or torch.isfinite(v).all() and (name == 'mean' or (v > 0).all())
             if not fine or len(v) not in (1, c):
-                raise ValueError(f'{name} is {v.flatten().tolist()}; expected {"finite" if name == "mean" else "positive"} numbers: one, or one for each of {c} channels')
+                raise ValueError(f'{name} is {v.flatten().tolist()}; '
+                                 f'expected {"finite" if name == "mean" else "positive"} numbers: '
+                                 f'one, or one for each of {c} channels')
             self.register_buffer(name, v)
 
     @classmethod
@@ -267,8 +274,10 @@ class PatchCritic(nn.Module):
 def _grad_norm(value, last, name):
     "|d value/d last|; ValueError where `value` does not depend on it, or the norm is no number."
     try: norm = torch.autograd.grad(value, last, retain_graph=True)[0].norm()
-    except RuntimeError as error: raise ValueError(f'{name} does not depend on last: {error}') from error
-    if norm.device.type == 'cpu' and not torch.isfinite(norm): raise ValueError(f'{name} has a gradient of {norm.item()} at last; expected a finite one')
+    except RuntimeError as error:
+        raise ValueError(f'{name} does not depend on last: {error}') from error
+    if norm.device.type == 'cpu' and not torch.isfinite(norm):
+        raise ValueError(f'{name} has a gradient of {norm.item()} at last; expected a finite one')
     return norm
 
 def adaptive_weight(
@@ -290,9 +299,12 @@ class Adversary(Callback):
         start=0,    # steps without it
         lr=2e-4,
     ):
-        self.critic, self.weight, self.begin, self.n, self.pair = critic, check_number(weight, 'weight', 0), check_whole(start, 'start', 0), 0, None
-        self.opt = torch.optim.AdamW(critic.parameters(), lr=check_number(lr, 'lr', above=0), betas=(0.5, 0.9))
-    def __getstate__(self): return {**vars(self), 'pair': None}              # what it saw last is no setting
+        self.critic, self.n, self.pair = critic, 0, None
+        self.weight, self.begin = check_number(weight, 'weight', 0), check_whole(start, 'start', 0)
+        lr = check_number(lr, 'lr', above=0)
+        self.opt = torch.optim.AdamW(critic.parameters(), lr=lr, betas=(0.5, 0.9))
+    # what it saw last is no setting
+    def __getstate__(self): return {**vars(self), 'pair': None}
     def __repr__(self): return f'Adversary({self.critic}, weight={self.weight}, start={self.begin}, lr={self.opt.param_groups[0]["lr"]})'
     def before_fit(self, learn):
         if learn.acc.num_processes > 1: raise ValueError(f'Adversary runs in {learn.acc.num_processes} processes; expected one, its critic is not synchronised')
@@ -301,13 +313,16 @@ class Adversary(Callback):
         self.pair = fake.detach(), real
         if self.n < self.begin or not torch.is_grad_enabled(): return fake.new_zeros(())
         learns = [p for p in self.critic.parameters() if p.requires_grad]
-        for p in learns: p.requires_grad_(False)                             # the restorer's step is not the critic's
+        # the restorer's step is not the critic's
+        for p in learns: p.requires_grad_(False)
         try: g = -self.critic(fake).mean()
         finally:
             for p in learns: p.requires_grad_(True)
         return self.weight*adaptive_weight(nll, g, last)*g
     def after_step(self, learn):
-        if self.pair is None: raise ValueError('adversary is among the callbacks, but the loss does not use it; expected two_stage_loss(..., adversary=it)')
+        if self.pair is None:
+            raise ValueError('adversary is among the callbacks, but the loss does not use it; '
+                             'expected two_stage_loss(..., adversary=it)')
         self.n += 1
         fake, real = self.pair
         self.opt.zero_grad()
@@ -373,7 +388,8 @@ def two_stage_learner(
     if pixel not in _PIXEL: raise ValueError(f'pixel is {pixel!r}; expected one of {", ".join(map(repr, _PIXEL))}')
     lam, fourier = check_number(lam, 'lam', 0), check_number(fourier, 'fourier', 0)
     lr = dict(A=1e-3, B=5e-5, end=5e-4)[stage] if lr is None else check_number(lr, 'lr', above=0)
-    weight_decay, warmup = check_number(weight_decay, 'weight_decay', 0), check_number(warmup, 'warmup', 0, 1)
+    weight_decay = check_number(weight_decay, 'weight_decay', 0)
+    warmup = check_number(warmup, 'warmup', 0, 1)
     for part in (model.encoder, model.decoder1): part.requires_grad_(stage != 'A')
     rates = {'encoder.': 0.2, 'decoder1.': 0.2} if stage == 'B' else None
     groups = param_groups(model, lr, rates, weight_decay)
@@ -397,11 +413,13 @@ def windows(
     beside=(),     # more tensors (b, ..., h, w), of which `fn` is given the same windows
 ):                 # (b, c, h, w); beside it, the windows' own memory does not grow with the image
     "fn on overlapping windows, blended so that no seam is left: a window's outer pixels count only where the image ends."
-    size, overlap, batch = check_whole(size, 'size', 1), check_whole(overlap, 'overlap'), check_whole(batch, 'batch', 1)
+    size, overlap = check_whole(size, 'size', 1), check_whole(overlap, 'overlap')
+    batch = check_whole(batch, 'batch', 1)
     if not len(y): raise ValueError(f'y has shape {tuple(y.shape)}; expected at least one image')
     h, w = y.shape[-2:]
     if any(len(v) != len(y) or v.shape[-2:] != y.shape[-2:] for v in beside):
-        raise ValueError(f'beside has shapes {[tuple(v.shape) for v in beside]}; expected as many images as y, {tuple(y.shape)}, of the same size')
+        raise ValueError(f'beside has shapes {[tuple(v.shape) for v in beside]}; '
+                         f'expected as many images as y, {tuple(y.shape)}, of the same size')
     if not 0 <= overlap < size: raise ValueError(f'overlap is {overlap}; expected 0 to {size - 1} for windows of {size} pixels')
     if min(h, w) < size: raise ValueError(f'y is {h} x {w}; expected at least {size} pixels a side')
     def starts(n): return sorted({*range(0, n - size, size - overlap), n - size})
@@ -414,9 +432,12 @@ def windows(
     places, out, total = [(t, l) for t in starts(h) for l in starts(w)], torch.zeros_like(y), y.new_zeros(1, 1, h, w)
     for k in (progress or iter)(range(0, len(places), batch)):
         chunk = places[k:k + batch]
-        given = [torch.cat([v[..., t:t + size, l:l + size] for t, l in chunk]) for v in (y, *beside)]
+        def cut(v): return torch.cat([v[..., t:t + size, l:l + size] for t, l in chunk])
+        given = [cut(v) for v in (y, *beside)]
         done = fn(*given)
-        if done.shape != given[0].shape: raise ValueError(f'fn gave shape {tuple(done.shape)} for windows {tuple(given[0].shape)}; expected the same')
+        if done.shape != given[0].shape:
+            raise ValueError(f'fn gave shape {tuple(done.shape)} for {tuple(given[0].shape)}; '
+                             'expected the same')
         for (t, l), one in zip(chunk, done.split(len(y))):
             g = weight(t, l)
             out[:, :, t:t + size, l:l + size] += g*one
@@ -467,10 +488,14 @@ def restore(
 def constructor_arguments(
     module,  # an object that keeps each argument of its constructor as an attribute of that name
 ) -> dict:   # name -> value
-    "What builds an object like this one by `type(module)(**it)`, as its attributes are now; TypeError names an argument that is kept nowhere."
-    names = [k for k, p in inspect.signature(type(module)).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    """What builds an object like this one by `type(module)(**it)`, as its attributes are now.
+    TypeError names an argument that is kept nowhere."""
+    parameters = inspect.signature(type(module)).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     lost = [k for k in names if not hasattr(module, k)]
-    if lost: raise TypeError(f'{type(module).__name__} does not keep {", ".join(lost)}; expected an attribute for each argument of its constructor')
+    if lost:
+        raise TypeError(f'{type(module).__name__} does not keep {", ".join(lost)}; '
+                        'expected an attribute for each argument of its constructor')
     return {k: getattr(module, k) for k in names}
 
 def check_rebuilt(
@@ -478,31 +503,41 @@ def check_rebuilt(
     again,   # the same, built anew from what its file will say
     run,     # a function of a model -> tensors
 ):
-    "ValueError unless `again` computes what `model` computes, once it has its weights: what was changed by hand since it was built would be lost."
+    """ValueError unless `again` computes what `model` computes, once it has its weights:
+    what was changed by hand since it was built would be lost."""
     for k, v in model.state_dict().items():
-        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{k} of the model holds values that are NaN or infinite')
+        if v.is_floating_point() and not torch.isfinite(v).all():
+            raise ValueError(f'{k} of the model holds values that are NaN or infinite')
     own, made = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, again))
     odd = sorted(k for k in own.keys() | made.keys() if own.get(k) != made.get(k))
     if not odd:
-        again.to(next(iter(model.state_dict().values())).device).load_state_dict(model.state_dict())
+        again.to(next(v for v in model.state_dict().values() if v.is_floating_point()))
+        again.load_state_dict(model.state_dict())
         with _deployed(model), _deployed(again): pairs = list(zip(run(model), run(again)))
-        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs): return
-    raise ValueError('model is not what its parts say, so its file would give another one back: it was changed by hand since it was built' + (f' (see {odd[0]})' if odd else ''))
+        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs):
+            return
+    raise ValueError('model is not what its parts say, so its file would give another one back: '
+                     'it was changed by hand since it was built'
+                     + (f' (see {odd[0]})' if odd else ''))
 
 def json_text(value, name):
-    "`value` as JSON; NumPy's numbers and arrays and tensors become Python's. TypeError names what JSON cannot hold."
+    """`value` as JSON; NumPy's numbers and arrays and tensors become Python's.
+    TypeError names what JSON cannot hold."""
     def plain(v):
         if hasattr(v, 'tolist'): return v.tolist()
         raise TypeError(f'{name} holds {type(v).__name__}, which JSON cannot hold')
     return json.dumps(value, default=plain)
 
 def as_half(state):  # name -> tensor
-    "The same on the CPU, its floats in half precision; ValueError for a number that half precision does not hold."
+    "The same on the CPU, its floats in half precision; ValueError for numbers beyond its range."
     out = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     out = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in out.items()}
     for k, v in out.items():
-        if v.is_floating_point() and not torch.isfinite(v).all(): raise ValueError(f'{k} holds numbers beyond 65504, or NaN; half precision does not hold them')
+        if v.is_floating_point() and not torch.isfinite(v).all():
+            raise ValueError(f'{k} holds numbers beyond 65504, or NaN; half precision does not')
     return out
+
+_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 @contextmanager
 def describes(
@@ -511,8 +546,10 @@ def describes(
 ):
     "What fails inside is a ValueError that says whose file was expected."
     try: yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'{path} does not say how its model is built ({type(error).__name__}: {error}); expected a file by {maker}') from error
+    except _UNFIT as error:
+        raise ValueError(f'{path} does not say how its model is built '
+                         f'({type(error).__name__}: {error}); '
+                         f'expected a file by {maker}') from error
 
 def load_built(
     path,      # of a safetensors file whose metadata has `key` and 'says', both JSON
@@ -521,55 +558,95 @@ def load_built(
     maker,     # the function that writes such files, for messages
     given=(),  # names of buffers that `build` fills by itself, where the file does not
 ):             # -> the module in evaluation mode; the dict; the dict 'says'
-    """A model from its file, nothing unpickled, the caller's random state left alone. Shapes are compared before memory is asked for.
+    """A model from its file, nothing unpickled, the caller's random state left alone.
+    Shapes are compared before memory is asked for.
     FileNotFoundError or ValueError names what is wrong."""
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} is no file')
     try:
-        with safe_open(path, 'pt') as f: info, shapes = f.metadata() or {}, {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except SafetensorError as error: raise ValueError(f'{path} is no safetensors file: {error}') from error
+        with safe_open(path, 'pt') as f:
+            info = f.metadata() or {}
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except SafetensorError as error:
+        raise ValueError(f'{path} is no safetensors file: {error}') from error
     with describes(path, maker):
         made, says = (json.loads(info[k]) for k in (key, 'says'))
         for k, v in ((key, made), ('says', says)):
-            if not isinstance(v, dict): raise TypeError(f'{k} is {type(v).__name__}; expected a dict')
-        with torch.device('meta'): empty = build(made)                            # shapes without memory
+            if not isinstance(v, dict):
+                raise TypeError(f'{k} is {type(v).__name__}; expected a dict')
+        # shapes without memory
+        with torch.device('meta'): empty = build(made)
     needed = {k: tuple(v.shape) for k, v in empty.state_dict().items()}
     shapes = {**{k: needed[k] for k in given}, **shapes}
-    if any(shapes.get(k) != v for k, v in needed.items()):                        # raises, and says what is missing
-        load_report(empty, {k: torch.empty(v, device='meta') for k, v in shapes.items()}, at_least=1.0)
+    # raises, and says what is missing
+    if any(shapes.get(k) != v for k, v in needed.items()):
+        found = {k: torch.empty(v, device='meta') for k, v in shapes.items()}
+        load_report(empty, found, at_least=1.0)
     more = [k for k in shapes if k not in needed]
-    if more: raise ValueError(f'{path} holds {more[0]!r}, which the model that it describes does not have')
+    if more:
+        raise ValueError(f'{path} holds {more[0]!r}, '
+                         'which the model that it describes does not have')
     with describes(path, maker), _seeded(0): model = build(made)
     with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    load_report(model, {**{k: v.clone() for k, v in model.state_dict().items() if k in given}, **state}, at_least=1.0)
+    own = {k: v.clone() for k, v in model.state_dict().items() if k in given}
+    load_report(model, {**own, **state}, at_least=1.0)
     return model.eval(), made, says
 
 # %% ../nbs/10_two_stage.ipynb #10-060
 def _vit_arguments(encoder):
     "The arguments of ViTEncoder that build an encoder like this one."
     dim, first = encoder.patch_embed.out_features, encoder.blocks[0]
-    return dict(img_size=[encoder.patch*g for g in encoder.grid], patch=encoder.patch, dim=dim, depth=len(encoder.blocks), heads=first.attn.heads, channels=encoder.channels,
-                cls_token=encoder.cls_token is not None, mlp=(first.mlp.fc1.out_features + 0.5)/dim, drop_path=encoder.blocks[-1].drop_path.p)
+    return dict(
+        img_size=[encoder.patch*g for g in encoder.grid],
+        patch=encoder.patch,
+        dim=dim,
+        depth=len(encoder.blocks),
+        heads=first.attn.heads,
+        channels=encoder.channels,
+        cls_token=encoder.cls_token is not None,
+        mlp=(first.mlp.fc1.out_features + 0.5)/dim,          # dim*mlp is rounded down
+        drop_path=encoder.blocks[-1].drop_path.p)
 
 def _made_of(model):
     "What `load_restorer` needs to build the same model again."
-    if model.residual_encoder is None: raise ValueError('model has no residual encoder; expected a model with a condition')
-    parts = {k: constructor_arguments(getattr(model, k)) for k in ('decoder1', 'decoder2', 'residual_encoder')}
-    return dict(encoder=_vit_arguments(model.encoder), **parts, residual=model.residual, share=model.share, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+    if model.residual_encoder is None:
+        raise ValueError('model has no residual encoder; expected a model with a condition')
+    return dict(
+        encoder=_vit_arguments(model.encoder),
+        decoder1=constructor_arguments(model.decoder1),
+        decoder2=constructor_arguments(model.decoder2),
+        residual_encoder=constructor_arguments(model.residual_encoder),
+        residual=model.residual,
+        share=model.share,
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist())
 
 def _of_first_version(made):
-    "The same from a file that names the arguments of `dmae_tiny` and of `TwoStageDMAE.from_pretrained` instead."
+    "The same from a file that names the arguments of `dmae_tiny` and of `from_pretrained` instead."
     dmae, two = made['dmae'], made['two']
     encoder = {k: dmae[k] for k in ('img_size', 'patch', 'channels', 'dim', 'depth', 'heads')}
-    decoder = dict(dim=dmae['dim'], dec_dim=dmae['dec_dim'], depth=dmae['dec_depth'], heads=dmae['dec_heads'], out=dmae['patch']**2*dmae['channels'])
-    sees = dict(channels=dmae['channels']*_RESIDUALS[two['residual']], dim=two['cond'], pool=two['pool'], norm=two['norm'])
-    return dict(encoder=encoder, decoder1=decoder, decoder2=dict(decoder, cond=two['cond'], place=two['place']), residual_encoder=sees,
-                residual=two['residual'], share=1.0, mean=made['mean'], std=made['std'])
+    decoder = dict(
+        dim=dmae['dim'],
+        dec_dim=dmae['dec_dim'],
+        depth=dmae['dec_depth'],
+        heads=dmae['dec_heads'],
+        out=dmae['patch']**2*dmae['channels'])
+    seen = dmae['channels']*_RESIDUALS[two['residual']]
+    return dict(
+        encoder=encoder,
+        decoder1=decoder,
+        decoder2=dict(decoder, cond=two['cond'], place=two['place']),
+        residual_encoder=dict(channels=seen, dim=two['cond'], pool=two['pool'], norm=two['norm']),
+        residual=two['residual'],
+        share=1.0,
+        mean=made['mean'],
+        std=made['std'])
 
 def _restorer(made):
     "The TwoStageDMAE that `_made_of` describes."
     if 'dmae' in made: made = _of_first_version(made)
-    decoders = (ConditionalDecoder(**made[k]) for k in ('decoder1', 'decoder2'))
-    model = TwoStageDMAE(ViTEncoder(**made['encoder']), *decoders, ResidualEncoder(**made['residual_encoder']), made['residual'], made['mean'], made['std'])
+    one, two = (ConditionalDecoder(**made[k]) for k in ('decoder1', 'decoder2'))
+    encoder, sees = ViTEncoder(**made['encoder']), ResidualEncoder(**made['residual_encoder'])
+    model = TwoStageDMAE(encoder, one, two, sees, made['residual'], made['mean'], made['std'])
     model.share = check_number(made['share'], 'share', 0, 1)
     return model
 
@@ -578,19 +655,22 @@ def save_restorer(
     path,         # of the file, .safetensors
     **says,       # JSON to be kept with it: the task, its sigma, what it was trained on, what it scores
 ):
-    "The weights in half precision, in one safetensors file that also says how to build the model and what it is for; ValueError for a model that would not come back."
+    """The weights in half precision, in one safetensors file that also says how to build the model
+    and what it is for. ValueError for a model that would not come back."""
     made = json_text(_made_of(model), 'model')
     info = dict(made_of=made, says=json_text(says, 'says'))
     with _seeded(0): again = _restorer(json.loads(made))
     def run(m):
-        x, y = torch.rand(2, 2, m.encoder.channels, *(m.encoder.patch*g for g in m.encoder.grid), generator=torch.Generator().manual_seed(0)).to(m.mean)
+        hw, g = [m.encoder.patch*k for k in m.encoder.grid], torch.Generator().manual_seed(0)
+        x, y = torch.rand(2, 2, m.encoder.channels, *hw, generator=g).to(m.mean)
         return *m(y), *m(y, x)
     check_rebuilt(model, again, run)
     state = as_half({k: v for k, v in model.state_dict().items() if k not in _EXACT})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(state, path, metadata=info)
 
-_EXACT = ('mean', 'std')      # of the state: in the file they are text, not rounded to half precision
+# of the state: in the file they are text, not rounded to half precision
+_EXACT = ('mean', 'std')
 
 def load_restorer(
     path,   # of a file by `save_restorer`, or the name of weights that come with the library: see `restorers`

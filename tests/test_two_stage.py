@@ -1211,6 +1211,11 @@ def test_what_was_changed_by_hand_is_not_saved(tmp_path):
     with pytest.raises(TypeError, match='says holds set'): save_restorer(awake(), tmp_path/'a.safetensors', tasks={1})
     assert not list(tmp_path.iterdir())
 
+def test_a_model_in_double_precision(tmp_path):
+    model = awake().double()
+    save_restorer(model, tmp_path/'a.safetensors')
+    assert close(load_restorer(tmp_path/'a.safetensors')[0](y := torch.rand(1, 3, 16, 16))[1], model.float()(y)[1], .03)
+
 def test_numpy_may_be_said(tmp_path):
     save_restorer(awake(), tmp_path/'a.safetensors', psnr=np.float32(1.5), n=np.int64(3), all=np.arange(2), t=torch.ones(1))
     assert load_restorer(tmp_path/'a.safetensors')[1] == dict(psnr=1.5, n=3, all=[0, 1], t=[1.0])
