@@ -441,6 +441,7 @@ def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomne
             def together(z, *side): return [codec.decode(z, side)[..., :w*s]]
             sharp, = _by_strips(together, rows, strip, codec.reach or 0, z, *side)
             out[part] = sharp[..., :h*s, :]
+            del z, side, sharp, how                                        # before the next plane's
     return out.reshape(b, c, h*s, w*s) if grey or c == 3 else out.mean(1, keepdim=True)
 
 
