@@ -76,8 +76,6 @@ def _check_picture(x, codec, name='x'):
     fine = isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim == 4 and x.shape[1] == c and x.numel() > 0
     if not (fine and (x.device.type != 'cpu' or all(v.abs() <= 16 for v in x.detach().aminmax()))): check_images(x, name, channels=c)   # NaN fails, too; one pass where all is well
     if not isinstance(codec, BandsCodec): _check_dtype(name, x, codec)                                       # its encode asks no parameter
-    if not len(x):
-        raise ValueError(f'{name} has shape {tuple(x.shape)}; expected at least one picture')
     h, w = x.shape[-2:]
     if h % f or w % f or not x.numel():
         raise ValueError(f'{name} is {h} x {w}, which factor={f} does not divide; pad it to {max(1, -(-h//f))*f} x {max(1, -(-w//f))*f} and cut what decode gives')

@@ -164,7 +164,6 @@ def blur(
     if kernel.device.type == 'cpu' and not torch.isfinite(kernel).all():
         raise ValueError('kernel holds values that are NaN or infinite')
     if k//2 >= min(h, w): raise ValueError(f'kernel is {k} x {k}; too large to mirror images of {h} x {w}')
-    if not b: return x.clone()
     weight = kernel.to(x).flip(1, 2).expand(b, k, k).repeat_interleave(c, 0)[:, None]        # conv2d correlates: flip, (b*c, 1, k, k)
     y = F.conv2d(F.pad(x, (k//2,)*4, mode='reflect').reshape(1, b*c, h + k - 1, w + k - 1), weight, groups=b*c)
     return y.reshape(b, c, h, w)
@@ -251,7 +250,6 @@ def jpeg(
 ) -> torch.Tensor:   # (b, c, h, w) in [0, 1], without gradient
     "What a JPEG file of that quality keeps (Pillow's encoder, 4:2:0 colour); ValueError for other channel counts."
     check_images(x, 'x', channels=(1, 3))
-    if not x.numel(): return x.clone()
     quality = _level(quality, x, 'quality', 1, 100, generator).round().int().tolist()
     levels = (x.detach().float().clamp(0, 1)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     y = []
@@ -377,7 +375,6 @@ def second_order(
         if not isinstance(rnd, Round): raise TypeError(f'{name} is {rnd!r}; expected a Round')
     h, w = x.shape[-2:]
     if h % scale or w % scale: raise ValueError(f'x is {h} x {w}; expected multiples of scale={scale}')
-    if not x.numel(): return x.new_empty(*x.shape[:2], h//scale, w//scale)
     y, draw, (h, w) = x.detach().float().clamp(0, 1), lambda: _rand((1,), x, generator).item(), (h//scale, w//scale)
     for k, (rnd, side) in enumerate(((first, x.shape[-2:]), (second, (h, w)))):
         y = _blur_any(y, _chain_kernels(y, rnd, generator))

@@ -403,7 +403,7 @@ def test_every_codec_is_among_them():
 @pytest.mark.parametrize('call, says', [
     (lambda: make_codec('dct', level=2), "options holds 'level', which DCTCodec does not have; it has channels, block"), (lambda: make_codec('learnable', level=2), 'LearnableBandsCodec does not have'),
     (lambda: make_codec('hybrid', depth=-1), 'depth is -1'), (lambda: make_codec('hybrid', width=0), 'width is 0'), (lambda: make_codec('vq', depth=1.5), 'depth is 1.5'),
-    (lambda: make_codec('packet')(torch.zeros(0, 1, 32, 32)), r'x has shape \(0, 1, 32, 32\); expected at least one picture'), (lambda: make_codec('packet').fit(torch.zeros(0, 1, 32, 32)), 'at least one picture'),
+    (lambda: make_codec('packet')(torch.zeros(0, 1, 32, 32)), r'x has shape \(0, 1, 32, 32\); expected at least one image'), (lambda: make_codec('packet').fit(torch.zeros(0, 1, 32, 32)), 'at least one image'),
     (lambda: make_codec('hybrid').loss(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), blend=1.5), 'blend is 1.5'), (lambda: make_codec('hybrid').loss(torch.rand(2, 1, 8, 8), torch.rand(1, 1, 8, 8)), 'y has shape'),
     (lambda: codec_learner(make_codec('vq'), [], lr=-1), 'lr is -1'), (lambda: codec_learner(make_codec('vq'), [], lr=float('nan')), 'lr is nan')])
 def test_what_makes_no_sense_is_named(call, says):

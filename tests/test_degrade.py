@@ -265,11 +265,13 @@ EMPTY = {'gaussian_blur': lambda x: gaussian_blur(x, 1.), 'gaussian_blur range':
          'block_mask': block_mask, 'jpeg': lambda x: jpeg(x, 50), 'Mixture': Mixture(rain)}
 
 @pytest.mark.parametrize('name', EMPTY)
-def test_no_images_stay_none(name):
-    assert first(EMPTY[name](torch.zeros(0, 3, 32, 32))).shape == (0, 3, 32, 32)
+def test_an_empty_batch_is_one_clear_error(name):
+    with pytest.raises(ValueError, match=r'has shape \(0, 3, 32, 32\); expected at least one image'):
+        EMPTY[name](torch.zeros(0, 3, 32, 32))
 
-def test_no_images_are_made_smaller():
-    for fn in (bicubic_down, second_order): assert fn(torch.zeros(0, 3, 32, 32), 4).shape == (0, 3, 8, 8)
+def test_an_empty_batch_is_not_resized():
+    for fn in (bicubic_down, bicubic_up, second_order):
+        with pytest.raises(ValueError, match='at least one image'): fn(torch.zeros(0, 3, 32, 32), 4)
     for fn in (bicubic_down, bicubic_up):
         with pytest.raises(ValueError, match='at least one pixel'): fn(torch.zeros(2, 3, 0, 32), 4)
 

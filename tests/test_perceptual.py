@@ -162,7 +162,7 @@ def test_each_picture_by_itself(fn):
     assert torch.allclose(fn(a.flip(0), x.flip(0)).flip(0), d, rtol=1e-4, atol=1e-7)
     assert torch.equal(fn(x, x), torch.zeros(4))
     assert torch.allclose(fn(x, a), d, rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match='a has shape|a holds no image|empty'): fn(a[:0], x[:0])
+    with pytest.raises(ValueError, match='at least one image'): fn(a[:0], x[:0])
 
 def test_grows_with_the_damage(fn):
     _, x = pair(c=1)
@@ -625,7 +625,7 @@ def test_what_does_not_fit_is_named(call, error, says):
     with pytest.raises(error, match=says): call()
 
 def test_an_empty_batch_has_no_distances():
-    assert ours()(torch.rand(0, 3, 40, 40), torch.rand(0, 3, 40, 40)).shape == (0,)
+    with pytest.raises(ValueError, match='at least one image'): ours()(torch.rand(0, 3, 40, 40), torch.rand(0, 3, 40, 40))
 
 @pytest.mark.parametrize('shape', [(4, 1, 1, 1), (), (1,), (4, 1)])
 def test_distances_of_another_shape_are_not_spread_over_weights(shape):
