@@ -287,14 +287,13 @@ class ResidualShift(_Training):
         ts, rho = self.subsequence(steps), check_number(randomness, 'randomness', 0, 1)
         if noise is not None and tuple(getattr(noise, 'shape', ())) != (len(ts), *_check(y, 'y').shape):
             raise ValueError(f'noise has shape {tuple(getattr(noise, "shape", ()))}; expected {(len(ts), *y.shape)}, one for each step')
-        for row in () if noise is None else noise: _check(row, 'noise', ('y', y))
         z = self.prior(y, None if noise is None else noise[0], generator)
         for k, (t, s) in enumerate(zip(ts, [*ts[1:], -1])):
             t_all = torch.full((len(y),), t, device=y.device)
             x0 = self._to_x0(_ask(model, self.scale_input(z, t_all), t_all, y if cond is None else cond), z, y, t_all, self.predicts)
             yield State(t, z, x0.to(y.dtype))
             if s < 0: return
-            fresh = 0. if not rho else noise[k + 1] if noise is not None else _randn(y, generator)
+            fresh = 0. if not rho else _randn(y, generator) if noise is None else _check(noise[k + 1], 'noise', ('y', y))
             z = self._back(z, x0, y, t_all, torch.full_like(t_all, s), fresh, rho).to(y.dtype)
 
     def sample(self, model, y, steps=None, **how):

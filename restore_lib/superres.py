@@ -377,6 +377,7 @@ class _Noise:
         self.generator, self.part, self.like = torch.Generator().manual_seed(seed), part, like
         self.all, self.shape = (planes, *like.shape[1:]), (steps, *like.shape)
     def __getitem__(self, k):
+        if not 0 <= k < self.shape[0]: raise IndexError(k)         # so that iterating ends
         dtype = torch.promote_types(self.like.dtype, torch.float32)
         drawn = torch.randn(self.all, generator=self.generator, dtype=dtype)
         # the rest is freed
