@@ -1402,8 +1402,8 @@ def test_a_configuration_names_what_is_no_number(name, value):
 
 @pytest.mark.parametrize('call, says', [
     (lambda: sr_pairs(scenes(1), 4, 0), 'multiple is 0'), (lambda: sr_pairs(scenes(1), 2.5), 'scale is 2.5'), (lambda: unsharp(torch.rand(1, 1, 9, 9), NAN_), 'amount is nan'), (lambda: unsharp(torch.rand(1, 1, 9, 9), 1, -1), 'sigma is -1'),
-    (lambda: fresh().measure(torch.rand(1, 1, 8, 8), torch.rand(3, 1, 32, 32)), 'x has shape'), (lambda: fresh().measure(torch.rand(0, 1, 8, 8), torch.rand(0, 1, 32, 32)), 'at least one picture'),
-    (lambda: fresh()(torch.rand(0, 1, 8, 8)), 'at least one picture'), (lambda: LatentSR(make_codec('packet'), nn.Identity(), scale=0), 'scale is 0'), (lambda: Buckets(SRLoss(), ResidualShift(), n=0), 'n is 0'), (lambda: Buckets(SRLoss(), ResidualShift(), n=16), 'n is 16'),
+    (lambda: fresh().measure(torch.rand(1, 1, 8, 8), torch.rand(3, 1, 32, 32)), 'x has shape'), (lambda: fresh().measure(torch.rand(0, 1, 8, 8), torch.rand(0, 1, 32, 32)), 'at least one image'),
+    (lambda: fresh()(torch.rand(0, 1, 8, 8)), 'at least one image'), (lambda: LatentSR(make_codec('packet'), nn.Identity(), scale=0), 'scale is 0'), (lambda: Buckets(SRLoss(), ResidualShift(), n=0), 'n is 0'), (lambda: Buckets(SRLoss(), ResidualShift(), n=16), 'n is 16'),
     (lambda: sr_learner(fresh(), pairs(), pairs(), n_valid=0), 'n_valid is 0'), (lambda: sr_learner(fresh(), pairs(), workers=-1), 'workers is -1'),
     *[(lambda kw=kw: superresolve(model_of(), torch.rand(8, 8), **kw), f'{next(iter(kw))} is') for kw in (dict(window=0), dict(window=-3), dict(overlap=-1), dict(batch=0), dict(batch=-1), dict(batch=1.5), dict(seed=1.5), dict(window=NAN_))]])
 def test_what_makes_no_sense_is_named(call, says):
