@@ -1087,7 +1087,7 @@ def test_weights_for_what_was_asked(shell):
 def test_a_result_that_is_no_number(shell, monkeypatch):
     save_restorer(awake(dmae(channels=1)), 'nan.safetensors', task='denoise')
     forward = TwoStageDMAE.forward
-    monkeypatch.setattr(TwoStageDMAE, 'forward', lambda *given, **how: [v*np.nan for v in forward(*given, **how)])
+    monkeypatch.setattr(TwoStageDMAE, 'forward', lambda *given, **how: tuple(v*np.nan for v in forward(*given, **how)))
     Path('out.png').write_text('old')
     code, said = shell('in.png', 'out.png', '--quiet', '--weights', 'nan.safetensors')
     assert code == 2 and 'NaN' in said and Path('out.png').read_text() == 'old'
