@@ -169,7 +169,6 @@ def noisy_votes(
     """How a classifier votes on n noisy copies of each image (Cohen et al. 2019), images and copies
     batched together; a copy of which it says NaN has no vote. ValueError for no image."""
     check_images(x, 'x')
-    if not len(x): raise ValueError('x holds no image; expected one at least')
     sigma, n = check_number(sigma, 'sigma', 0, 2), check_whole(n, 'n', 1)
     batch = check_whole(batch, 'batch', 1)
     votes, total = 0, len(x)*n

@@ -178,7 +178,6 @@ class MAE(_Parts):
         enc, hw = self.encoder, tuple(g*self.encoder.patch for g in self.encoder.grid)
         remove = _masking_of(masking)
         if not torch.compiler.is_compiling(): check_images(imgs, 'imgs', channels=enc.channels)
-        if not len(imgs): raise ValueError('imgs holds no image; expected one at least')
         if imgs.shape[-2:] != hw: raise ValueError(f'imgs is {imgs.shape[-2]} x {imgs.shape[-1]}; expected {hw[0]} x {hw[1]}, which the model was made for')
         patches = patchify((imgs - self.mean)/self.std, enc.patch)
         numbers = torch.arange(patches.shape[1], device=imgs.device)[:, None].expand(len(imgs), -1, 1)

@@ -90,7 +90,6 @@ class Labelled(Dataset):
     ):
         check_images(images, 'images')
         classes = check_whole(classes, 'classes', 1)
-        if not len(images): raise ValueError('images holds none; expected one at least')
         if len(images) != len(labels): raise ValueError(f'images holds {len(images)}, labels {len(labels)}; expected as many')
         self.images, self.labels, self.transform = images, _check_labels(labels, classes), transform
 

@@ -485,7 +485,7 @@ def found(n=2): return Certified(torch.zeros(n, dtype=torch.int64), torch.ones(n
     *[(lambda a=a: certify(thirds, X, .25, alpha=a), 'alpha is') for a in (0, 1, -.1, NAN)], *[(lambda n=n: certify(thirds, X, .25, n0=n), 'n0 is') for n in (0, -3, 2.5, True)],
     *[(lambda n=n: certify(thirds, X, .25, n=n), 'n is') for n in (0, 2.5, NAN)], *[(lambda n=n: noisy_votes(thirds, X, .25, n), 'n is') for n in (0, -1, 1.5)],
     *[(lambda n=n: noisy_votes(thirds, X, .25, 5, batch=n), 'batch is') for n in (0, -1, 1.5)], (lambda: certify(thirds, X, .25, seed=.5), 'seed is 0.5'),
-    (lambda: certify(thirds, X[:0], .25), 'x holds no image'), (lambda: noisy_votes(thirds, X[:0], .25, 5), 'x holds no image'),
+    (lambda: certify(thirds, X[:0], .25), 'at least one image'), (lambda: noisy_votes(thirds, X[:0], .25, 5), 'at least one image'),
     *[(lambda r=r: certified_accuracy(found(), torch.zeros(2, dtype=torch.int64), r), 'radii is') for r in ((-1.,), (0., NAN), (math.inf,))],
     (lambda: certified_accuracy(found(0), torch.zeros(0, dtype=torch.int64)), 'found holds no image'), (lambda: certified_accuracy(found(), torch.zeros(2)), 'labels is torch.float32'),
     (lambda: certified_accuracy(found(), torch.zeros(2, 1, dtype=torch.int64)), 'labels is'), *[(lambda k=k: consistency(torch.zeros(2, 3, 4), **{k: NAN}), f'{k} is nan') for k in ('lam', 'eta')],

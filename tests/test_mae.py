@@ -693,7 +693,7 @@ def test_sizes_from_numpy():
     assert torch.equal(inpaint_bilinear(torch.rand(1, 3, 8, 8, generator=gen()), known, np.int64(2)), inpaint_bilinear(torch.rand(1, 3, 8, 8, generator=gen()), known, 2))
 
 @pytest.mark.parametrize('call, says', [
-    (lambda: small()(torch.zeros(0, 3, 24, 24)), 'imgs holds no image'), (lambda: reconstruct(small(), torch.zeros(0, 3, 24, 24)), 'imgs holds no image'),
+    (lambda: small()(torch.zeros(0, 3, 24, 24)), 'at least one image'), (lambda: reconstruct(small(), torch.zeros(0, 3, 24, 24)), 'at least one image'),
     (lambda: features(small(), torch.rand(2, 3, 24, 24), 0), 'batch is 0'), (lambda: features(small(), torch.rand(2, 3, 24, 24), 1.5), 'batch is 1.5'),
     (lambda: inpaint_bilinear(torch.rand(1, 1, 8, 8), torch.ones(1, 1, 8, 8), -1), 'sweeps is -1'),
     (lambda: MAE(**SIZES, std=0), 'std is 0'), (lambda: MAE(**SIZES, mean=math.nan), 'mean is nan'), (lambda: MAE(**SIZES, mean=(.1, .2)), 'mean holds 2'),

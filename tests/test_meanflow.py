@@ -554,7 +554,7 @@ def test_knobs_of_a_flow(knob, bad):
     (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=0), ValueError, 'batch is 0'), (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=3), ValueError, 'data holds 2 items; expected at least batch=3'),
     (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, lr=-1), ValueError, 'lr is -1'), (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, ema=5), ValueError, 'ema is 5'),
     (lambda: Restorer(unet(), Bridge()), TypeError, 'flow is Folded'), (lambda: Restorer(FlowMatching(unet()), 'straight'), TypeError, 'bridge is str'),
-    (lambda: Restorer(FlowMatching(unet()), Bridge())(PICTURES[:0]), ValueError, 'e has shape')])
+    (lambda: Restorer(FlowMatching(unet()), Bridge())(PICTURES[:0]), ValueError, 'at least one image')])
 def test_what_does_not_fit_is_named(call, error, says):
     with pytest.raises(error, match=says): call()
 

@@ -377,7 +377,7 @@ NAN = float('nan')
     (lambda: probe(blr=NAN), 'blr is nan'), (lambda: probe(warmup=-.1), 'warmup is -0.1'), (lambda: lars([torch.zeros(2, requires_grad=True)], NAN), 'lr is nan'),
     (lambda: lars([torch.zeros(2, requires_grad=True)], 1, momentum=1.5), 'momentum is 1.5'), (lambda: weak_augment(20, scale=(.7, 1.5)), 'scale is'), (lambda: weak_augment(20, scale=(NAN, 1)), 'scale is'),
     (lambda: strong_augment(20, erase=NAN), 'erase is nan'), (lambda: strong_augment(20, magnitude=50), 'magnitude is 50'), (lambda: labelled(*toy(), 4, batch=0), 'batch is 0'),
-    (lambda: labelled(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), 4), 'images holds none'), (lambda: predict(Classifier(encoder(), 4), toy()[0], 0), 'batch is 0'),
+    (lambda: labelled(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64), 4), 'at least one image'), (lambda: predict(Classifier(encoder(), 4), toy()[0], 0), 'batch is 0'),
     (lambda: Classifier(encoder(), 0), 'classes is 0'), (lambda: Classifier(encoder(), 4, std=0), 'std is 0')])
 def test_numbers_out_of_range(call, says):
     with pytest.raises(ValueError, match=says): call()
