@@ -208,7 +208,7 @@ class SRConfig:
     "Everything that decides a training but the pictures; `two_cores` and `paper` are its two sizes."
     codec: str = 'packet'          # a name of restore_lib.codecs.CODECS
     codec_options: dict = field(default_factory=dict)
-    codec_steps: int = 400         # of a codec that learns
+    codec_steps: int = 400         # of a codec that learns; 0 leaves it untrained
     gains: str = 'none'            # of the latent's channels: 'none', 'unit' or 'residual'
     net: str = 'tiny'              # a constructor of SwinUNet
     net_options: dict = field(default_factory=dict)
@@ -230,8 +230,9 @@ class SRConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ('crop', 'batch', 'steps', 'scale', 'codec_steps'):
+        for name in ('crop', 'batch', 'steps', 'scale'):
             self._keep(name, check_whole(getattr(self, name), name, 1))
+        self._keep('codec_steps', check_whole(self.codec_steps, 'codec_steps', 0))
         self._keep('seed', check_whole(self.seed, 'seed'))
         self._keep('lr', check_number(self.lr, 'lr', above=0))
         for name in ('lr_floor', 'warmup', 'ema'):
@@ -277,7 +278,7 @@ _CODEC_LR = dict(learnable=1e-2, hybrid=2e-3, vq=4e-3)
 def _trained_codec(config, pairs):
     "The codec; one that has something to learn learns it from crops of the pairs."
     codec = make_codec(config.codec, config.channels, **config.codec_options)
-    if pairs is None or not hasattr(codec, 'loss'): return codec
+    if pairs is None or not config.codec_steps or not hasattr(codec, 'loss'): return codec
     class Both(Crops):
         def __getitem__(self, k):
             y, x = super().__getitem__(k)
