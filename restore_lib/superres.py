@@ -278,13 +278,14 @@ _CODEC_LR = dict(learnable=1e-2, hybrid=2e-3, vq=4e-3)
 def _trained_codec(config, pairs):
     "The codec; one that has something to learn learns it from crops of the pairs."
     codec = make_codec(config.codec, config.channels, **config.codec_options)
-    if pairs is None or not config.codec_steps or not hasattr(codec, 'loss'): return codec
+    if pairs is None or not hasattr(codec, 'loss'): return codec
     class Both(Crops):
         def __getitem__(self, k):
             y, x = super().__getitem__(k)
             return x, bicubic_up(y[None], self.scale)[0]
     crops = Both(pairs, config.crop, n=config.batch*256, scale=config.scale)
-    codec_learner(codec, DataLoader(crops, config.batch), lr=_CODEC_LR[config.codec], seed=config.seed).fit(config.codec_steps)
+    learn = codec_learner(codec, DataLoader(crops, config.batch), lr=_CODEC_LR[config.codec], seed=config.seed)
+    if config.codec_steps: learn.fit(config.codec_steps)
     return codec.eval()
 
 def _around(codec, config, before=None):
