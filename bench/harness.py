@@ -1,20 +1,30 @@
 "Times two functions against each other in one run, interleaved, so that a busy machine slows both."
+
 import statistics, time
 
 
 def compare(subject, ours, peer_name, peer, repeats=15, note=''):
     "A row: median times of `ours` and `peer`, and the median of their ratios, turn by turn (above 1: ours is faster)."
-    ours(), peer()                                  # warm-up
+    ours()
+    peer()  # warm-up
     times = []
     for k in range(repeats):
         pair = {}
-        for who, fn in ((('ours', ours), ('peer', peer)) if k % 2 else (('peer', peer), ('ours', ours))):
+        for who, fn in (
+            (('ours', ours), ('peer', peer)) if k % 2 else (('peer', peer), ('ours', ours))
+        ):
             t0 = time.perf_counter()
             fn()
             pair[who] = time.perf_counter() - t0
         times.append(pair)
-    ratios = sorted(t['peer']/t['ours'] for t in times)
-    quarter = len(ratios)//4
-    return dict(subject=subject, peer=peer_name, ours_ms=1e3*statistics.median(t['ours'] for t in times),
-                peer_ms=1e3*statistics.median(t['peer'] for t in times), ratio=statistics.median(ratios),
-                middle_half=f'{ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f}', note=note)
+    ratios = sorted(t['peer'] / t['ours'] for t in times)
+    quarter = len(ratios) // 4
+    return dict(
+        subject=subject,
+        peer=peer_name,
+        ours_ms=1e3 * statistics.median(t['ours'] for t in times),
+        peer_ms=1e3 * statistics.median(t['peer'] for t in times),
+        ratio=statistics.median(ratios),
+        middle_half=f'{ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f}',
+        note=note,
+    )

@@ -1,9 +1,10 @@
 "A pretraining step of mae_tiny as make starts it, on a quiet machine and beside one busy process, against the plain environment."
+
 import os, re, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = dict(re.findall(r'^export (\w+) \?= (\S+)$', (ROOT/'Makefile').read_text(), re.M))
+SETTINGS = dict(re.findall(r'^export (\w+) \?= (\S+)$', (ROOT / 'Makefile').read_text(), re.M))
 BUSY = 'while True: pass'
 STEPS = '''
 import statistics, sys, time, torch
@@ -27,8 +28,13 @@ def seconds(settings, busy, budget=6):
     plain = {k: v for k, v in os.environ.items() if k not in SETTINGS}
     other = subprocess.Popen([sys.executable, '-c', BUSY]) if busy else None
     try:
-        out = subprocess.run([sys.executable, '-c', STEPS, str(budget)], env={**plain, **settings, 'PYTHONPATH': str(ROOT)},
-                             capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, '-c', STEPS, str(budget)],
+            env={**plain, **settings, 'PYTHONPATH': str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     finally:
         if other:
             other.kill()
@@ -37,16 +43,44 @@ def seconds(settings, busy, budget=6):
 
 
 def rows():
-    turns = [(seconds({}, False), seconds(SETTINGS, False), seconds({}, True), seconds(SETTINGS, True)) for _ in range(3)]
+    turns = [
+        (seconds({}, False), seconds(SETTINGS, False), seconds({}, True), seconds(SETTINGS, True))
+        for _ in range(3)
+    ]
     quiet, quiet_made, beside, beside_made = zip(*turns)
-    yield row('mae_tiny step as make starts it, quiet', 'plain environment, quiet', quiet_made, quiet, 'at least 0.91 asked')
-    yield row('mae_tiny step as make starts it, beside a busy process', 'plain environment, quiet', beside_made, quiet, 'at least 0.45 asked')
-    yield row('mae_tiny step as make starts it, beside a busy process', 'plain environment, beside it, too', beside_made, beside, '')
+    yield row(
+        'mae_tiny step as make starts it, quiet',
+        'plain environment, quiet',
+        quiet_made,
+        quiet,
+        'at least 0.91 asked',
+    )
+    yield row(
+        'mae_tiny step as make starts it, beside a busy process',
+        'plain environment, quiet',
+        beside_made,
+        quiet,
+        'at least 0.45 asked',
+    )
+    yield row(
+        'mae_tiny step as make starts it, beside a busy process',
+        'plain environment, beside it, too',
+        beside_made,
+        beside,
+        '',
+    )
 
 
 def row(subject, peer, ours, theirs, note):
     "The row of `harness.compare`, from times that were taken in turns in processes of their own."
-    ratios = sorted(p/o for o, p in zip(ours, theirs))
-    middle = len(ratios)//2
-    return dict(subject=subject, peer=peer, ours_ms=1e3*sorted(ours)[middle], peer_ms=1e3*sorted(theirs)[middle],
-                ratio=ratios[middle], middle_half=f'{ratios[0]:.2f} to {ratios[-1]:.2f} (all)', note=note)
+    ratios = sorted(p / o for o, p in zip(ours, theirs))
+    middle = len(ratios) // 2
+    return dict(
+        subject=subject,
+        peer=peer,
+        ours_ms=1e3 * sorted(ours)[middle],
+        peer_ms=1e3 * sorted(theirs)[middle],
+        ratio=ratios[middle],
+        middle_half=f'{ratios[0]:.2f} to {ratios[-1]:.2f} (all)',
+        note=note,
+    )

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from pathlib import Path
 
 from restore_lib.data import data_home
 
@@ -8,10 +7,13 @@ from restore_lib.data import data_home
 @pytest.fixture
 def real():
     "real('ir/tno17_dev'): a folder of real data, or a skip that names what is absent."
+
     def find(folder):
-        path = data_home()/folder
-        if not path.exists(): pytest.skip(f'{folder} is not below data_home() (set RESTORE_DATA)')
+        path = data_home() / folder
+        if not path.exists():
+            pytest.skip(f'{folder} is not below data_home() (set RESTORE_DATA)')
         return path
+
     return find
 
 
@@ -19,6 +21,7 @@ def real():
 def seed():
     "The same start for each test; one thread, for models this small are slower with more."
     threads = torch.get_num_threads()
-    torch.manual_seed(0), torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

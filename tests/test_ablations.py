@@ -9,7 +9,7 @@ import pywt
 import torch
 
 from restore_lib import ablations
-from restore_lib.ablations import Ablation, WaveletPacketCodec, ablate, swap_wavelet
+from restore_lib.ablations import WaveletPacketCodec, ablate, swap_wavelet
 from restore_lib.codecs import DCTCodec, LLCodec, PacketCodec
 from restore_lib.data import thermal
 from restore_lib.superres import LatentSR, SRConfig, make_sr, sr_pairs
@@ -18,37 +18,57 @@ ROOT = Path(__file__).resolve().parent.parent
 REF, GRID = dict(a=1, b=2), {'a 3': dict(a=3), 'b 5': dict(b=5), 'b 6': dict(b=6)}
 
 
-def toy(config, seed): return dict(PSNR=[10*config['a'] + config['b'] + torch.rand(()).item() for _ in range(4)], size=config['a'])
+def toy(config, seed):
+    return dict(
+        PSNR=[10 * config['a'] + config['b'] + torch.rand(()).item() for _ in range(4)],
+        size=config['a'],
+    )
 
 
 class Counted:
     "toy, which notes each call in a file."
-    def __init__(self, path, wrong=()): self.path, self.wrong = Path(path), wrong
+
+    def __init__(self, path, wrong=()):
+        self.path, self.wrong = Path(path), wrong
+
     def __call__(self, config, seed):
-        with open(self.path, 'a') as f: f.write(json.dumps([config, seed]) + '\n')
-        if config['b'] in self.wrong: raise OSError('the disk <b>|')
+        with open(self.path, 'a') as f:
+            f.write(json.dumps([config, seed]) + '\n')
+        if config['b'] in self.wrong:
+            raise OSError('the disk <b>|')
         return toy(config, seed)
+
     @property
-    def calls(self): return self.path.read_text().splitlines() if self.path.exists() else []
+    def calls(self):
+        return self.path.read_text().splitlines() if self.path.exists() else []
 
 
-def told(ablation): return [{k: r.get(k) for k in ('row', 'knobs', 'config', 'seed', 'status', 'figures')} for r in ablation.rows]
+def told(ablation):
+    return [
+        {k: r.get(k) for k in ('row', 'knobs', 'config', 'seed', 'status', 'figures')}
+        for r in ablation.rows
+    ]
 
 
 @pytest.fixture
-def counted(tmp_path): return Counted(tmp_path/'calls')
+def counted(tmp_path):
+    return Counted(tmp_path / 'calls')
 
 
 @pytest.fixture
-def path(tmp_path): return tmp_path/'deep/rows.jsonl'
+def path(tmp_path):
+    return tmp_path / 'deep/rows.jsonl'
 
 
 # ---- the plan
 
+
 def test_reference_first_then_the_grid_and_seed_by_seed(counted):
     a = ablate(counted, REF, GRID, seeds=(3, 1), version=0)
-    assert [(r['row'], r['seed']) for r in a.rows] == [(n, s) for n in ('reference', *GRID) for s in (3, 1)]
-    assert [json.loads(c)[1] for c in counted.calls] == [3]*4 + [1]*4
+    assert [(r['row'], r['seed']) for r in a.rows] == [
+        (n, s) for n in ('reference', *GRID) for s in (3, 1)
+    ]
+    assert [json.loads(c)[1] for c in counted.calls] == [3] * 4 + [1] * 4
     assert all(r['config'] == {**REF, **GRID.get(r['row'], {})} for r in a.rows)
 
 
@@ -62,128 +82,215 @@ def test_seeds_by_row(counted):
     assert [len(a.runs(n)) for n in a.names] == [3, 3, 3, 1]
 
 
-@pytest.mark.parametrize('change, error, says', [
-    (dict(grid={'x': dict(c=1)}), ValueError, "row 'x' turns 'c'"), (dict(grid={'x': dict(a=2, b=3)}), ValueError, 'turns 2 knobs'), (dict(grid={'x': {}}), ValueError, 'turns 0 knobs'),
-    (dict(grid={'x': 3}), TypeError, 'expected a dict knob'), (dict(grid=[1]), TypeError, 'grid is list'), (dict(grid={'reference': dict(a=2)}), ValueError, "a row 'reference'"),
-    (dict(reference=3), TypeError, 'reference is int'), (dict(reference={1: 2}), TypeError, 'expected text as keys'), (dict(reference=dict(a=float('nan'))), ValueError, 'JSON cannot hold'),
-    (dict(reference=dict(a=torch.ones(1))), TypeError, 'JSON cannot hold'), (dict(seeds=()), ValueError, 'seeds is empty'), (dict(seeds=(0, 0)), ValueError, 'different whole numbers'),
-    (dict(seeds=3), TypeError, 'expected a list'), (dict(seeds=('0',)), TypeError, 'a whole number'), (dict(seeds={'a 3': (0,)}), ValueError, 'empty'), (dict(seeds={'reference': (0,), 'z': (1,)}), ValueError, "'z', which is no row"),
-    (dict(budget=-1), ValueError, 'budget is -1'), (dict(jobs=0), ValueError, 'jobs is 0'), (dict(jobs=1.5), ValueError, 'jobs is 1.5'), (dict(train=3), TypeError, 'train is int')])
+@pytest.mark.parametrize(
+    'change, error, says',
+    [
+        (dict(grid={'x': dict(c=1)}), ValueError, "row 'x' turns 'c'"),
+        (dict(grid={'x': dict(a=2, b=3)}), ValueError, 'turns 2 knobs'),
+        (dict(grid={'x': {}}), ValueError, 'turns 0 knobs'),
+        (dict(grid={'x': 3}), TypeError, 'expected a dict knob'),
+        (dict(grid=[1]), TypeError, 'grid is list'),
+        (dict(grid={'reference': dict(a=2)}), ValueError, "a row 'reference'"),
+        (dict(reference=3), TypeError, 'reference is int'),
+        (dict(reference={1: 2}), TypeError, 'expected text as keys'),
+        (dict(reference=dict(a=float('nan'))), ValueError, 'JSON cannot hold'),
+        (dict(reference=dict(a=torch.ones(1))), TypeError, 'JSON cannot hold'),
+        (dict(seeds=()), ValueError, 'seeds is empty'),
+        (dict(seeds=(0, 0)), ValueError, 'different whole numbers'),
+        (dict(seeds=3), TypeError, 'expected a list'),
+        (dict(seeds=('0',)), TypeError, 'a whole number'),
+        (dict(seeds={'a 3': (0,)}), ValueError, 'empty'),
+        (dict(seeds={'reference': (0,), 'z': (1,)}), ValueError, "'z', which is no row"),
+        (dict(budget=-1), ValueError, 'budget is -1'),
+        (dict(jobs=0), ValueError, 'jobs is 0'),
+        (dict(jobs=1.5), ValueError, 'jobs is 1.5'),
+        (dict(train=3), TypeError, 'train is int'),
+    ],
+)
 def test_bad_input(change, error, says):
-    with pytest.raises(error, match=re.escape(says)): ablate(**{**dict(train=toy, reference=REF, grid=GRID), **change})
+    with pytest.raises(error, match=re.escape(says)):
+        ablate(**{**dict(train=toy, reference=REF, grid=GRID), **change})
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(ValueError, match='is a folder'): ablate(toy, REF, GRID, path=tmp_path)
+    with pytest.raises(ValueError, match='is a folder'):
+        ablate(toy, REF, GRID, path=tmp_path)
 
 
-def test_several_knobs_when_asked(): assert ablate(toy, REF, {'both': dict(a=3, b=5)}, several=True).rows[1]['config'] == dict(a=3, b=5)
+def test_several_knobs_when_asked():
+    assert ablate(toy, REF, {'both': dict(a=3, b=5)}, several=True).rows[1]['config'] == dict(
+        a=3, b=5
+    )
 
 
 def test_train_gets_what_the_file_would_hold_and_may_change_it():
     seen = []
+
     def train(config, seed):
         seen.append(config['sizes'])
         config['sizes'].append(9)
         return dict(n=len(config['sizes']))
+
     a = ablate(train, dict(sizes=(1, 2)), {'three': dict(sizes=(1, 2, 3))})
-    assert seen == [[1, 2, 9], [1, 2, 3, 9]] and [r['config']['sizes'] for r in a.rows] == [[1, 2], [1, 2, 3]]
+    assert seen == [[1, 2, 9], [1, 2, 3, 9]] and [r['config']['sizes'] for r in a.rows] == [
+        [1, 2],
+        [1, 2, 3],
+    ]
 
 
 # ---- what is kept
+
 
 def test_nothing_is_run_twice(counted, path):
     a = ablate(counted, REF, GRID, seeds=(0, 1), path=path, version=0)
     b = ablate(counted, REF, dict(reversed(GRID.items())), seeds=(1, 0, 2), path=path, version=0)
     assert len(counted.calls) == len(set(counted.calls)) == 12
-    assert {json.dumps(r, sort_keys=True) for r in told(a)} <= {json.dumps(r, sort_keys=True) for r in told(b)}
+    assert {json.dumps(r, sort_keys=True) for r in told(a)} <= {
+        json.dumps(r, sort_keys=True) for r in told(b)
+    }
 
 
 def test_the_callers_random_state_is_left_alone(counted):
-    torch.manual_seed(5); want = torch.rand(3)
-    torch.manual_seed(5); ablate(toy, REF, GRID)
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    ablate(toy, REF, GRID)
     assert torch.equal(torch.rand(3), want)
 
 
 def test_another_reference_or_version_is_run_anew(counted, path):
     ablate(counted, REF, GRID, path=path, version=0)
-    ablate(counted, dict(a=1, b=7), GRID, path=path, version=0)                       # 'b 5' and 'b 6' set b: their configurations are the old ones
+    ablate(
+        counted, dict(a=1, b=7), GRID, path=path, version=0
+    )  # 'b 5' and 'b 6' set b: their configurations are the old ones
     assert len(counted.calls) == 6 and all(json.loads(c)[0]['b'] == 7 for c in counted.calls[4:])
-    assert {r['status'] for r in ablate(counted, REF, GRID, path=path, version='1', budget=0).rows} == {'open'}
+    assert {
+        r['status'] for r in ablate(counted, REF, GRID, path=path, version='1', budget=0).rows
+    } == {'open'}
     ablate(counted, REF, GRID, path=path, version='1')
     assert len(counted.calls) == 10
 
 
 def test_the_source_is_the_default_version(path):
-    def one(config, seed): return dict(n=1)
-    def two(config, seed): return dict(n=2)
+    def one(config, seed):
+        return dict(n=1)
+
+    def two(config, seed):
+        return dict(n=2)
+
     assert ablate(one, REF, {}, path=path).mean('reference', 'n') == 1
-    assert ablate(two, REF, {}, path=path).mean('reference', 'n') == 2 and len(path.read_text().splitlines()) == 2
+    assert (
+        ablate(two, REF, {}, path=path).mean('reference', 'n') == 2
+        and len(path.read_text().splitlines()) == 2
+    )
 
 
 def test_a_row_that_raises_is_told_and_tried_again(counted, path):
     counted.wrong = (5,)
     a = ablate(counted, REF, GRID, path=path, version=0)
-    assert [r['status'] for r in a.rows] == ['done', 'done', 'failed', 'done'] and a.rows[2]['error'] == 'OSError: the disk <b>|' and 'test_ablations.py' in a.rows[2]['where']
+    assert (
+        [r['status'] for r in a.rows] == ['done', 'done', 'failed', 'done']
+        and a.rows[2]['error'] == 'OSError: the disk <b>|'
+        and 'test_ablations.py' in a.rows[2]['where']
+    )
     assert '1 failed; OSError' in str(a)
     counted.wrong = ()
     b = ablate(counted, REF, GRID, path=path, version=0)
-    assert [r['status'] for r in b.rows] == ['done']*4 and len(counted.calls) == 5
+    assert [r['status'] for r in b.rows] == ['done'] * 4 and len(counted.calls) == 5
     counted.wrong = (5,)
-    assert told(ablate(counted, REF, GRID, path=path, version=0)) == told(b) and len(counted.calls) == 5
+    assert (
+        told(ablate(counted, REF, GRID, path=path, version=0)) == told(b)
+        and len(counted.calls) == 5
+    )
 
 
-@pytest.mark.parametrize('found', [None, {}, dict(n='x'), dict(n=[]), {1: 2}, dict(n=[[1.]])])
+@pytest.mark.parametrize('found', [None, {}, dict(n='x'), dict(n=[]), {1: 2}, dict(n=[[1.0]])])
 def test_figures_that_are_none_fail_the_row(found):
     a = ablate(lambda c, s: found, REF, {})
     assert a.rows[0]['status'] == 'failed' and 'TypeError' in a.rows[0]['error']
 
 
 def test_odd_numbers_survive_the_file(path):
-    odd = lambda c, s: dict(one=math.nan, many=[1, math.inf, -math.inf, math.nan], t=torch.tensor([1., 2.]), k=torch.tensor(3))
+    odd = lambda c, s: dict(
+        one=math.nan,
+        many=[1, math.inf, -math.inf, math.nan],
+        t=torch.tensor([1.0, 2.0]),
+        k=torch.tensor(3),
+    )
     fresh, kept = (ablate(odd, REF, {'a 2': dict(a=2)}, path=path, version=0) for _ in range(2))
-    for line in path.read_text().splitlines(): json.loads(line, parse_constant=pytest.fail)          # no NaN, which is no JSON
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # no NaN, which is no JSON
     for a in (fresh, kept):
         f = a.rows[0]['figures']
-        assert math.isnan(f['one']) and f['many'][:3] == [1, math.inf, -math.inf] and math.isnan(f['many'][3]) and f['t'] == [1, 2] and f['k'] == 3
+        assert (
+            math.isnan(f['one'])
+            and f['many'][:3] == [1, math.inf, -math.inf]
+            and math.isnan(f['many'][3])
+            and f['t'] == [1, 2]
+            and f['k'] == 3
+        )
         assert 'NaN' in str(a.table('one')) and 'cannot be compared' in a.sentence('a 2', 'one')
 
 
 def test_budget_leaves_rows_open_and_names_them(path, monkeypatch, counted):
     clock = iter(range(0, 100000, 40))
-    monkeypatch.setattr(ablations.time, 'monotonic', lambda: next(clock))                           # each look at the clock costs 40 seconds
+    monkeypatch.setattr(
+        ablations.time, 'monotonic', lambda: next(clock)
+    )  # each look at the clock costs 40 seconds
     a = ablate(counted, REF, GRID, path=path, version=0, budget=2.5)
-    assert 1 <= len(counted.calls) < 4 and [r['status'] for r in a.rows] == ['done']*len(counted.calls) + ['open']*(4 - len(counted.calls))
+    assert 1 <= len(counted.calls) < 4 and [r['status'] for r in a.rows] == ['done'] * len(
+        counted.calls
+    ) + ['open'] * (4 - len(counted.calls))
     assert '1 open' in str(a) and 'b 6' in str(a)
     monkeypatch.undo()
-    assert {r['status'] for r in ablate(counted, REF, GRID, path=path, version=0).rows} == {'done'} and len(counted.calls) == 4
+    assert {r['status'] for r in ablate(counted, REF, GRID, path=path, version=0).rows} == {
+        'done'
+    } and len(counted.calls) == 4
 
 
 def test_budget_of_nothing_reads_only(path):
     a = ablate(toy, REF, GRID, path=path, budget=0)
-    assert not path.exists() and {r['status'] for r in a.rows} == {'open'} and 'open or failed' in str(a) and a.html() and a.markdown()
+    assert (
+        not path.exists()
+        and {r['status'] for r in a.rows} == {'open'}
+        and 'open or failed' in str(a)
+        and a.html()
+        and a.markdown()
+    )
 
 
 # ---- kill and resume
 
+
 def run_here(tmp_path, kill_at=None, how='train', share=50):
     "A grid of three rows: (table, calls). The process ends by SIGKILL in row `kill_at`: while it trains, or with so many percent of the row written."
-    calls, append, n = tmp_path/'calls', ablations._append, [0]
+    calls, append, n = tmp_path / 'calls', ablations._append, [0]
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
     def train(config, seed):
-        with open(calls, 'a') as f: f.write(json.dumps([config, seed]) + '\n')
-        if how == 'train' and n[0] == kill_at: die()
-        return dict(PSNR=[config['a'] + 0.1*seed, config['b'] + 0.5])
+        with open(calls, 'a') as f:
+            f.write(json.dumps([config, seed]) + '\n')
+        if how == 'train' and n[0] == kill_at:
+            die()
+        return dict(PSNR=[config['a'] + 0.1 * seed, config['b'] + 0.5])
+
     def half(path, record):
         append(path, record)
         if how == 'half' and n[0] == kill_at:
             whole = path.read_bytes()
             start = whole[:-1].rfind(b'\n') + 1
-            path.write_bytes(whole[:start + (len(whole) - start)*share//100])
+            path.write_bytes(whole[: start + (len(whole) - start) * share // 100])
             die()
         n[0] += 1
+
     with mock.patch.object(ablations, '_append', half):
-        a = ablate(train, dict(a=1, b=2), {'a 3': dict(a=3), 'b 5': dict(b=5)}, path=tmp_path/'rows', version=0)
+        a = ablate(
+            train,
+            dict(a=1, b=2),
+            {'a 3': dict(a=3), 'b 5': dict(b=5)},
+            path=tmp_path / 'rows',
+            version=0,
+        )
     return [[r['row'], r['seed'], r['figures']] for r in a.rows], calls.read_text().splitlines()
 
 
@@ -191,30 +298,46 @@ def killed(*args):
     "`run_here` in a child; its exit status. The child is forked, for a start of Python takes seconds."
     pid = os.fork()
     if pid == 0:
-        try: run_here(*args)
-        finally: os._exit(1)
+        try:
+            run_here(*args)
+        finally:
+            os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize('at, how, share', [(at, how, share) for at in (0, 1, 2) for how, share in (('train', 0), ('half', 60))] + [(1, 'half', 5), (1, 'half', 99)])
+@pytest.mark.parametrize(
+    'at, how, share',
+    [(at, how, share) for at in (0, 1, 2) for how, share in (('train', 0), ('half', 60))]
+    + [(1, 'half', 5), (1, 'half', 99)],
+)
 def test_killed_at_any_row_the_table_is_the_same(tmp_path, at, how, share):
-    (tmp_path/'never').mkdir()
-    want, _ = run_here(tmp_path/'never')
+    (tmp_path / 'never').mkdir()
+    want, _ = run_here(tmp_path / 'never')
     assert killed(tmp_path, at, how, share) == -signal.SIGKILL
-    rows = tmp_path/'rows'
-    assert [json.loads(l)['row'] for l in rows.read_bytes().split(b'\n')[:-1]] == ['reference', 'a 3', 'b 5'][:at] if rows.exists() else at == 0
+    rows = tmp_path / 'rows'
+    assert (
+        [json.loads(l)['row'] for l in rows.read_bytes().split(b'\n')[:-1]]
+        == ['reference', 'a 3', 'b 5'][:at]
+        if rows.exists()
+        else at == 0
+    )
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter('always')
         got, calls = run_here(tmp_path)
-    assert got == want and [str(w.message).count('half a line') for w in heard if 'half a line' in str(w.message)] == [1]*(how == 'half')
-    assert len(calls) == 4 and len(set(calls)) == 3                                    # the row that was killed, once more; no other
+    assert got == want and [
+        str(w.message).count('half a line') for w in heard if 'half a line' in str(w.message)
+    ] == [1] * (how == 'half')
+    assert len(calls) == 4 and len(set(calls)) == 3  # the row that was killed, once more; no other
     assert len(rows.read_text().splitlines()) == 3
 
 
 def test_killed_again_and_again(tmp_path):
-    for at in (0, 0, 0): assert killed(tmp_path, at + 1, 'half', 50) in (-signal.SIGKILL, 1)
+    for at in (0, 0, 0):
+        assert killed(tmp_path, at + 1, 'half', 50) in (-signal.SIGKILL, 1)
     got, calls = run_here(tmp_path)
-    assert len(got) == 3 and len(set(calls)) == 3 and calls.count(calls[0]) == 1       # the first row, which was finished, was run once
+    assert (
+        len(got) == 3 and len(set(calls)) == 3 and calls.count(calls[0]) == 1
+    )  # the first row, which was finished, was run once
 
 
 def test_a_whole_last_line_without_its_end_counts(counted, path):
@@ -223,23 +346,40 @@ def test_a_whole_last_line_without_its_end_counts(counted, path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         b = ablate(counted, REF, GRID, path=path, seeds=(0, 1), version=0)
-    assert len(counted.calls) == 8 and len(path.read_text().splitlines()) == 8 and told(a) == [r for r in told(b) if r['seed'] == 0]
+    assert (
+        len(counted.calls) == 8
+        and len(path.read_text().splitlines()) == 8
+        and told(a) == [r for r in told(b) if r['seed'] == 0]
+    )
 
 
-@pytest.mark.parametrize('line', ['{"a": 1}', 'not json', '[1, 2]', '{"config": {}, "seed": 0, "version": 0, "status": "done", "figures": {"n": "x"}}'])
+@pytest.mark.parametrize(
+    'line',
+    [
+        '{"a": 1}',
+        'not json',
+        '[1, 2]',
+        '{"config": {}, "seed": 0, "version": 0, "status": "done", "figures": {"n": "x"}}',
+    ],
+)
 def test_a_foreign_file_is_refused(path, line):
     path.parent.mkdir()
     path.write_text(line + '\n')
-    with pytest.raises(ValueError, match='line 1 is no record'): ablate(toy, REF, GRID, path=path)
+    with pytest.raises(ValueError, match='line 1 is no record'):
+        ablate(toy, REF, GRID, path=path)
     assert path.read_text() == line + '\n'
 
 
 def test_two_runs_of_one_file(path):
     held = ablations._locked(path)
     try:
-        with pytest.raises(RuntimeError, match='being written by another run'): ablate(toy, REF, GRID, path=path)
-        assert {r['status'] for r in ablate(toy, REF, GRID, path=path, budget=0).rows} == {'open'}       # reading is allowed
-    finally: held.release()
+        with pytest.raises(RuntimeError, match='being written by another run'):
+            ablate(toy, REF, GRID, path=path)
+        assert {r['status'] for r in ablate(toy, REF, GRID, path=path, budget=0).rows} == {
+            'open'
+        }  # reading is allowed
+    finally:
+        held.release()
     assert {r['status'] for r in ablate(toy, REF, GRID, path=path).rows} == {'done'}
 
 
@@ -247,6 +387,7 @@ def test_a_run_inside_a_row_is_told(path):
     def train(config, seed):
         ablate(toy, REF, GRID, path=path)
         return dict(n=1)
+
     assert 'being written by another run' in ablate(train, REF, {}, path=path).rows[0]['error']
 
 
@@ -283,19 +424,34 @@ if __name__ == '__main__':
 
 
 def test_worker_processes(tmp_path):
-    (tmp_path/'main.py').write_text(MAIN)
+    (tmp_path / 'main.py').write_text(MAIN)
     env = {k: v for k, v in os.environ.items() if k != 'CUDA_VISIBLE_DEVICES'}
-    out = subprocess.run([sys.executable, tmp_path/'main.py', str(tmp_path/'rows')], capture_output=True, text=True, cwd=ROOT, env={**env, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    out = subprocess.run(
+        [sys.executable, tmp_path / 'main.py', str(tmp_path / 'rows')],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**env, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+    )
     assert out.stdout.strip() == 'fine', out.stderr
 
 
 # ---- tables
 
+
 def test_table_says_what_compare_says():
     a = ablate(toy, REF, GRID, seeds=(0, 1, 2))
     r, line = a.compare('a 3', 'PSNR'), {q['row']: q for q in a.table('PSNR').rows}['a 3']
-    assert line['difference'] == r.difference == pytest.approx(a.mean('a 3', 'PSNR') - a.mean('reference', 'PSNR')) and line['told apart'] == 'yes' and line['seeds'] == 3
-    assert a.compare('a 3', 'PSNR', paired_seeds=True).interval[0] == pytest.approx(20)             # one random state a seed: the noise is the reference's own
+    assert (
+        line['difference']
+        == r.difference
+        == pytest.approx(a.mean('a 3', 'PSNR') - a.mean('reference', 'PSNR'))
+        and line['told apart'] == 'yes'
+        and line['seeds'] == 3
+    )
+    assert a.compare('a 3', 'PSNR', paired_seeds=True).interval[0] == pytest.approx(
+        20
+    )  # one random state a seed: the noise is the reference's own
     assert a.sentence('a 3').startswith(f'a 3 changes PSNR by {r.difference:+.2f}')
     assert a.compare('a 3', to='b 5').difference == pytest.approx(20 - 3)
     assert 'minutes' in line and len(a.figure(title='toy').axes[0].get_yticklabels()) == 4
@@ -303,12 +459,18 @@ def test_table_says_what_compare_says():
 
 def test_one_seed_is_said_to_be_one():
     a = ablate(toy, REF, GRID)
-    assert {q['told apart'] for q in a.table().rows} == {None, 'one seed'} and 'from one seed' in a.sentence('b 5')
-    assert 'one image and one seed' in a.sentence('b 5', 'size') and a.table('size').rows[2]['difference'] is None
+    assert {q['told apart'] for q in a.table().rows} == {
+        None,
+        'one seed',
+    } and 'from one seed' in a.sentence('b 5')
+    assert (
+        'one image and one seed' in a.sentence('b 5', 'size')
+        and a.table('size').rows[2]['difference'] is None
+    )
 
 
 def test_images_that_do_not_match_are_not_compared():
-    a = ablate(lambda c, s: dict(PSNR=[1.0]*(2 + c['a'])), REF, {'a 3': dict(a=3)}, seeds=(0, 1))
+    a = ablate(lambda c, s: dict(PSNR=[1.0] * (2 + c['a'])), REF, {'a 3': dict(a=3)}, seeds=(0, 1))
     assert 'same images' in a.table().rows[1]['note'] and 'cannot be compared' in a.sentence('a 3')
 
 
@@ -316,18 +478,27 @@ def test_names_are_escaped():
     grid = {'<script>|`x`*': dict(a=3), 'b\n5': dict(b=5)}
     a = ablate(toy, REF, grid)
     html, md = a.html(caption='<i>'), a.markdown(caption='<i>')
-    for text in (html, md, a._repr_html_(), a._repr_markdown_()): assert '<script>' not in text and '<i>' not in text and '&lt;script&gt;' in text
-    assert r'\|' in md and r'\`x\`\*' in md and len(md.splitlines()) == 2 + 5 and html.count('<tr>') == 4
+    for text in (html, md, a._repr_html_(), a._repr_markdown_()):
+        assert '<script>' not in text and '<i>' not in text and '&lt;script&gt;' in text
+    assert (
+        r'\|' in md
+        and r'\`x\`\*' in md
+        and len(md.splitlines()) == 2 + 5
+        and html.count('<tr>') == 4
+    )
     assert a.figure(title='a $b')
 
 
 def test_unknown_names_are_told():
     a = ablate(toy, REF, GRID)
-    with pytest.raises(KeyError, match='no row'): a.compare('z')
-    with pytest.raises(KeyError, match='no figure'): a.table('z')
+    with pytest.raises(KeyError, match='no row'):
+        a.compare('z')
+    with pytest.raises(KeyError, match='no figure'):
+        a.table('z')
 
 
 # ---- wavelets
+
 
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('level', [1, 2, 3])
@@ -344,7 +515,7 @@ def test_other_wavelets_lose_nothing(wavelet, channels):
     x = torch.rand(2, channels, 48, 32, dtype=torch.float64)
     codec = WaveletPacketCodec(channels, 2, wavelet).double()
     z, side = codec.encode(x)
-    assert z.shape == (2, 16*channels, 12, 8) and side == ()
+    assert z.shape == (2, 16 * channels, 12, 8) and side == ()
     torch.testing.assert_close(codec.decode(z), x, atol=1e-10, rtol=0)
 
 
@@ -352,7 +523,7 @@ def test_other_wavelets_lose_nothing(wavelet, channels):
 def test_packets_are_pywavelets(wavelet):
     x = torch.rand(1, 1, 32, 32, dtype=torch.float64)
     z = WaveletPacketCodec(1, 2, wavelet).double().encode(x)[0][0]
-    tree = pywt.WaveletPacket2D((2*x - 1)[0, 0].numpy(), wavelet, 'periodization', 2)
+    tree = pywt.WaveletPacket2D((2 * x - 1)[0, 0].numpy(), wavelet, 'periodization', 2)
     for k, path in enumerate(p + q for p in 'ahvd' for q in 'ahvd'):
         torch.testing.assert_close(z[k], torch.as_tensor(tree[path].data), atol=1e-10, rtol=0)
 
@@ -360,8 +531,11 @@ def test_packets_are_pywavelets(wavelet):
 @pytest.fixture(scope='module')
 def model():
     torch.manual_seed(0)
-    m = make_sr(SRConfig(net_options=dict(base=16, embed=16, head_channels=8)), sr_pairs(thermal(4, 64)))
-    with torch.no_grad(): m.net.last[-1].weight.normal_(std=0.05)
+    m = make_sr(
+        SRConfig(net_options=dict(base=16, embed=16, head_channels=8)), sr_pairs(thermal(4, 64))
+    )
+    with torch.no_grad():
+        m.net.last[-1].weight.normal_(std=0.05)
     return m.eval()
 
 
@@ -369,9 +543,13 @@ def test_swapping_changes_the_basis_only(model):
     y, how = torch.rand(1, 1, 16, 16), lambda: dict(generator=torch.Generator().manual_seed(0))
     new = swap_wavelet(model, 'db2')
     assert type(model.codec) is PacketCodec and new.codec.wavelet == 'db2' and not new.training
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), new.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), new.state_dict().values())
+    )
     assert not torch.allclose(model(y, **how()), new(y, **how()), atol=1e-3)
-    torch.testing.assert_close(swap_wavelet(new, 'haar')(y, **how()), model(y, **how()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        swap_wavelet(new, 'haar')(y, **how()), model(y, **how()), atol=1e-4, rtol=0
+    )
     new.net.last[-1].weight.data.zero_()
     assert model.net.last[-1].weight.abs().max() > 0
 
@@ -382,35 +560,71 @@ def test_swapping_keeps_gains_and_takes_an_ll_codec(model):
     assert swap_wavelet(m, 'sym4').codec.gains.unique().tolist() == [3]
     ll = make_sr(SRConfig(codec='ll', net_options=dict(base=16, embed=16, head_channels=8)))
     assert swap_wavelet(ll, 'bior1.3').codec.wavelet == 'bior1.3' and ll.codec.wavelet == 'haar'
-    with pytest.raises(ValueError): swap_wavelet(ll, 'no such')
-    with pytest.raises(ValueError): swap_wavelet(model, 'no such')
-    with pytest.raises(TypeError, match='DCTCodec, which has no wavelet'): swap_wavelet(LatentSR(DCTCodec(), torch.nn.Identity()), 'db2')
+    with pytest.raises(ValueError):
+        swap_wavelet(ll, 'no such')
+    with pytest.raises(ValueError):
+        swap_wavelet(model, 'no such')
+    with pytest.raises(TypeError, match='DCTCodec, which has no wavelet'):
+        swap_wavelet(LatentSR(DCTCodec(), torch.nn.Identity()), 'db2')
 
 
 # what stands for a training function -----------------------------------------------------------------------------------
 
-def _bound(config, seed, lr=.1): return {'PSNR': lr}
+
+def _bound(config, seed, lr=0.1):
+    return {'PSNR': lr}
+
+
 def _closed(rate):
-    def train(config, seed): return {'PSNR': rate}
+    def train(config, seed):
+        return {'PSNR': rate}
+
     return train
 
-@pytest.mark.parametrize('a, b', [(partial(_bound, lr=.1), partial(_bound, lr=.2)), (_closed(1.), _closed(2.)), (_bound, partial(_bound, lr=.1)), (_closed(_bound), _closed(_closed(1.)))])
+
+@pytest.mark.parametrize(
+    'a, b',
+    [
+        (partial(_bound, lr=0.1), partial(_bound, lr=0.2)),
+        (_closed(1.0), _closed(2.0)),
+        (_bound, partial(_bound, lr=0.1)),
+        (_closed(_bound), _closed(_closed(1.0))),
+    ],
+)
 def test_a_version_sees_what_is_bound(a, b, tmp_path):
     from restore_lib.learner import fingerprint
+
     assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a)
 
+
 def test_rows_of_another_bound_value_are_not_used(tmp_path):
-    figures = [ablate(partial(_bound, lr=lr), {'k': 0}, {'one': {'k': 1}}, path=tmp_path/'rows.jsonl', several=False).mean('one', 'PSNR') for lr in (.1, .2, .1)]
-    assert figures == [.1, .2, .1]
+    figures = [
+        ablate(
+            partial(_bound, lr=lr),
+            {'k': 0},
+            {'one': {'k': 1}},
+            path=tmp_path / 'rows.jsonl',
+            several=False,
+        ).mean('one', 'PSNR')
+        for lr in (0.1, 0.2, 0.1)
+    ]
+    assert figures == [0.1, 0.2, 0.1]
 
 
 # what stands for a training function, by content ------------------------------------------------------------------------
 
+
 class Callable:
     "A training with a setting."
-    def __init__(self, gain, seen=()): self.gain, self.seen = gain, seen
-    def __call__(self, config, seed): return dict(PSNR=self.gain)
-    def method(self, config, seed): return dict(PSNR=self.gain)
+
+    def __init__(self, gain, seen=()):
+        self.gain, self.seen = gain, seen
+
+    def __call__(self, config, seed):
+        return dict(PSNR=self.gain)
+
+    def method(self, config, seed):
+        return dict(PSNR=self.gain)
 
 
 def _global(value):
@@ -421,107 +635,239 @@ def _global(value):
 
 def _over_data(value):
     data = torch.utils.data.TensorDataset(torch.full((3,), value))
-    def train(config, seed): return dict(PSNR=data[0][0].item())
+
+    def train(config, seed):
+        return dict(PSNR=data[0][0].item())
+
     return train
 
 
-@pytest.mark.parametrize('make', [Callable, lambda v: Callable(v).method, lambda v: partial(Callable(v).method), lambda v: _global(torch.full((2,), v/2)), _over_data, lambda v: (lambda config, seed: dict(PSNR=v))],
-                         ids=['object', 'method', 'partial', 'global', 'data set', 'closure'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        Callable,
+        lambda v: Callable(v).method,
+        lambda v: partial(Callable(v).method),
+        lambda v: _global(torch.full((2,), v / 2)),
+        _over_data,
+        lambda v: lambda config, seed: dict(PSNR=v),
+    ],
+    ids=['object', 'method', 'partial', 'global', 'data set', 'closure'],
+)
 def test_rows_of_another_content_are_not_used_and_of_the_same_are(make, path):
     "Another value is another training; the same value, made anew as in another process, is the same one."
-    figures = [ablate(make(v), REF, {}, path=path).mean('reference', 'PSNR') for v in (1., 2., 1., 2.)]
-    assert figures == [1., 2., 1., 2.] and len(path.read_text().splitlines()) == 2
+    figures = [
+        ablate(make(v), REF, {}, path=path).mean('reference', 'PSNR') for v in (1.0, 2.0, 1.0, 2.0)
+    ]
+    assert figures == [1.0, 2.0, 1.0, 2.0] and len(path.read_text().splitlines()) == 2
 
 
 def test_what_is_not_seen_is_said(path):
     with pytest.warns(UserWarning, match=r'`pool` that .*train captures \(a builtins.generator\)'):
         pool = (k for k in range(3))
-        def train(config, seed): return dict(n=len(str(pool)))
+
+        def train(config, seed):
+            return dict(n=len(str(pool)))
+
         ablate(train, REF, {}, path=path)
 
 
 # numbers, paths, empty tables, blank lines --------------------------------------------------------------------------------
 
+
 def test_numpy_numbers_and_paths(counted, path):
-    a = ablate(counted, dict(a=np.int64(1), b=np.float32(2), where=Path('x')), {'a 3': dict(a=np.int64(3))}, seeds=np.arange(2), path=path, jobs=np.int64(1), budget=np.float32(60), version=0)
-    b = ablate(counted, dict(a=1, b=2., where='x'), {'a 3': dict(a=3)}, seeds=[np.int64(0), 1], path=path, budget=math.inf, version=0)
-    assert len(counted.calls) == 4 and told(a) == told(b) and a.rows[1]['seed'] == 1 and a.rows[0]['config']['where'] == 'x'
+    a = ablate(
+        counted,
+        dict(a=np.int64(1), b=np.float32(2), where=Path('x')),
+        {'a 3': dict(a=np.int64(3))},
+        seeds=np.arange(2),
+        path=path,
+        jobs=np.int64(1),
+        budget=np.float32(60),
+        version=0,
+    )
+    b = ablate(
+        counted,
+        dict(a=1, b=2.0, where='x'),
+        {'a 3': dict(a=3)},
+        seeds=[np.int64(0), 1],
+        path=path,
+        budget=math.inf,
+        version=0,
+    )
+    assert (
+        len(counted.calls) == 4
+        and told(a) == told(b)
+        and a.rows[1]['seed'] == 1
+        and a.rows[0]['config']['where'] == 'x'
+    )
 
 
-@pytest.mark.parametrize('change, error, says', [
-    (dict(seeds=(1.5,)), ValueError, 'seeds[0] is 1.5'), (dict(seeds=(True,)), ValueError, 'seeds[0] is True'), (dict(jobs=True), ValueError, 'jobs is True'), (dict(budget=math.nan), ValueError, 'budget is nan'),
-    (dict(budget='1'), TypeError, "budget is '1'"), (dict(reference=dict(a={1})), TypeError, "reference['a'] is set"), (dict(version=math.nan), ValueError, 'version is nan'), (dict(grid={'x': dict(a=math.inf)}), ValueError, "grid['x']['a'] is inf")])
+@pytest.mark.parametrize(
+    'change, error, says',
+    [
+        (dict(seeds=(1.5,)), ValueError, 'seeds[0] is 1.5'),
+        (dict(seeds=(True,)), ValueError, 'seeds[0] is True'),
+        (dict(jobs=True), ValueError, 'jobs is True'),
+        (dict(budget=math.nan), ValueError, 'budget is nan'),
+        (dict(budget='1'), TypeError, "budget is '1'"),
+        (dict(reference=dict(a={1})), TypeError, "reference['a'] is set"),
+        (dict(version=math.nan), ValueError, 'version is nan'),
+        (dict(grid={'x': dict(a=math.inf)}), ValueError, "grid['x']['a'] is inf"),
+    ],
+)
 def test_bad_numbers_are_named(change, error, says):
-    with pytest.raises(error, match=re.escape(says)): ablate(**{**dict(train=toy, reference=REF, grid=GRID), **change})
+    with pytest.raises(error, match=re.escape(says)):
+        ablate(**{**dict(train=toy, reference=REF, grid=GRID), **change})
 
 
-@pytest.mark.parametrize('make', [lambda: ablate(toy, REF, GRID, budget=0), lambda: ablate(Counted(os.devnull, wrong=(2, 5, 6)), REF, GRID, version=0)], ids=['open', 'failed'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: ablate(toy, REF, GRID, budget=0),
+        lambda: ablate(Counted(os.devnull, wrong=(2, 5, 6)), REF, GRID, version=0),
+    ],
+    ids=['open', 'failed'],
+)
 def test_a_table_without_figures(make):
     "No row has finished: tables say so, comparisons and figures are named errors."
     a = make()
-    assert a.metrics == [] and math.isnan(a.mean('reference', 'PSNR')) and a.runs('reference') == [] and 'no row has finished' in a.sentence('a 3') and 'no row has finished' in a.sentence('a 3', 'PSNR')
-    for text in (str(a), a.html(), a.markdown(), str(a.table('PSNR')), a.markdown('PSNR')): assert 'a 3' in text and 'open or failed' in text
-    for act in (lambda: a.compare('a 3'), lambda: a.compare('a 3', 'PSNR'), a.figure, lambda: a.figure('PSNR')):
-        with pytest.raises(ValueError, match='no row has finished'): act()
+    assert (
+        a.metrics == []
+        and math.isnan(a.mean('reference', 'PSNR'))
+        and a.runs('reference') == []
+        and 'no row has finished' in a.sentence('a 3')
+        and 'no row has finished' in a.sentence('a 3', 'PSNR')
+    )
+    for text in (str(a), a.html(), a.markdown(), str(a.table('PSNR')), a.markdown('PSNR')):
+        assert 'a 3' in text and 'open or failed' in text
+    for act in (
+        lambda: a.compare('a 3'),
+        lambda: a.compare('a 3', 'PSNR'),
+        a.figure,
+        lambda: a.figure('PSNR'),
+    ):
+        with pytest.raises(ValueError, match='no row has finished'):
+            act()
 
 
 def test_a_figure_needs_the_reference():
     a = ablate(Counted(os.devnull, wrong=(2,)), REF, {'b 5': dict(b=5)}, version=0)
-    assert [r['status'] for r in a.rows] == ['failed', 'done'] and 'cannot be compared' in a.sentence('b 5')
-    with pytest.raises(ValueError, match='reference has no PSNR'): a.figure()
+    assert [r['status'] for r in a.rows] == [
+        'failed',
+        'done',
+    ] and 'cannot be compared' in a.sentence('b 5')
+    with pytest.raises(ValueError, match='reference has no PSNR'):
+        a.figure()
     assert 'reference has no finished run' in str(a) and a.markdown() and a.html()
 
 
 def test_failed_rows_beside_finished_ones_are_drawn():
     a = ablate(Counted(os.devnull, wrong=(5,)), REF, GRID, version=0)
-    assert [t.get_text() for t in a.figure().axes[0].get_yticklabels()] == ['reference', 'a 3', 'b 6'] and '1 failed' in a.markdown()
+    assert [t.get_text() for t in a.figure().axes[0].get_yticklabels()] == [
+        'reference',
+        'a 3',
+        'b 6',
+    ] and '1 failed' in a.markdown()
 
 
 @pytest.mark.parametrize('blank', [b'\n', b'\n\n', b'  \n', b'   '])
 def test_blank_lines_are_no_records(counted, path, blank):
     a = ablate(counted, REF, GRID, path=path, version=0)
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(blank.strip(b' ') + b''.join(lines[:2]) + (blank if blank.endswith(b'\n') else b'') + b''.join(lines[2:]) + blank)
+    path.write_bytes(
+        blank.strip(b' ')
+        + b''.join(lines[:2])
+        + (blank if blank.endswith(b'\n') else b'')
+        + b''.join(lines[2:])
+        + blank
+    )
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         b = ablate(counted, REF, GRID, path=path, version=0)
         c = ablate(counted, REF, GRID, seeds=(0, 1), path=path, version=0)
-    assert told(a) == told(b) and len(counted.calls) == 8 and len(c.rows) == 8 and len([json.loads(line) for line in path.read_text().splitlines()]) == 8
+    assert (
+        told(a) == told(b)
+        and len(counted.calls) == 8
+        and len(c.rows) == 8
+        and len([json.loads(line) for line in path.read_text().splitlines()]) == 8
+    )
 
 
 # codecs -------------------------------------------------------------------------------------------------------------------
 
+
 def test_a_swapped_codec_says_its_wavelet(model):
     new = swap_wavelet(model, 'db2')
-    assert new.codec.wavelet == 'db2' and "wavelet='db2'" in repr(new) and "wavelet='haar'" in repr(WaveletPacketCodec())
+    assert (
+        new.codec.wavelet == 'db2'
+        and "wavelet='db2'" in repr(new)
+        and "wavelet='haar'" in repr(WaveletPacketCodec())
+    )
     x = torch.rand(1, 1, 16, 16)
     assert not torch.allclose(new.codec.encode(x)[0], model.codec.encode(x)[0], atol=1e-3)
 
 
 def test_a_codec_made_from_a_packet_is_not_replaced(model):
     class Moved(PacketCodec):
-        def _apart(self, x): return super()._apart(x.roll((4, 4), (-2, -1)))
+        def _apart(self, x):
+            return super()._apart(x.roll((4, 4), (-2, -1)))
+
     moved = LatentSR(Moved(), torch.nn.Identity())
-    with pytest.raises(TypeError, match='Moved, which has no wavelet'): swap_wavelet(moved, 'db2')
+    with pytest.raises(TypeError, match='Moved, which has no wavelet'):
+        swap_wavelet(moved, 'db2')
 
 
-@pytest.mark.parametrize('level, error', [(0, ValueError), (1.5, ValueError), (True, ValueError), ('2', TypeError)])
+@pytest.mark.parametrize(
+    'level, error', [(0, ValueError), (1.5, ValueError), (True, ValueError), ('2', TypeError)]
+)
 def test_levels(level, error):
     assert WaveletPacketCodec(1, np.int64(2), 'db2').level == 2
-    with pytest.raises(error, match='level is'): WaveletPacketCodec(1, level)
+    with pytest.raises(error, match='level is'):
+        WaveletPacketCodec(1, level)
 
 
 def test_exercise_4_of_the_lesson(tmp_path, monkeypatch):
     "A row with the packet's rival, the DCT: trained by the lesson's own `fitted`, with as many channels."
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
-    lesson = Path(ablations.__file__).resolve().parent.parent/'nbs/18_ablations.ipynb'
-    cell = next(''.join(c['source']) for c in json.loads(lesson.read_text())['cells'] if c['id'] == '18-028')
+    lesson = Path(ablations.__file__).resolve().parent.parent / 'nbs/18_ablations.ipynb'
+    cell = next(
+        ''.join(c['source']) for c in json.loads(lesson.read_text())['cells'] if c['id'] == '18-028'
+    )
     from restore_lib.superres import sr_learner
+
     pairs = sr_pairs(thermal(4, 64))
-    space = dict(make_sr=make_sr, SRConfig=SRConfig, swap_wavelet=swap_wavelet, io=__import__('io'), redirect_stdout=__import__('contextlib').redirect_stdout, n_train=4, size=64, train_pairs=pairs,
-                 net_options=dict(base=16, embed=16, head_channels=8), learner_with=lambda model, name: sr_learner(model, pairs, cpu=True))
+    space = dict(
+        make_sr=make_sr,
+        SRConfig=SRConfig,
+        swap_wavelet=swap_wavelet,
+        io=__import__('io'),
+        redirect_stdout=__import__('contextlib').redirect_stdout,
+        n_train=4,
+        size=64,
+        train_pairs=pairs,
+        net_options=dict(base=16, embed=16, head_channels=8),
+        learner_with=lambda model, name: sr_learner(model, pairs, cpu=True),
+    )
     exec(cell, space)
-    config = dict(codec='dct', level=2, wavelet='haar', T=15, kappa=2.0, etas_end=0.99, min_noise=0.04, loss='mse', steps=1, swap=None, then=None, sample=1)
+    config = dict(
+        codec='dct',
+        level=2,
+        wavelet='haar',
+        T=15,
+        kappa=2.0,
+        etas_end=0.99,
+        min_noise=0.04,
+        loss='mse',
+        steps=1,
+        swap=None,
+        then=None,
+        sample=1,
+    )
     learn = space['fitted'](config, 0)
-    assert learn.step == 1 and type(learn.bare.codec) is DCTCodec and learn.bare.codec.latent_channels == 16
+    assert (
+        learn.step == 1
+        and type(learn.bare.codec) is DCTCodec
+        and learn.bare.codec.latent_channels == 16
+    )
     assert type(space['fitted']({**config, 'codec': 'll'}, 0).bare.codec) is LLCodec

@@ -1,4 +1,5 @@
 "Broken and sound training steps: audit_gradient names each break and raises no false alarm."
+
 import copy
 import random
 
@@ -17,29 +18,41 @@ from restore_lib.learner import EMA, Learner, ResidualCNN
 
 class Parts:
     "An encoder, a decoder, a codebook and a batch, small enough to run in a millisecond."
+
     def __init__(self):
         torch.manual_seed(0)
         self.x = torch.rand(2, 1, 8, 8)
-        self.enc, self.dec, self.book = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1), nn.Embedding(8, 2)
+        self.enc, self.dec, self.book = (
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Conv2d(2, 1, 3, padding=1),
+            nn.Embedding(8, 2),
+        )
         self.trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()).requires_grad_(False)
         self.watch = dict(enc=self.enc, dec=self.dec)
 
-    def through(self, f): return lambda: F.mse_loss(self.dec(f(self.enc(self.x))), self.x)
+    def through(self, f):
+        return lambda: F.mse_loss(self.dec(f(self.enc(self.x))), self.x)
 
     def codes(self, z):
         flat = z.permute(0, 2, 3, 1).reshape(-1, 2)
         q = self.book(torch.cdist(flat, self.book.weight).argmin(1))
         return flat, q
 
-    def image(self, q): return self.dec(q.view(2, 8, 8, 2).permute(0, 3, 1, 2))
+    def image(self, q):
+        return self.dec(q.view(2, 8, 8, 2).permute(0, 3, 1, 2))
 
 
 class Hole(Function):
     "A function whose author forgot the gradient."
+
     @staticmethod
-    def forward(ctx, x): return x*2
+    def forward(ctx, x):
+        return x * 2
+
     @staticmethod
-    def backward(ctx, g): return torch.zeros_like(g)
+    def backward(ctx, g):
+        return torch.zeros_like(g)
+
 
 class Index(Function):
     @staticmethod
@@ -47,71 +60,114 @@ class Index(Function):
         out = x.round()
         ctx.mark_non_differentiable(out)
         return out
+
     @staticmethod
-    def backward(ctx, g): return None
+    def backward(ctx, g):
+        return None
+
 
 class RoundSTE(Function):
     @staticmethod
-    def forward(ctx, x): return x.round()
+    def forward(ctx, x):
+        return x.round()
+
     @staticmethod
-    def backward(ctx, g): return g
+    def backward(ctx, g):
+        return g
 
 
 # ------------------------------------------------------------- broken: function of Parts -> (step, watch, options, {name: how})
 def no_grad(p):
     def step():
-        with torch.no_grad(): z = p.enc(p.x)
+        with torch.no_grad():
+            z = p.enc(p.x)
         return F.mse_loss(p.dec(z), p.x)
+
     return step, p.watch, {}, {'enc': 'no_grad'}
+
 
 def inference(p):
     def step():
-        with torch.inference_mode(): z = p.enc(p.x)
+        with torch.inference_mode():
+            z = p.enc(p.x)
         return F.mse_loss(p.dec(z.clone()), p.x)
+
     return step, p.watch, {}, {'enc': 'inference mode'}
+
 
 def by_numpy(p):
     def f(z):
         a = z.detach().cpu().numpy()
-        return torch.from_numpy(a*0.5)
+        return torch.from_numpy(a * 0.5)
+
     return p.through(f), p.watch, {}, {'enc': 'numpy'}
 
-def by_list(p): return p.through(lambda z: torch.tensor(z.tolist())), p.watch, {}, {'enc': 'numpy'}
+
+def by_list(p):
+    return p.through(lambda z: torch.tensor(z.tolist())), p.watch, {}, {'enc': 'numpy'}
+
 
 def no_straight_through(p):
     def step():
         z, q = p.codes(p.enc(p.x))
-        return dict(recon=F.mse_loss(p.image(q), p.x), commit=F.mse_loss(z, q.detach()), code=F.mse_loss(q, z.detach()))
-    return step, dict(p.watch, book=p.book), dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book'])), {'enc': 'zero slope'}
+        return dict(
+            recon=F.mse_loss(p.image(q), p.x),
+            commit=F.mse_loss(z, q.detach()),
+            code=F.mse_loss(q, z.detach()),
+        )
+
+    return (
+        step,
+        dict(p.watch, book=p.book),
+        dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book'])),
+        {'enc': 'zero slope'},
+    )
+
 
 def losses_after_straight_through(p):
     def step():
         z, q = p.codes(p.enc(p.x))
         q = z + (q - z).detach()
-        return dict(recon=F.mse_loss(p.image(q), p.x), commit=F.mse_loss(z, q.detach()), code=F.mse_loss(q, z.detach()))
+        return dict(
+            recon=F.mse_loss(p.image(q), p.x),
+            commit=F.mse_loss(z, q.detach()),
+            code=F.mse_loss(q, z.detach()),
+        )
+
     return step, dict(p.watch, book=p.book), {}, {'book': 'detach'}
+
 
 def written_into_buffer(p):
     cache = torch.zeros(2, 2, 8, 8)
+
     def step():
         cache.data.copy_(p.enc(p.x))
         return F.mse_loss(p.dec(cache), p.x)
+
     return step, p.watch, {}, {'enc': 'in-place on a leaf'}
+
 
 def written_into_parameter(p):
     scale = nn.Parameter(torch.ones(1))
+
     def step():
         s = p.enc(p.x).mean()
-        with torch.no_grad(): scale.fill_(s)
-        return F.mse_loss(p.dec(scale*torch.ones(2, 2, 8, 8)), p.x)
+        with torch.no_grad():
+            scale.fill_(s)
+        return F.mse_loss(p.dec(scale * torch.ones(2, 2, 8, 8)), p.x)
+
     return step, p.watch, {}, {'enc': 'in-place on a leaf'}
+
 
 def leaf_error(p):
     w = nn.Parameter(torch.ones(3))
+
     def step():
         w[0] = p.enc(p.x).mean()
         return w.sum()
+
     return step, p.watch, {}, {'loss': 'in-place on a leaf'}
+
 
 def overwritten(p):
     def step():
@@ -119,68 +175,134 @@ def overwritten(p):
         out = F.mse_loss(p.dec(h), p.x)
         h.zero_()
         return out
+
     return step, p.watch, {}, {'loss': 'in-place', 'enc': 'in-place', 'dec': 'in-place'}
+
 
 def frozen(p):
     p.enc.requires_grad_(False)
     return p.through(lambda z: z), p.watch, {}, {'enc': 'frozen'}
 
+
 def not_held(p):
-    return p.through(lambda z: z), p.watch, dict(optimizer=torch.optim.Adam(p.dec.parameters())), {'enc': 'not in the optimizer'}
+    return (
+        p.through(lambda z: z),
+        p.watch,
+        dict(optimizer=torch.optim.Adam(p.dec.parameters())),
+        {'enc': 'not in the optimizer'},
+    )
+
 
 def not_held_by_the_stepped(p):
     opt = torch.optim.SGD(p.dec.parameters(), lr=0.1)
+
     def step():
         opt.zero_grad()
         loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
         loss.backward()
         opt.step()
         return loss.item()
+
     return step, p.watch, {}, {'enc': 'not in the optimizer'}
+
 
 def reassigned(p):
     opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
-    p.enc.weight = nn.Parameter(p.enc.weight.data*0.99)              # a new tensor: the optimizer has the old one
+    p.enc.weight = nn.Parameter(
+        p.enc.weight.data * 0.99
+    )  # a new tensor: the optimizer has the old one
     return p.through(lambda z: z), p.watch, dict(optimizer=opt), {'enc': 'not in the optimizer'}
+
 
 def perceptual_without_gradient(p):
     def step():
         x_hat = p.dec(p.enc(p.x))
-        with torch.no_grad(): real, fake = p.trunk(p.x), p.trunk(x_hat)
+        with torch.no_grad():
+            real, fake = p.trunk(p.x), p.trunk(x_hat)
         return dict(mse=F.mse_loss(x_hat, p.x), percep=F.mse_loss(fake, real))
+
     return step, p.watch, {}, {'percep': 'no_grad'}
 
-def number(p): return lambda: torch.tensor(F.mse_loss(p.dec(p.enc(p.x)), p.x).item()), p.watch, {}, dict.fromkeys(('loss', 'enc', 'dec'), 'number')
-def weight_data(p): return lambda: F.mse_loss(F.conv2d(p.enc(p.x), p.dec.weight.data, p.dec.bias, padding=1), p.x), p.watch, {}, {'dec.weight': 'detach'}
+
+def number(p):
+    return (
+        lambda: torch.tensor(F.mse_loss(p.dec(p.enc(p.x)), p.x).item()),
+        p.watch,
+        {},
+        dict.fromkeys(('loss', 'enc', 'dec'), 'number'),
+    )
+
+
+def weight_data(p):
+    return (
+        lambda: F.mse_loss(F.conv2d(p.enc(p.x), p.dec.weight.data, p.dec.bias, padding=1), p.x),
+        p.watch,
+        {},
+        {'dec.weight': 'detach'},
+    )
+
+
 def weighted_zero(p):
-    step = lambda: dict(mse=F.mse_loss(p.dec(p.enc(p.x)), p.x), l1=0.0*F.l1_loss(p.dec(p.enc(p.x)), p.x))
+    step = lambda: dict(
+        mse=F.mse_loss(p.dec(p.enc(p.x)), p.x), l1=0.0 * F.l1_loss(p.dec(p.enc(p.x)), p.x)
+    )
     return step, p.watch, {}, {'l1': 'zero factor'}
+
+
 def itself(p):
     def step():
         x_hat = p.dec(p.enc(p.x))
         return F.mse_loss(x_hat, x_hat)
+
     return step, p.watch, {}, dict.fromkeys(('loss', 'enc', 'dec'), 'constant')
-def unused(p): return lambda: F.mse_loss(p.dec(torch.ones(2, 2, 8, 8)), p.x), p.watch, {}, {'enc': 'unused'}
-def infinite(p): return p.through(lambda z: (z - z.detach()).sqrt()), p.watch, {}, {'enc': 'not finite'}
+
+
+def unused(p):
+    return lambda: F.mse_loss(p.dec(torch.ones(2, 2, 8, 8)), p.x), p.watch, {}, {'enc': 'unused'}
+
+
+def infinite(p):
+    return p.through(lambda z: (z - z.detach()).sqrt()), p.watch, {}, {'enc': 'not finite'}
+
+
 def through_jpeg(p):
     step = lambda: F.l1_loss(jpeg(torch.sigmoid(p.dec(p.enc(p.x))), 50), p.x)
     return step, p.watch, {}, dict.fromkeys(('loss', 'enc', 'dec'), 'numpy')
+
+
 def should_be_frozen(p):
     p.trunk.requires_grad_(True)
-    return lambda: F.mse_loss(p.trunk(p.dec(p.enc(p.x))), p.trunk(p.x).detach()), dict(p.watch, trunk=p.trunk), dict(frozen=['trunk']), {'trunk': 'not frozen'}
-def watched_inside(p): 
+    return (
+        lambda: F.mse_loss(p.trunk(p.dec(p.enc(p.x))), p.trunk(p.x).detach()),
+        dict(p.watch, trunk=p.trunk),
+        dict(frozen=['trunk']),
+        {'trunk': 'not frozen'},
+    )
+
+
+def watched_inside(p):
     def step():
         z = p.enc(p.x)
         q = z.detach()
         return F.mse_loss(p.dec(q), p.x)
+
     return step, ['z', 'p.dec'], {}, {'z': 'detach'}
 
-def fresh_gate(p): return p.through(lambda z: z*torch.zeros(1, requires_grad=True)), p.watch, {}, {'enc': 'zero factor'}   # made anew each step
+
+def fresh_gate(p):
+    return (
+        p.through(lambda z: z * torch.zeros(1, requires_grad=True)),
+        p.watch,
+        {},
+        {'enc': 'zero factor'},
+    )  # made anew each step
+
 
 def gate_not_held(p):
     gate = nn.Parameter(torch.zeros(1))
     opt = torch.optim.Adam([*p.enc.parameters(), *p.dec.parameters()])
-    return p.through(lambda z: z*gate), p.watch, dict(optimizer=opt), {'enc': 'zero factor'}
+    return p.through(lambda z: z * gate), p.watch, dict(optimizer=opt), {'enc': 'zero factor'}
+
 
 def dead_branch(f):
     def build(p):
@@ -189,10 +311,13 @@ def dead_branch(f):
         step = lambda: F.mse_loss(model.dec(model.enc(p.x) + f(model.side(p.x))), p.x)
         how = 'zero factor' if f(torch.ones(1)).item() == 0 else 'zero slope'
         return step, dict(model=model), {}, {'model.side.weight': how, 'model.side.bias': how}
+
     return build
+
 
 def another_loss_goes_back(p):
     opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+
     def step():
         opt.zero_grad()
         z = p.enc(p.x)
@@ -201,43 +326,110 @@ def another_loss_goes_back(p):
         part.backward()
         opt.step()
         return total
+
     return step, p.watch, {}, {'dec': 'unused'}
+
 
 def cleared_before_the_step(p):
     opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+
     def step():
         loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
         loss.backward()
         opt.zero_grad()
         opt.step()
+
     return step, p.watch, {}, {'loss': 'cleared'}
 
-def number_in_a_product(p): return lambda: F.mse_loss(p.dec(torch.ones(2, 2, 8, 8)*p.enc(p.x).mean().item()), p.x), p.watch, {}, {'enc': 'number'}
+
+def number_in_a_product(p):
+    return (
+        lambda: F.mse_loss(p.dec(torch.ones(2, 2, 8, 8) * p.enc(p.x).mean().item()), p.x),
+        p.watch,
+        {},
+        {'enc': 'number'},
+    )
+
 
 BROKEN = dict(
-    side_times_zero=dead_branch(lambda z: z*0), side_rounded=dead_branch(lambda z: z.round()), 
+    side_times_zero=dead_branch(lambda z: z * 0),
+    side_rounded=dead_branch(lambda z: z.round()),
     detach=lambda p: (p.through(lambda z: z.detach()), p.watch, {}, {'enc': 'detach'}),
     data=lambda p: (p.through(lambda z: z.data), p.watch, {}, {'enc': 'detach'}),
-    uint8=lambda p: (p.through(lambda z: (z*255).to(torch.uint8).float()/255), p.watch, {}, {'enc': 'integer cast'}),
-    long=lambda p: (p.through(lambda z: (z*255).long()/255), p.watch, {}, {'enc': 'integer cast'}),
-    round=lambda p: (p.through(lambda z: (z*255).round()/255), p.watch, {}, {'enc': 'zero slope'}),
+    uint8=lambda p: (
+        p.through(lambda z: (z * 255).to(torch.uint8).float() / 255),
+        p.watch,
+        {},
+        {'enc': 'integer cast'},
+    ),
+    long=lambda p: (
+        p.through(lambda z: (z * 255).long() / 255),
+        p.watch,
+        {},
+        {'enc': 'integer cast'},
+    ),
+    round=lambda p: (
+        p.through(lambda z: (z * 255).round() / 255),
+        p.watch,
+        {},
+        {'enc': 'zero slope'},
+    ),
     clamp=lambda p: (p.through(lambda z: (z - 9).clamp(0, 1)), p.watch, {}, {'enc': 'zero slope'}),
     relu=lambda p: (p.through(lambda z: F.relu(z - 9)), p.watch, {}, {'enc': 'zero slope'}),
     threshold=lambda p: (p.through(lambda z: (z > 0).float()), p.watch, {}, {'enc': 'zero slope'}),
     zero_backward=lambda p: (p.through(Hole.apply), p.watch, {}, {'enc': 'zero slope'}),
     no_backward=lambda p: (p.through(Index.apply), p.watch, {}, {'enc': 'no gradient'}),
-    **{f.__name__: f for f in (no_grad, inference, by_numpy, by_list, no_straight_through, losses_after_straight_through, written_into_buffer,
-                               written_into_parameter, leaf_error, overwritten, frozen, not_held, not_held_by_the_stepped, reassigned,
-                               perceptual_without_gradient, number, weight_data, weighted_zero, itself, unused, infinite, through_jpeg,
-                               should_be_frozen, watched_inside, fresh_gate, gate_not_held, another_loss_goes_back,
-                               cleared_before_the_step, number_in_a_product)})
+    **{
+        f.__name__: f
+        for f in (
+            no_grad,
+            inference,
+            by_numpy,
+            by_list,
+            no_straight_through,
+            losses_after_straight_through,
+            written_into_buffer,
+            written_into_parameter,
+            leaf_error,
+            overwritten,
+            frozen,
+            not_held,
+            not_held_by_the_stepped,
+            reassigned,
+            perceptual_without_gradient,
+            number,
+            weight_data,
+            weighted_zero,
+            itself,
+            unused,
+            infinite,
+            through_jpeg,
+            should_be_frozen,
+            watched_inside,
+            fresh_gate,
+            gate_not_held,
+            another_loss_goes_back,
+            cleared_before_the_step,
+            number_in_a_product,
+        )
+    },
+)
+
 
 @pytest.mark.parametrize('name', BROKEN)
 def test_broken(name):
     step, watch, options, expected = BROKEN[name](Parts())
     report = audit_gradient(step, watch, **options)
     assert {b.name: b.how for b in report.breaks} == expected
-    assert all(b.says and (b.where or b.how in ('frozen', 'not frozen', 'not in the optimizer', 'unused', 'in-place', 'not finite')) for b in report.breaks)
+    assert all(
+        b.says
+        and (
+            b.where
+            or b.how
+            in ('frozen', 'not frozen', 'not in the optimizer', 'unused', 'in-place', 'not finite')
+        )
+        for b in report.breaks
+    )
     assert all(b.name in repr(report) and b.how in report._repr_markdown_() for b in report.breaks)
 
 
@@ -246,98 +438,160 @@ def straight_through(p):
     def step():
         z, q = p.codes(p.enc(p.x))
         st = z + (q - z).detach()
-        return dict(recon=F.mse_loss(p.image(st), p.x), commit=F.mse_loss(z, q.detach()), code=F.mse_loss(q, z.detach()))
-    return step, dict(p.watch, book=p.book), dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book']))
+        return dict(
+            recon=F.mse_loss(p.image(st), p.x),
+            commit=F.mse_loss(z, q.detach()),
+            code=F.mse_loss(q, z.detach()),
+        )
+
+    return (
+        step,
+        dict(p.watch, book=p.book),
+        dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book'])),
+    )
+
 
 def zero_start(p):
     model = ResidualCNN(width=8, depth=4)
-    return lambda: F.mse_loss(model(p.x), p.x*0.9), dict(model=model, first=model.body[0]), {}
+    return lambda: F.mse_loss(model(p.x), p.x * 0.9), dict(model=model, first=model.body[0]), {}
+
 
 def film_zero_init(p):
     film = nn.Linear(3, 4)
-    nn.init.zeros_(film.weight), nn.init.zeros_(film.bias)
+    nn.init.zeros_(film.weight)
+    nn.init.zeros_(film.bias)
     embed = nn.Linear(3, 3)
+
     def step():
         gamma, beta = film(embed(torch.ones(2, 3))).view(2, 4, 1, 1).chunk(2, 1)
-        return F.mse_loss(p.dec(p.enc(p.x)*(1 + gamma) + beta), p.x)
+        return F.mse_loss(p.dec(p.enc(p.x) * (1 + gamma) + beta), p.x)
+
     return step, dict(p.watch, film=film, embed=embed), {}
+
 
 def adaln_zero(p):
     gate = nn.Linear(3, 2)
-    nn.init.zeros_(gate.weight), nn.init.zeros_(gate.bias)
+    nn.init.zeros_(gate.weight)
+    nn.init.zeros_(gate.bias)
     block = nn.Conv2d(2, 2, 3, padding=1)
+
     def step():
         z = p.enc(p.x)
-        return F.mse_loss(p.dec(z + gate(torch.ones(2, 3)).view(2, 2, 1, 1)*block(z)), p.x)
+        return F.mse_loss(p.dec(z + gate(torch.ones(2, 3)).view(2, 2, 1, 1) * block(z)), p.x)
+
     return step, dict(p.watch, gate=gate, block=block), {}
+
 
 def perceptual(p):
     def step():
         x_hat = p.dec(p.enc(p.x))
-        with torch.no_grad(): real = p.trunk(p.x)
+        with torch.no_grad():
+            real = p.trunk(p.x)
         return dict(mse=F.mse_loss(x_hat, p.x), percep=F.mse_loss(p.trunk(x_hat), real))
-    return step, dict(p.watch, trunk=p.trunk), dict(frozen=['trunk'], expect=dict(percep=['enc', 'dec']))
+
+    return (
+        step,
+        dict(p.watch, trunk=p.trunk),
+        dict(frozen=['trunk'], expect=dict(percep=['enc', 'dec'])),
+    )
+
 
 def teacher(p):
     slow = copy.deepcopy(p.enc).requires_grad_(False)
+
     def step():
-        with torch.no_grad(): target = slow(p.x.flip(-1))
+        with torch.no_grad():
+            target = slow(p.x.flip(-1))
         return F.mse_loss(p.enc(p.x), target)
+
     return step, dict(enc=p.enc), {}
+
 
 def two_optimizers(p):
     opts = [torch.optim.Adam(p.enc.parameters()), torch.optim.SGD(p.dec.parameters(), lr=1)]
     return p.through(lambda z: z), p.watch, dict(optimizer=opts)
 
+
 def whole_step(p):
     model = nn.Sequential(p.enc, nn.BatchNorm2d(2), nn.Dropout(0.5), p.dec)
     opt = torch.optim.AdamW(model.parameters())
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: 1.0)
+
     def step():
         opt.zero_grad()
         loss = F.mse_loss(model(p.x), p.x)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step(), sched.step()
+        opt.step()
+        sched.step()
         return dict(loss=loss.item(), lr=sched.get_last_lr()[0])
+
     return step, dict(model=model), {}
 
+
 def grad_scaler(p):
-    opt, scaler = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1), torch.amp.GradScaler('cpu')
+    opt, scaler = (
+        torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1),
+        torch.amp.GradScaler('cpu'),
+    )
+
     def step():
         opt.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16): loss = F.mse_loss(p.dec(p.enc(p.x)).float(), p.x)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = F.mse_loss(p.dec(p.enc(p.x)).float(), p.x)
         scaler.scale(loss).backward()
         scaler.unscale_(opt)
         nn.utils.clip_grad_norm_(p.enc.parameters(), 1.0)
-        scaler.step(opt), scaler.update()
+        scaler.step(opt)
+        scaler.update()
+
     return step, p.watch, {}
+
 
 def learner(precision):
     def build(p):
         model = ResidualCNN(width=8, depth=4)
         data = torch.utils.data.DataLoader([torch.rand(1, 16, 16) for _ in range(4)], 2)
-        loss_fn = lambda model, x: F.mse_loss(model(x + 0.1*torch.randn_like(x)), x)
-        learn = Learner(model, loss_fn, data, precision=precision, clip=1.0, accumulate=2, cbs=[EMA()], cpu=True)
-        return (lambda: learn.one_step(iter(learn.train))), dict(model=learn.model, first=model.body[0]), {}
+        loss_fn = lambda model, x: F.mse_loss(model(x + 0.1 * torch.randn_like(x)), x)
+        learn = Learner(
+            model, loss_fn, data, precision=precision, clip=1.0, accumulate=2, cbs=[EMA()], cpu=True
+        )
+        return (
+            (lambda: learn.one_step(iter(learn.train))),
+            dict(model=learn.model, first=model.body[0]),
+            {},
+        )
+
     return build
+
 
 def cleared_after_the_step(p):
     opt = torch.optim.SGD([*p.enc.parameters(), *p.dec.parameters()], lr=0.1)
+
     def step():
         F.mse_loss(p.dec(p.enc(p.x)), p.x).backward()
         opt.step()
         opt.zero_grad()
+
     return step, p.watch, {}
 
+
 def another_optimizer_cleared(p):
-    first, second = torch.optim.SGD(p.enc.parameters(), lr=0.1), torch.optim.SGD(p.dec.parameters(), lr=0.1)
+    first, second = (
+        torch.optim.SGD(p.enc.parameters(), lr=0.1),
+        torch.optim.SGD(p.dec.parameters(), lr=0.1),
+    )
+
     def step():
         p.enc(p.x).square().mean().backward()
-        second.zero_grad(), first.step()
+        second.zero_grad()
+        first.step()
         F.mse_loss(p.dec(p.enc(p.x).detach()), p.x).backward()
-        first.zero_grad(), second.step()
+        first.zero_grad()
+        second.step()
+
     return step, p.watch, {}
+
 
 def manual_update(p):
     def step():
@@ -345,70 +599,133 @@ def manual_update(p):
         with torch.no_grad():
             for q in [*p.enc.parameters(), *p.dec.parameters()]:
                 q.mul_(0.9)
-                q -= 0.1*q.grad
+                q -= 0.1 * q.grad
+
     return step, p.watch, {}
+
 
 def held_gate(p):
     gate = nn.Parameter(torch.zeros(1))
-    return p.through(lambda z: z*gate), p.watch, dict(optimizer=torch.optim.Adam([gate, *p.enc.parameters(), *p.dec.parameters()]))
+    return (
+        p.through(lambda z: z * gate),
+        p.watch,
+        dict(optimizer=torch.optim.Adam([gate, *p.enc.parameters(), *p.dec.parameters()])),
+    )
+
 
 def checkpointed(p):
     return lambda: F.mse_loss(p.dec(checkpoint(p.enc, p.x, use_reentrant=False)), p.x), p.watch, {}
+
 
 def gradient_penalty(p):
     def step():
         x = p.x.clone().requires_grad_()
         score = p.dec(p.enc(x)).sigmoid().sum()
-        g, = torch.autograd.grad(score, x, create_graph=True)
-        return dict(score=score, penalty=(g.norm() - 1)**2)
+        (g,) = torch.autograd.grad(score, x, create_graph=True)
+        return dict(score=score, penalty=(g.norm() - 1) ** 2)
+
     return step, p.watch, dict(expect=dict(penalty=['enc', 'dec']))
+
 
 def adaptive_weight(p):
     def step():
         x_hat = p.dec(p.enc(p.x))
         mse, l1 = F.mse_loss(x_hat, p.x), F.l1_loss(x_hat, p.x)
-        weight = mse.detach()/l1.detach()
+        weight = mse.detach() / l1.detach()
         log = dict(mse=mse.item(), seen=x_hat.detach().cpu().numpy().mean())
-        return dict(mse=mse, l1=weight*l1*torch.tensor(1.0 + 0*log['mse']))
+        return dict(mse=mse, l1=weight * l1 * torch.tensor(1.0 + 0 * log['mse']))
+
     return step, p.watch, dict(expect=dict(l1=['enc', 'dec']))
 
+
 def masked_tokens(p):
-    proj, block, mask_token = nn.Linear(16, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Parameter(torch.zeros(1, 1, 8))
+    proj, block, mask_token = (
+        nn.Linear(16, 8),
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        nn.Parameter(torch.zeros(1, 1, 8)),
+    )
     pos, head = nn.Parameter(torch.randn(1, 4, 8), requires_grad=False), nn.Linear(8, 16)
+
     def step():
         t = p.x.unfold(2, 4, 4).unfold(3, 4, 4).reshape(2, 4, 16)
         order = torch.rand(2, 4).argsort(1)
         z = torch.gather(proj(t) + pos, 1, order[:, :2, None].expand(-1, -1, 8))
-        full = torch.cat([block(z), mask_token.expand(2, 2, 8)], 1).gather(1, order.argsort(1)[..., None].expand(-1, -1, 8))
+        full = torch.cat([block(z), mask_token.expand(2, 2, 8)], 1).gather(
+            1, order.argsort(1)[..., None].expand(-1, -1, 8)
+        )
         return (head(full + pos) - t).square().mean()
+
     return step, dict(proj=proj, block=block, mask_token=mask_token, head=head), {}
+
 
 def forward_mode(p):
     def step():
-        u, du = torch.func.jvp(lambda t: p.enc(p.x*t), (torch.ones(()),), (torch.ones(()),))
-        return F.mse_loss(p.dec(u), (p.x - 0.1*p.dec(du).detach()))
+        u, du = torch.func.jvp(lambda t: p.enc(p.x * t), (torch.ones(()),), (torch.ones(()),))
+        return F.mse_loss(p.dec(u), (p.x - 0.1 * p.dec(du).detach()))
+
     return step, p.watch, {}
+
 
 def written_in_place(p):
     def f(z):
-        z = z*1.5
+        z = z * 1.5
         z[:, :, :4] = z[:, :, 4:].clone()
         out = torch.zeros_like(z)
         out[:, :1] = z[:, 1:]
         return out.mul_(2).add_(z)
+
     return p.through(f), p.watch, {}
+
 
 SOUND = dict(
     plain=lambda p: (p.through(lambda z: z), p.watch, {}),
     round_ste=lambda p: (p.through(RoundSTE.apply), p.watch, {}),
     clamp_inside=lambda p: (p.through(lambda z: z.clamp(-0.2, 0.2)), p.watch, {}),
     tensors=lambda p: (F.mse_loss(p.dec(p.enc(p.x)), p.x), p.watch, {}),
-    named=lambda p: ((lambda: (lambda z: F.mse_loss(p.dec(z), p.x))(p.enc(p.x))), ['z', 'p.dec'], {}),
-    no_parameters=lambda p: ((lambda act: (p.through(act), dict(p.watch, act=act), {}))(nn.GELU())),
-    functional_call=lambda p: ((lambda: F.mse_loss(torch.func.functional_call(p.dec, dict(p.dec.named_parameters()), (p.enc(p.x),)), p.x)), p.watch, {}),
-    learner_float=learner('no'), learner_bf16=learner('bf16'),
-    **{f.__name__: f for f in (straight_through, zero_start, film_zero_init, adaln_zero, perceptual, teacher, two_optimizers, whole_step, grad_scaler,
-                               checkpointed, cleared_after_the_step, another_optimizer_cleared, manual_update, held_gate, gradient_penalty, adaptive_weight, masked_tokens, forward_mode, written_in_place)})
+    named=lambda p: (
+        (lambda: (lambda z: F.mse_loss(p.dec(z), p.x))(p.enc(p.x))),
+        ['z', 'p.dec'],
+        {},
+    ),
+    no_parameters=lambda p: (lambda act: (p.through(act), dict(p.watch, act=act), {}))(nn.GELU()),
+    functional_call=lambda p: (
+        (
+            lambda: F.mse_loss(
+                torch.func.functional_call(p.dec, dict(p.dec.named_parameters()), (p.enc(p.x),)),
+                p.x,
+            )
+        ),
+        p.watch,
+        {},
+    ),
+    learner_float=learner('no'),
+    learner_bf16=learner('bf16'),
+    **{
+        f.__name__: f
+        for f in (
+            straight_through,
+            zero_start,
+            film_zero_init,
+            adaln_zero,
+            perceptual,
+            teacher,
+            two_optimizers,
+            whole_step,
+            grad_scaler,
+            checkpointed,
+            cleared_after_the_step,
+            another_optimizer_cleared,
+            manual_update,
+            held_gate,
+            gradient_penalty,
+            adaptive_weight,
+            masked_tokens,
+            forward_mode,
+            written_in_place,
+        )
+    },
+)
+
 
 @pytest.mark.parametrize('name', SOUND)
 def test_sound(name):
@@ -427,64 +744,109 @@ def test_norms_are_those_of_backward():
         norm = torch.stack([q.grad.norm() for q in module.parameters()]).norm().item()
         assert report.cells['loss', name].norm == pytest.approx(norm, rel=1e-5)
 
+
 def test_place_is_the_line_of_the_cut():
-    b, = audit_gradient(BROKEN['by_numpy'](Parts())[0], Parts().watch | {}).breaks[:1]
+    (b,) = audit_gradient(BROKEN['by_numpy'](Parts())[0], Parts().watch | {}).breaks[:1]
     p = Parts()
     step, watch, _, _ = no_grad(p)
-    b, = audit_gradient(step, watch).breaks
-    assert b.where.startswith('test_audit_gradient.py:') and 'with torch.no_grad(): z = p.enc(p.x)' in b.where
+    (b,) = audit_gradient(step, watch).breaks
+    assert (
+        b.where.startswith('test_audit_gradient.py:')
+        and 'with torch.no_grad(): z = p.enc(p.x)' in b.where
+    )
+
 
 @pytest.mark.parametrize('name', ['whole_step', 'grad_scaler'])
 def test_a_step_is_not_made(name):
     step, watch, _ = SOUND[name](Parts())
     params = [p for m in watch.values() for p in m.parameters()]
-    for p in params: p.grad = torch.ones_like(p)
+    for p in params:
+        p.grad = torch.ones_like(p)
     before, rng = [p.detach().clone() for p in params], torch.get_rng_state()
     audit_gradient(step, watch)
-    assert all(torch.equal(a, b) for a, b in zip(before, params)) and all((p.grad == 1).all() for p in params)
+    assert all(torch.equal(a, b) for a, b in zip(before, params)) and all(
+        (p.grad == 1).all() for p in params
+    )
     assert torch.equal(rng, torch.get_rng_state())
+
 
 def test_the_place_of_a_clearing_is_the_line_of_the_step():
     step, watch, _, _ = cleared_before_the_step(Parts())
-    b, = audit_gradient(step, watch).breaks
+    (b,) = audit_gradient(step, watch).breaks
     assert b.where.startswith('test_audit_gradient.py:') and b.where.endswith('opt.zero_grad()')
+
 
 def test_schedules_averages_and_buffers_stay():
     p = Parts()
     model = nn.Sequential(p.enc, nn.BatchNorm2d(2), p.dec)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    plateau, average = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=1.0), torch.optim.swa_utils.AveragedModel(model)
+    plateau, average = (
+        torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=1.0),
+        torch.optim.swa_utils.AveragedModel(model),
+    )
+
     def step():
         opt.zero_grad()
         loss = F.mse_loss(model(p.x), p.x)
         loss.backward()
-        opt.step(), plateau.step(loss.item()), average.update_parameters(model)
+        opt.step()
+        plateau.step(loss.item())
+        average.update_parameters(model)
+
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model[0].weight.grad = torch.ones_like(model[0].weight)
-    for watch in (dict(model=model), ['model']) : assert audit_gradient(step, watch).breaks == [] and (model[0].weight.grad == 1).all()
+    for watch in (dict(model=model), ['model']):
+        assert audit_gradient(step, watch).breaks == [] and (model[0].weight.grad == 1).all()
     assert opt.param_groups[0]['lr'] == 0.1 and average.n_averaged == 0
     audit_gradient(step, dict(model=model))
     after = model.state_dict()
-    assert all(torch.equal(v, after[k]) for k, v in before.items() if 'running' not in k and 'num_batches' not in k)
+    assert all(
+        torch.equal(v, after[k])
+        for k, v in before.items()
+        if 'running' not in k and 'num_batches' not in k
+    )
     before = {k: v.clone() for k, v in after.items()}
     audit_gradient(step, dict(model=model))
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
+
 def test_reentrant_checkpoints_are_named():
     p = Parts()
     with pytest.raises(ValueError, match='[Cc]heckpoint'):
-        audit_gradient(lambda: F.mse_loss(p.dec(checkpoint(p.enc, p.x.clone().requires_grad_(), use_reentrant=True)), p.x), p.watch)
+        audit_gradient(
+            lambda: F.mse_loss(
+                p.dec(checkpoint(p.enc, p.x.clone().requires_grad_(), use_reentrant=True)), p.x
+            ),
+            p.watch,
+        )
+
 
 def test_nothing_stays_behind():
     import sys
-    before = (torch.from_numpy, torch.autograd.backward, torch.amp.GradScaler.step, sys.getprofile())
-    def fails(): raise KeyError('mine')
-    with pytest.raises(KeyError): audit_gradient(fails, ['z'])
+
+    before = (
+        torch.from_numpy,
+        torch.autograd.backward,
+        torch.amp.GradScaler.step,
+        sys.getprofile(),
+    )
+
+    def fails():
+        raise KeyError('mine')
+
+    with pytest.raises(KeyError):
+        audit_gradient(fails, ['z'])
     p = Parts()
     audit_gradient(p.through(lambda z: z), p.watch)
-    assert before == (torch.from_numpy, torch.autograd.backward, torch.amp.GradScaler.step, sys.getprofile())
+    assert before == (
+        torch.from_numpy,
+        torch.autograd.backward,
+        torch.amp.GradScaler.step,
+        sys.getprofile(),
+    )
     p.through(lambda z: z)().backward()
     assert p.enc.weight.grad is not None
+
 
 def test_zero_start_is_told_from_zero_slope():
     p = Parts()
@@ -494,102 +856,195 @@ def test_zero_start_is_told_from_zero_slope():
     step, watch, _, _ = BROKEN['round'](p)
     assert audit_gradient(step, watch).cells['loss', 'enc'].state == 'zero'
 
+
 def test_reasons_that_are_not_breaks_of_the_chain():
     p = Parts()
-    report = audit_gradient(lambda: F.mse_loss(p.dec(torch.ones_like(p.enc(p.x))), p.x), p.watch)       # a shape is taken, no value
+    report = audit_gradient(
+        lambda: F.mse_loss(p.dec(torch.ones_like(p.enc(p.x))), p.x), p.watch
+    )  # a shape is taken, no value
     assert [(b.name, b.how) for b in report.breaks] == [('enc', 'unused')]
+
     def step():
         k = int(torch.randint(8, ()))
         y = p.x.roll(k, -1)
-        return F.mse_loss(p.dec(p.enc(y)), p.x*torch.tensor([1.0, 2.0])[0])
+        return F.mse_loss(p.dec(p.enc(y)), p.x * torch.tensor([1.0, 2.0])[0])
+
     report = audit_gradient(step, ['y', 'p.enc'])
-    assert [(b.name, b.how) for b in report.breaks] == [('y', 'constant')]                             # data, whatever numbers were drawn
-    b, = audit_gradient(lambda: p.x.mean()*0 + jpeg(torch.sigmoid(p.dec(p.x.expand(-1, 2, -1, -1))), 50).mean(), dict(dec=p.dec)).breaks[:1]
+    assert [(b.name, b.how) for b in report.breaks] == [
+        ('y', 'constant')
+    ]  # data, whatever numbers were drawn
+    (b,) = audit_gradient(
+        lambda: p.x.mean() * 0 + jpeg(torch.sigmoid(p.dec(p.x.expand(-1, 2, -1, -1))), 50).mean(),
+        dict(dec=p.dec),
+    ).breaks[:1]
     assert b.how == 'numpy' and 'tolist' not in b.says
+
 
 def test_of_a_step_that_has_run():
     p = Parts()
     z = p.enc(p.x)
     report = audit_gradient(F.mse_loss(p.dec(z.detach()), p.x), dict(p.watch, z=z))
     assert {b.name: b.how for b in report.breaks} == {'enc': 'cut', 'z': 'detach'}
-    report = audit_gradient(dict(a=p.enc(p.x).mean().detach(), b=p.enc(p.x).round().mean()), dict(enc=p.enc))
-    assert {b.name: b.how for b in report.breaks} == {'a': 'constant', 'b': 'zero slope', 'enc': 'zero slope'}
+    report = audit_gradient(
+        dict(a=p.enc(p.x).mean().detach(), b=p.enc(p.x).round().mean()), dict(enc=p.enc)
+    )
+    assert {b.name: b.how for b in report.breaks} == {
+        'a': 'constant',
+        'b': 'zero slope',
+        'enc': 'zero slope',
+    }
     loss = F.mse_loss(p.dec(p.enc(p.x)), p.x)
     loss.backward()
-    with pytest.raises(ValueError, match='lost its graph'): audit_gradient(loss, p.watch)
+    with pytest.raises(ValueError, match='lost its graph'):
+        audit_gradient(loss, p.watch)
+
 
 def test_wrapped_by_accelerate_in_processes(tmp_path):
     import torch.distributed as dist
+
     p = Parts()
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/rendezvous', rank=0, world_size=1
+    )
     try:
         model = nn.parallel.DistributedDataParallel(nn.Sequential(p.enc, p.dec))
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
+
         def step():
             loss = F.mse_loss(model(p.x), p.x)
             loss.backward()
             opt.step()
+
         assert audit_gradient(step, dict(model=model, enc=p.enc)).breaks == []
-    finally: dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
+
 
 def test_bad_input():
     p = Parts()
     step = p.through(lambda z: z)
-    with pytest.raises(ValueError, match='watch is'): audit_gradient(step, {})
-    with pytest.raises(ValueError, match="no variable 'q'"): audit_gradient(step, ['q'])
-    with pytest.raises(ValueError, match='need the step as a function'): audit_gradient(step(), ['z'])
-    with pytest.raises(TypeError, match='watch holds .* str|int'): audit_gradient(step, dict(z=3))
-    with pytest.raises(TypeError, match='no backward'): audit_gradient(lambda: None, p.watch)
-    with pytest.raises(ValueError, match='shape'): audit_gradient(lambda: p.enc(p.x), p.watch)
-    with pytest.raises(ValueError, match="'book' is not in watch"): audit_gradient(step, p.watch, expect=dict(loss=['book']))
-    with pytest.raises(ValueError, match="the term 'recon'"): audit_gradient(step, p.watch, expect=dict(recon=['enc']))
+    with pytest.raises(ValueError, match='watch is'):
+        audit_gradient(step, {})
+    with pytest.raises(ValueError, match="no variable 'q'"):
+        audit_gradient(step, ['q'])
+    with pytest.raises(ValueError, match='need the step as a function'):
+        audit_gradient(step(), ['z'])
+    with pytest.raises(TypeError, match='watch holds .* str|int'):
+        audit_gradient(step, dict(z=3))
+    with pytest.raises(TypeError, match='no backward'):
+        audit_gradient(lambda: None, p.watch)
+    with pytest.raises(ValueError, match='shape'):
+        audit_gradient(lambda: p.enc(p.x), p.watch)
+    with pytest.raises(ValueError, match="'book' is not in watch"):
+        audit_gradient(step, p.watch, expect=dict(loss=['book']))
+    with pytest.raises(ValueError, match="the term 'recon'"):
+        audit_gradient(step, p.watch, expect=dict(recon=['enc']))
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 @pytest.mark.parametrize('name', ['detach', 'round', 'no_grad', 'by_numpy'])
 def test_broken_on_a_gpu(name):
     p = Parts()
-    for part in ('x', 'enc', 'dec', 'book', 'trunk'): setattr(p, part, getattr(p, part).cuda())
+    for part in ('x', 'enc', 'dec', 'book', 'trunk'):
+        setattr(p, part, getattr(p, part).cuda())
     p.watch = dict(enc=p.enc, dec=p.dec)
     step, watch, options, expected = BROKEN[name](p)
-    if name == 'by_numpy': step = p.through(lambda z: torch.from_numpy(z.detach().cpu().numpy()).cuda())
-    with torch.autocast('cuda', torch.float16): report = audit_gradient(step, watch, **options)
+    if name == 'by_numpy':
+        step = p.through(lambda z: torch.from_numpy(z.detach().cpu().numpy()).cuda())
+    with torch.autocast('cuda', torch.float16):
+        report = audit_gradient(step, watch, **options)
     assert {b.name: b.how for b in report.breaks} == expected
 
 
 # ------------------------------------------------------------- updates that no operator's name gives away
 class Plain:
     "An optimizer that is none of torch's."
-    def __init__(self, params): self.params = list(params)
-    def step(self): torch._foreach_sub_([p.data for p in self.params], 0.1)
+
+    def __init__(self, params):
+        self.params = list(params)
+
+    def step(self):
+        torch._foreach_sub_([p.data for p in self.params], 0.1)
+
 
 def each(write):
     def update(params, grads):
         with torch.no_grad():
-            for q, g in zip(params, grads): write(q, g)
+            for q, g in zip(params, grads):
+                write(q, g)
+
     return update
+
 
 def by_vector(params, grads):
     flat = nn.utils.parameters_to_vector(params)
-    nn.utils.vector_to_parameters(flat - 0.1*nn.utils.parameters_to_vector(grads) - 0.01, params)
+    nn.utils.vector_to_parameters(flat - 0.1 * nn.utils.parameters_to_vector(grads) - 0.01, params)
 
-def fill(q, g): q[:] = q - 0.1*g - 0.01
-def fill_data(q, g): q.data[...] = 0.5
-def assign(q, g): q.data = q.data - 0.1*g - 0.01
-def by_numpy_memory(q, g): q.detach().numpy()[...] -= 0.1
+
+def fill(q, g):
+    q[:] = q - 0.1 * g - 0.01
+
+
+def fill_data(q, g):
+    q.data[...] = 0.5
+
+
+def assign(q, g):
+    q.data = q.data - 0.1 * g - 0.01
+
+
+def by_numpy_memory(q, g):
+    q.detach().numpy()[...] -= 0.1
+
 
 UPDATES = dict(
-    data=each(lambda q, g: q.data.sub_(0.1*g + 0.01)), plain=each(lambda q, g: q.sub_(0.1*g + 0.01)), copy=each(lambda q, g: q.copy_(q - 0.1*g - 0.01)),
-    slices=each(fill), slices_of_data=each(fill_data), data_assigned=each(assign), other_memory=each(lambda q, g: q.set_(torch.zeros_like(q))),
-    out=each(lambda q, g: torch.sub(q, 0.1, out=q)), init=each(lambda q, g: nn.init.normal_(q)), numpy_memory=each(by_numpy_memory),
-    foreach=torch.no_grad()(lambda params, grads: torch._foreach_add_(params, [g + 0.1 for g in grads], alpha=-0.1)),
-    foreach_of_data=lambda params, grads: torch._foreach_mul_([q.data for q in params], 0.9), vector=by_vector, own_optimizer=lambda params, grads: Plain(params).step(),
-    sgd_foreach=lambda params, grads: torch.optim.SGD(params, lr=0.1, weight_decay=0.1, foreach=True).step(),
-    adam_fused=lambda params, grads: torch.optim.AdamW(params, lr=0.1, fused=True).step())
+    data=each(lambda q, g: q.data.sub_(0.1 * g + 0.01)),
+    plain=each(lambda q, g: q.sub_(0.1 * g + 0.01)),
+    copy=each(lambda q, g: q.copy_(q - 0.1 * g - 0.01)),
+    slices=each(fill),
+    slices_of_data=each(fill_data),
+    data_assigned=each(assign),
+    other_memory=each(lambda q, g: q.set_(torch.zeros_like(q))),
+    out=each(lambda q, g: torch.sub(q, 0.1, out=q)),
+    init=each(lambda q, g: nn.init.normal_(q)),
+    numpy_memory=each(by_numpy_memory),
+    foreach=torch.no_grad()(
+        lambda params, grads: torch._foreach_add_(params, [g + 0.1 for g in grads], alpha=-0.1)
+    ),
+    foreach_of_data=lambda params, grads: torch._foreach_mul_([q.data for q in params], 0.9),
+    vector=by_vector,
+    own_optimizer=lambda params, grads: Plain(params).step(),
+    sgd_foreach=lambda params, grads: torch.optim.SGD(
+        params, lr=0.1, weight_decay=0.1, foreach=True
+    ).step(),
+    adam_fused=lambda params, grads: torch.optim.AdamW(params, lr=0.1, fused=True).step(),
+)
 
-def image_of(tensors): return [(id(t), t.data_ptr(), t._version, t.requires_grad, t.detach().clone(), t.grad, None if t.grad is None else t.grad.clone()) for t in tensors]
+
+def image_of(tensors):
+    return [
+        (
+            id(t),
+            t.data_ptr(),
+            t._version,
+            t.requires_grad,
+            t.detach().clone(),
+            t.grad,
+            None if t.grad is None else t.grad.clone(),
+        )
+        for t in tensors
+    ]
+
 
 def same(a, b):
-    return all(p[:4] == q[:4] and torch.equal(p[4], q[4]) and p[5] is q[5] and (p[6] is None or torch.equal(p[6], q[6])) for p, q in zip(a, b, strict=True))
+    return all(
+        p[:4] == q[:4]
+        and torch.equal(p[4], q[4])
+        and p[5] is q[5]
+        and (p[6] is None or torch.equal(p[6], q[6]))
+        for p, q in zip(a, b, strict=True)
+    )
+
 
 @pytest.mark.parametrize('broken', [False, True])
 @pytest.mark.parametrize('way', ['backward', 'autograd.grad'])
@@ -597,56 +1052,101 @@ def same(a, b):
 def test_no_update_is_made_and_the_report_is_that_of_the_bare_step(name, way, broken):
     p = Parts()
     params = [*p.enc.parameters(), *p.dec.parameters()]
-    for k, q in enumerate(params): q.grad = torch.full_like(q, float(k))
+    for k, q in enumerate(params):
+        q.grad = torch.full_like(q, float(k))
     cut = (lambda z: z.round()) if broken else (lambda z: z)
+
     def step():
         loss = p.through(cut)()
         if way == 'backward':
             loss.backward()
             grads = [q.grad for q in params]
-        else: grads = [torch.zeros_like(q) if g is None else g for q, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True))]
+        else:
+            grads = [
+                torch.zeros_like(q) if g is None else g
+                for q, g in zip(params, torch.autograd.grad(loss, params, allow_unused=True))
+            ]
         UPDATES[name](params, grads)
         return loss.item()
+
     before, bare = image_of(params), audit_gradient(p.through(cut), p.watch)
     report = audit_gradient(step, p.watch)
     assert same(before, image_of(params))
-    assert [(b.name, b.how) for b in report.breaks] == [(b.name, b.how) for b in bare.breaks] and bool(report) != broken
-    assert {k: (c.state, c.norm) for k, c in report.cells.items()} == {k: (c.state, c.norm) for k, c in bare.cells.items()}
+    assert [(b.name, b.how) for b in report.breaks] == [
+        (b.name, b.how) for b in bare.breaks
+    ] and bool(report) != broken
+    assert {k: (c.state, c.norm) for k, c in report.cells.items()} == {
+        k: (c.state, c.norm) for k, c in bare.cells.items()
+    }
+
 
 @pytest.mark.parametrize('fails', [False, True])
 def test_all_that_a_step_leads_to_comes_back(fails):
     p = Parts()
-    bn, teacher, table = nn.BatchNorm2d(2), copy.deepcopy(p.enc).requires_grad_(False), dict(mean=torch.ones(2))
+    bn, teacher, table = (
+        nn.BatchNorm2d(2),
+        copy.deepcopy(p.enc).requires_grad_(False),
+        dict(mean=torch.ones(2)),
+    )
     net = nn.Sequential(p.enc, bn, p.dec)
     opt = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     F.mse_loss(net(p.x), p.x).backward()
     opt.step()
     old = torch.zeros(3)
+
     def step():
         loss = F.mse_loss(net(p.x), p.x) + teacher(p.x).mean()
         loss.backward()
         torch._foreach_lerp_(list(teacher.parameters()), list(p.enc.parameters()), 0.5)
         table['mean'].mul_(2)
         old.add_(1)
-        for entry in opt.state.values(): entry['momentum_buffer'].zero_()
+        for entry in opt.state.values():
+            entry['momentum_buffer'].zero_()
         opt.param_groups[0]['lr'] *= 0.5
         opt.state.clear()
-        bn.weight.requires_grad_(False), net.eval()
-        p.enc.weight.grad.zero_(), p.enc.weight.register_hook(lambda g: g)
+        bn.weight.requires_grad_(False)
+        net.eval()
+        p.enc.weight.grad.zero_()
+        p.enc.weight.register_hook(lambda g: g)
         net.register_forward_hook(lambda *a: None)
         p.dec.bias = nn.Parameter(torch.zeros(1))
-        np.random.rand(), random.random(), torch.rand(1)
-        if fails: raise KeyError('mine')
+        np.random.rand()
+        random.random()
+        torch.rand(1)
+        if fails:
+            raise KeyError('mine')
+
     everything = [*net.parameters(), *net.buffers(), *teacher.parameters(), table['mean'], old]
-    before, state = image_of(everything), {q: s['momentum_buffer'].clone() for q, s in opt.state.items()}
+    before, state = (
+        image_of(everything),
+        {q: s['momentum_buffer'].clone() for q, s in opt.state.items()},
+    )
     seeds = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     if fails:
-        with pytest.raises(KeyError): audit_gradient(step, ['net'])
-    else: assert isinstance(audit_gradient(step, ['net']).breaks, list)
-    assert same(before, image_of([*net.parameters(), *net.buffers(), *teacher.parameters(), table['mean'], old]))
-    assert opt.param_groups[0]['lr'] == 0.1 and len(opt.state) == len(state) and all(torch.equal(opt.state[q]['momentum_buffer'], v) for q, v in state.items())
-    assert all(m.training for m in net.modules()) and not net._forward_hooks and not p.enc.weight._backward_hooks
-    assert torch.equal(seeds[0], torch.get_rng_state()) and (seeds[1] == np.random.get_state()[1]).all() and seeds[2] == random.getstate()
+        with pytest.raises(KeyError):
+            audit_gradient(step, ['net'])
+    else:
+        assert isinstance(audit_gradient(step, ['net']).breaks, list)
+    assert same(
+        before,
+        image_of([*net.parameters(), *net.buffers(), *teacher.parameters(), table['mean'], old]),
+    )
+    assert (
+        opt.param_groups[0]['lr'] == 0.1
+        and len(opt.state) == len(state)
+        and all(torch.equal(opt.state[q]['momentum_buffer'], v) for q, v in state.items())
+    )
+    assert (
+        all(m.training for m in net.modules())
+        and not net._forward_hooks
+        and not p.enc.weight._backward_hooks
+    )
+    assert (
+        torch.equal(seeds[0], torch.get_rng_state())
+        and (seeds[1] == np.random.get_state()[1]).all()
+        and seeds[2] == random.getstate()
+    )
+
 
 def test_a_list_of_names_restores_the_statistics():
     bn, x = nn.BatchNorm2d(1), torch.rand(4, 1, 8, 8)
@@ -654,37 +1154,57 @@ def test_a_list_of_names_restores_the_statistics():
     assert audit_gradient(lambda: bn(x).square().mean() + bn(x).sum(), ['bn'])
     assert all(torch.equal(v, before[k]) for k, v in bn.state_dict().items())
 
+
 def test_two_phases_see_the_weights_that_there_were():
     "A second loss after an update of the first: its gradient is that at the weights as they were."
     p = Parts()
     first, second = p.through(torch.tanh), lambda: p.dec(p.enc(p.x)).square().mean()
+
     def step():
         first().backward()
         with torch.no_grad():
-            for q in p.enc.parameters(): q.mul_(3.0)
+            for q in p.enc.parameters():
+                q.mul_(3.0)
         second().backward()
+
     report = audit_gradient(step, p.watch)
-    assert report and report.cells['loss 2', 'enc'].norm == pytest.approx(audit_gradient(second, p.watch).cells['loss', 'enc'].norm)
+    assert report and report.cells['loss 2', 'enc'].norm == pytest.approx(
+        audit_gradient(second, p.watch).cells['loss', 'enc'].norm
+    )
+
 
 def test_a_step_by_autograd_grad_is_named_like_one_by_backward():
     p = Parts()
+
     def step():
         loss = F.mse_loss(p.dec(p.enc(p.x).detach()), p.x)
         grads = torch.autograd.grad(loss, list(p.dec.parameters()))
-        for q, g in zip(p.dec.parameters(), grads): q.data.sub_(0.1*g)
-    b, = audit_gradient(step, p.watch).breaks
+        for q, g in zip(p.dec.parameters(), grads):
+            q.data.sub_(0.1 * g)
+
+    (b,) = audit_gradient(step, p.watch).breaks
     assert (b.name, b.how) == ('enc', 'detach') and 'detach()' in b.where
-    def weighted():                                                # an adaptive weight asks for gradients, too, and is no loss
+
+    def weighted():  # an adaptive weight asks for gradients, too, and is no loss
         out = p.dec(p.enc(p.x))
         mse, l1 = F.mse_loss(out, p.x), F.l1_loss(out, p.x)
-        weight = torch.autograd.grad(mse, p.dec.weight, retain_graph=True)[0].norm()/torch.autograd.grad(l1, p.dec.weight, retain_graph=True)[0].norm()
-        return dict(mse=mse, l1=weight*l1)
+        weight = (
+            torch.autograd.grad(mse, p.dec.weight, retain_graph=True)[0].norm()
+            / torch.autograd.grad(l1, p.dec.weight, retain_graph=True)[0].norm()
+        )
+        return dict(mse=mse, l1=weight * l1)
+
     report = audit_gradient(weighted, p.watch)
     assert report and set(report.cells) == {(t, s) for t in ('mse', 'l1') for s in p.watch}
 
+
 def test_a_network_that_is_frozen_for_the_next_phase_had_its_gradient():
     p = Parts()
+
     def step():
         F.mse_loss(p.dec(p.enc(p.x)), p.x).backward()
         p.enc.requires_grad_(False)
-    assert audit_gradient(step, p.watch).breaks == [] and all(q.requires_grad for q in p.enc.parameters())
+
+    assert audit_gradient(step, p.watch).breaks == [] and all(
+        q.requires_grad for q in p.enc.parameters()
+    )

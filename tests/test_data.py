@@ -5,38 +5,68 @@ import pytest
 import torch
 from PIL import Image
 
-from restore_lib.data import (FACES, PHOTOS, Crops, ImageFolder, PairedFolder, budget, check_images, cifar10, digits, dihedral, photos,
-                              read_image, show_images, thermal, undo_dihedral)
+from restore_lib.data import (
+    FACES,
+    PHOTOS,
+    Crops,
+    ImageFolder,
+    PairedFolder,
+    budget,
+    check_images,
+    cifar10,
+    digits,
+    dihedral,
+    photos,
+    read_image,
+    show_images,
+    thermal,
+    undo_dihedral,
+)
 
 
-def save(path, array): Image.fromarray(array).save(path)
+def save(path, array):
+    Image.fromarray(array).save(path)
 
 
-def scene(seed=0, h=64, w=80): return (thermal(1, size=(h, w), seed=seed)[0, 0]*255).round().byte().numpy()
+def scene(seed=0, h=64, w=80):
+    return (thermal(1, size=(h, w), seed=seed)[0, 0] * 255).round().byte().numpy()
 
 
 # budgets
 
-@pytest.mark.parametrize('env, expect', [({'IN_TEST': '1'}, 20), ({'RESTORE_BUDGET': 'study'}, 20_000), ({'RESTORE_BUDGET': 'cpu'}, 1500)])
+
+@pytest.mark.parametrize(
+    'env, expect',
+    [
+        ({'IN_TEST': '1'}, 20),
+        ({'RESTORE_BUDGET': 'study'}, 20_000),
+        ({'RESTORE_BUDGET': 'cpu'}, 1500),
+    ],
+)
 def test_budget(monkeypatch, env, expect):
-    for k in ('IN_TEST', 'RESTORE_BUDGET'): monkeypatch.delenv(k, raising=False)
-    for k, v in env.items(): monkeypatch.setenv(k, v)
+    for k in ('IN_TEST', 'RESTORE_BUDGET'):
+        monkeypatch.delenv(k, raising=False)
+    for k, v in env.items():
+        monkeypatch.setenv(k, v)
     assert budget() == expect
 
 
 def test_budget_unknown(monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.setenv('RESTORE_BUDGET', 'huge')
-    with pytest.raises(ValueError, match="'huge'"): budget()
+    with pytest.raises(ValueError, match="'huge'"):
+        budget()
 
 
 # embedded sources
+
 
 def test_no_photo_in_two_splits():
     names = [n for split in PHOTOS.values() for n in split]
     assert len(names) == len(set(names)) == 13
     for split in PHOTOS:
-        for x in photos(split, 1).values(): check_images(x, channels=1, ndim=3)
+        for x in photos(split, 1).values():
+            check_images(x, channels=1, ndim=3)
 
 
 def test_no_typeface_in_two_splits():
@@ -47,53 +77,77 @@ def test_no_typeface_in_two_splits():
 def test_digits_are_seeded_and_balanced():
     (a, la), (b, lb), (c, _) = digits(200), digits(200), digits(200, seed=1)
     assert torch.equal(a, b) and torch.equal(la, lb) and not torch.equal(a, c)
-    assert a.shape == (200, 1, 28, 28) and la.bincount(minlength=10).tolist() == [20]*10
-    assert 0 <= a.min() and a.max() <= 1 and a.flatten(1).max(1).values.min() > 0.5        # no empty digit
+    assert a.shape == (200, 1, 28, 28) and la.bincount(minlength=10).tolist() == [20] * 10
+    assert (
+        0 <= a.min() and a.max() <= 1 and a.flatten(1).max(1).values.min() > 0.5
+    )  # no empty digit
 
 
 def test_thermal_contract():
     a = thermal(19, size=(40, 56), seed=3)
     assert a.shape == (19, 1, 40, 56) and a.dtype == torch.float32 and 0 <= a.min() and a.max() <= 1
-    assert torch.equal(a[:5], thermal(5, size=(40, 56), seed=3)) and torch.equal(a, thermal(19, size=(40, 56), seed=3))
-    assert (a.flatten(1).std(1) > 0.01).float().mean() > 0.9                               # scenes, not flat fields
+    assert torch.equal(a[:5], thermal(5, size=(40, 56), seed=3)) and torch.equal(
+        a, thermal(19, size=(40, 56), seed=3)
+    )
+    assert (a.flatten(1).std(1) > 0.01).float().mean() > 0.9  # scenes, not flat fields
 
 
-@pytest.mark.parametrize('bad', [dict(n=0), dict(n=1.5), dict(n=2, size=8), dict(n=2, size=(64, '64')), dict(n=1, seed=-1)])
+@pytest.mark.parametrize(
+    'bad',
+    [dict(n=0), dict(n=1.5), dict(n=2, size=8), dict(n=2, size=(64, '64')), dict(n=1, seed=-1)],
+)
 def test_thermal_bad_input(bad):
-    with pytest.raises((TypeError, ValueError), match='expected'): thermal(**bad)
+    with pytest.raises((TypeError, ValueError), match='expected'):
+        thermal(**bad)
 
 
 # sources that the user brings
 
+
 def idx(path, array):
     header = bytes([0, 0, 8, array.ndim]) + b''.join(int(d).to_bytes(4, 'big') for d in array.shape)
-    with (gzip.open if path.suffix == '.gz' else open)(path, 'wb') as f: f.write(header + array.tobytes())
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'wb') as f:
+        f.write(header + array.tobytes())
 
 
 @pytest.mark.parametrize('suffix', ['', '.gz'])
 def test_mnist_files(tmp_path, monkeypatch, suffix):
     monkeypatch.setenv('RESTORE_DATA', str(tmp_path))
-    raw = tmp_path/'mnist/MNIST/raw'
-    with pytest.raises(FileNotFoundError, match='download=True'): digits(5, source='mnist')
+    raw = tmp_path / 'mnist/MNIST/raw'
+    with pytest.raises(FileNotFoundError, match='download=True'):
+        digits(5, source='mnist')
     raw.mkdir(parents=True)
-    images, labels = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8), np.arange(12, dtype=np.uint8) % 10
-    idx(raw/f't10k-images-idx3-ubyte{suffix}', images), idx(raw/f't10k-labels-idx1-ubyte{suffix}', labels)
+    images, labels = (
+        np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8),
+        np.arange(12, dtype=np.uint8) % 10,
+    )
+    idx(raw / f't10k-images-idx3-ubyte{suffix}', images)
+    idx(raw / f't10k-labels-idx1-ubyte{suffix}', labels)
     x, y = digits(7, 'test', source='mnist')
-    assert torch.equal((x*255).round().byte()[:, 0], torch.from_numpy(images[:7])) and y.tolist() == labels[:7].tolist()
-    with pytest.raises(ValueError, match='holds 12'): digits(13, 'test', source='mnist')
+    assert (
+        torch.equal((x * 255).round().byte()[:, 0], torch.from_numpy(images[:7]))
+        and y.tolist() == labels[:7].tolist()
+    )
+    with pytest.raises(ValueError, match='holds 12'):
+        digits(13, 'test', source='mnist')
 
 
 def test_cifar_tiles(tmp_path, monkeypatch):
     monkeypatch.setenv('RESTORE_DATA', str(tmp_path))
-    with pytest.raises(FileNotFoundError): cifar10(source='tiles')
-    folder = tmp_path/'cifar10_4k'
+    with pytest.raises(FileNotFoundError):
+        cifar10(source='tiles')
+    folder = tmp_path / 'cifar10_4k'
     folder.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (4, 25, 40, 32, 32, 3), dtype=np.uint8)
-    for k in range(4): save(folder/f'tiles_{k}.png', images[k].transpose(0, 2, 1, 3, 4).reshape(800, 1280, 3))
-    (folder/'labels.json').write_text(json.dumps(dict(labels=list(range(4000)))))
+    for k in range(4):
+        save(folder / f'tiles_{k}.png', images[k].transpose(0, 2, 1, 3, 4).reshape(800, 1280, 3))
+    (folder / 'labels.json').write_text(json.dumps(dict(labels=list(range(4000)))))
     x, y = cifar10(source='tiles', split='test')
     assert len(x) == 800 and y[0] == 3200
-    assert torch.equal((x[5]*255).round().byte().permute(1, 2, 0), torch.from_numpy(images.reshape(4000, 32, 32, 3)[3205]))
+    assert torch.equal(
+        (x[5] * 255).round().byte().permute(1, 2, 0),
+        torch.from_numpy(images.reshape(4000, 32, 32, 3)[3205]),
+    )
 
 
 def test_real_sets(real, monkeypatch):
@@ -103,47 +157,54 @@ def test_real_sets(real, monkeypatch):
     assert x.shape == (3200, 3, 32, 32) and y[:3].tolist() == [6, 9, 9]
     assert len(ImageFolder(real('natural/set12'), channels=1)) == 12
     small, large = PairedFolder(real('ir/tno17_dev'))[0]
-    assert large.shape[-1] == 4*small.shape[-1]
+    assert large.shape[-1] == 4 * small.shape[-1]
 
 
 # reading files
 
+
 def test_read_image_modes(tmp_path):
-    deep = np.linspace(0, 65535, 64*64).astype(np.uint16).reshape(64, 64)
-    save(tmp_path/'deep.png', deep)
-    assert np.allclose(read_image(tmp_path/'deep.png', 1)[0]*65535, deep, atol=1)
+    deep = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    save(tmp_path / 'deep.png', deep)
+    assert np.allclose(read_image(tmp_path / 'deep.png', 1)[0] * 65535, deep, atol=1)
     rgba = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
-    save(tmp_path/'rgba.png', rgba)
-    assert read_image(tmp_path/'rgba.png').shape == (3, 8, 8)
+    save(tmp_path / 'rgba.png', rgba)
+    assert read_image(tmp_path / 'rgba.png').shape == (3, 8, 8)
     turned = Image.fromarray(rgba[..., :3].repeat(2, 1))
     exif = turned.getexif()
     exif[0x0112] = 6
-    turned.save(tmp_path/'turned.jpg', exif=exif)
-    assert read_image(tmp_path/'turned.jpg').shape == (3, 16, 8)
-    save(tmp_path/'dot.png', np.uint8([[255]]))
-    assert read_image(tmp_path/'dot.png', 1).tolist() == [[[1.0]]]
-    with pytest.raises(ValueError, match='channels is 2'): read_image(tmp_path/'dot.png', 2)
-    with pytest.raises(FileNotFoundError): read_image(tmp_path/'absent.png')
+    turned.save(tmp_path / 'turned.jpg', exif=exif)
+    assert read_image(tmp_path / 'turned.jpg').shape == (3, 16, 8)
+    save(tmp_path / 'dot.png', np.uint8([[255]]))
+    assert read_image(tmp_path / 'dot.png', 1).tolist() == [[[1.0]]]
+    with pytest.raises(ValueError, match='channels is 2'):
+        read_image(tmp_path / 'dot.png', 2)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / 'absent.png')
 
 
-@pytest.mark.parametrize('content', [b'', b'no image at all', b'\x89PNG\r\n\x1a\n' + b'\0'*40])
+@pytest.mark.parametrize('content', [b'', b'no image at all', b'\x89PNG\r\n\x1a\n' + b'\0' * 40])
 def test_corrupt_file_is_named(tmp_path, content):
-    (tmp_path/'bad.png').write_bytes(content)
-    with pytest.raises(ValueError, match='bad.png is not a readable image'): ImageFolder(tmp_path)[0]
+    (tmp_path / 'bad.png').write_bytes(content)
+    with pytest.raises(ValueError, match='bad.png is not a readable image'):
+        ImageFolder(tmp_path)[0]
 
 
 def test_truncated_file_is_named(tmp_path):
-    save(tmp_path/'cut.png', scene())
-    (tmp_path/'cut.png').write_bytes((tmp_path/'cut.png').read_bytes()[:-500])
-    with pytest.raises(ValueError, match='cut.png'): ImageFolder(tmp_path)[0]
+    save(tmp_path / 'cut.png', scene())
+    (tmp_path / 'cut.png').write_bytes((tmp_path / 'cut.png').read_bytes()[:-500])
+    with pytest.raises(ValueError, match='cut.png'):
+        ImageFolder(tmp_path)[0]
 
 
 def test_image_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match='not a folder'): ImageFolder(tmp_path/'absent')
-    with pytest.raises(FileNotFoundError, match='holds no image'): ImageFolder(tmp_path)
+    with pytest.raises(FileNotFoundError, match='not a folder'):
+        ImageFolder(tmp_path / 'absent')
+    with pytest.raises(FileNotFoundError, match='holds no image'):
+        ImageFolder(tmp_path)
     for k, name in enumerate(('cat/1.png', 'cat/2.png', 'dog/1.png')):
-        (tmp_path/name).parent.mkdir(exist_ok=True)
-        save(tmp_path/name, scene(k))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save(tmp_path / name, scene(k))
     ds = ImageFolder(tmp_path, channels=1)
     assert ds.classes == ['cat', 'dog'] and ds.labels == [0, 0, 1] and ds[0].shape == (1, 64, 80)
     assert len(ImageFolder(tmp_path, glob='dog/*')) == 1
@@ -151,41 +212,47 @@ def test_image_folder(tmp_path):
 
 # pairs
 
+
 @pytest.fixture
 def paired(tmp_path):
-    for d in ('HR', 'LR'): (tmp_path/d).mkdir()
+    for d in ('HR', 'LR'):
+        (tmp_path / d).mkdir()
     for k in range(3):
         hr = scene(k)
-        save(tmp_path/f'HR/{k}.png', hr)
-        Image.fromarray(hr).resize((20, 16), Image.BICUBIC).save(tmp_path/f'LR/{k}.png')
+        save(tmp_path / f'HR/{k}.png', hr)
+        Image.fromarray(hr).resize((20, 16), Image.BICUBIC).save(tmp_path / f'LR/{k}.png')
     return tmp_path
 
 
 def test_pairs_from_folder_and_made_agree(paired):
-    given, made = PairedFolder(paired), PairedFolder(paired/'HR')
+    given, made = PairedFolder(paired), PairedFolder(paired / 'HR')
     for (a, x), (b, z) in zip([given[i] for i in range(3)], [made[i] for i in range(3)]):
         assert torch.equal(a, b) and torch.equal(x, z) and a.shape == (1, 16, 20)
 
 
 def test_pair_sizes_names_scenes(paired):
-    save(paired/'LR/1.png', scene(1))
-    with pytest.raises(ValueError, match='1.png.*expected 4 times as large'): PairedFolder(paired)[1]
-    Image.fromarray(scene(2)).resize((20, 16)).save(paired/'LR/0.png')
-    with pytest.raises(ValueError, match='0.png.*same scene'): PairedFolder(paired)[0]
-    (paired/'LR/2.png').unlink()
-    with pytest.raises(ValueError, match='2.png'): PairedFolder(paired)
+    save(paired / 'LR/1.png', scene(1))
+    with pytest.raises(ValueError, match='1.png.*expected 4 times as large'):
+        PairedFolder(paired)[1]
+    Image.fromarray(scene(2)).resize((20, 16)).save(paired / 'LR/0.png')
+    with pytest.raises(ValueError, match='0.png.*same scene'):
+        PairedFolder(paired)[0]
+    (paired / 'LR/2.png').unlink()
+    with pytest.raises(ValueError, match='2.png'):
+        PairedFolder(paired)
 
 
 def test_odd_sizes_are_cut_to_the_scale(tmp_path):
-    save(tmp_path/'a.png', scene(0, 67, 81))
+    save(tmp_path / 'a.png', scene(0, 67, 81))
     y, x = PairedFolder(tmp_path)[0]
     assert y.shape == (1, 16, 20) and x.shape == (1, 64, 80)
 
 
 # crops
 
+
 def test_dihedral_is_the_group_of_the_square():
-    x = torch.arange(9.).reshape(1, 3, 3)
+    x = torch.arange(9.0).reshape(1, 3, 3)
     poses = [dihedral(x, k) for k in range(8)]
     assert len({tuple(p.flatten().tolist()) for p in poses}) == 8
     assert all(torch.equal(undo_dihedral(p, k), x) for k, p in enumerate(poses))
@@ -193,32 +260,51 @@ def test_dihedral_is_the_group_of_the_square():
 
 def test_pair_crops_stay_aligned():
     x = torch.rand(1, 64, 80)
-    y = x.reshape(1, 16, 4, 20, 4).mean((2, 4))                   # the mean of each block: commutes with poses exactly
+    y = x.reshape(1, 16, 4, 20, 4).mean(
+        (2, 4)
+    )  # the mean of each block: commutes with poses exactly
     ds = Crops([(y, x)], size=16, scale=4, n=50)
     torch.manual_seed(0)
     seen = [ds[i] for i in range(50)]
-    for small, large in seen: assert torch.allclose(large.reshape(1, 4, 4, 4, 4).mean((2, 4)), small, atol=1e-6)
+    for small, large in seen:
+        assert torch.allclose(large.reshape(1, 4, 4, 4, 4).mean((2, 4)), small, atol=1e-6)
     assert len({s.sum().item() for s, _ in seen}) > 20
 
 
 def test_crops_bad_input():
-    with pytest.raises(ValueError, match='empty'): Crops([])
-    with pytest.raises(ValueError, match='multiple of scale'): Crops([torch.rand(1, 9, 9)], size=9, scale=4)
-    with pytest.raises(ValueError, match=r'images\[0\].*too small'): Crops([torch.rand(1, 9, 99)], size=16)[0]
-    with pytest.raises(ValueError, match='4 times as large'): Crops([(torch.rand(1, 16, 16), torch.rand(1, 60, 64))], size=16, scale=4)[0]
-    with pytest.raises(TypeError, match='uint8'): Crops([torch.zeros(1, 20, 20, dtype=torch.uint8)], size=16)[0]
-    with pytest.raises(TypeError, match='ndarray'): Crops([np.zeros((1, 20, 20))], size=16)[0]
-    with pytest.raises(ValueError, match='NaN'): Crops([torch.full((1, 20, 20), float('nan'))], size=16)[0]
+    with pytest.raises(ValueError, match='empty'):
+        Crops([])
+    with pytest.raises(ValueError, match='multiple of scale'):
+        Crops([torch.rand(1, 9, 9)], size=9, scale=4)
+    with pytest.raises(ValueError, match=r'images\[0\].*too small'):
+        Crops([torch.rand(1, 9, 99)], size=16)[0]
+    with pytest.raises(ValueError, match='4 times as large'):
+        Crops([(torch.rand(1, 16, 16), torch.rand(1, 60, 64))], size=16, scale=4)[0]
+    with pytest.raises(TypeError, match='uint8'):
+        Crops([torch.zeros(1, 20, 20, dtype=torch.uint8)], size=16)[0]
+    with pytest.raises(TypeError, match='ndarray'):
+        Crops([np.zeros((1, 20, 20))], size=16)[0]
+    with pytest.raises(ValueError, match='NaN'):
+        Crops([torch.full((1, 20, 20), float('nan'))], size=16)[0]
 
 
 # the checker and the plots
 
-@pytest.mark.parametrize('x, error, says', [
-    (np.zeros((1, 1, 4, 4)), TypeError, 'ndarray'), (torch.zeros(1, 1, 4, 4).byte(), TypeError, 'uint8'), (torch.zeros(4, 4), ValueError, r'\(4, 4\)'),
-    (torch.zeros(1, 2, 4, 4), ValueError, '2 channels'), (torch.full((1, 1, 4, 4), 200.), ValueError, '0 to 255'),
-    (torch.full((1, 1, 4, 4), float('inf')), ValueError, 'infinite')])
+
+@pytest.mark.parametrize(
+    'x, error, says',
+    [
+        (np.zeros((1, 1, 4, 4)), TypeError, 'ndarray'),
+        (torch.zeros(1, 1, 4, 4).byte(), TypeError, 'uint8'),
+        (torch.zeros(4, 4), ValueError, r'\(4, 4\)'),
+        (torch.zeros(1, 2, 4, 4), ValueError, '2 channels'),
+        (torch.full((1, 1, 4, 4), 200.0), ValueError, '0 to 255'),
+        (torch.full((1, 1, 4, 4), float('inf')), ValueError, 'infinite'),
+    ],
+)
 def test_check_images(x, error, says):
-    with pytest.raises(error, match=says): check_images(x, 'picture', channels=(1, 3))
+    with pytest.raises(error, match=says):
+        check_images(x, 'picture', channels=(1, 3))
 
 
 def test_show_images_never_stretches_and_names_clipping(monkeypatch):
@@ -227,8 +313,13 @@ def test_show_images_never_stretches_and_names_clipping(monkeypatch):
     monkeypatch.setattr(plt, 'show', lambda: None)
     show_images([torch.full((1, 8, 8), 0.4), torch.full((3, 8, 8), 1.5)], ['a', 'b'])
     first, second = plt.gcf().axes[:2]
-    assert first.images[0].get_clim() == (0, 1) and 'clipped' in second.get_title() and 'clipped' not in first.get_title()
-    with pytest.raises(ValueError, match='titles holds 1'): show_images([torch.rand(1, 4, 4)]*2, ['only one'])
+    assert (
+        first.images[0].get_clim() == (0, 1)
+        and 'clipped' in second.get_title()
+        and 'clipped' not in first.get_title()
+    )
+    with pytest.raises(ValueError, match='titles holds 1'):
+        show_images([torch.rand(1, 4, 4)] * 2, ['only one'])
     plt.close('all')
 
 
@@ -241,57 +332,93 @@ from pathlib import Path
 import restore_lib.data as D
 
 
-@pytest.mark.parametrize('value, mode', [('0', 'study'), ('false', 'study'), ('No', 'study'), (' off ', 'study'), ('', 'study'),
-                                         ('1', 'test'), ('true', 'test'), ('yes', 'test')])
+@pytest.mark.parametrize(
+    'value, mode',
+    [
+        ('0', 'study'),
+        ('false', 'study'),
+        ('No', 'study'),
+        (' off ', 'study'),
+        ('', 'study'),
+        ('1', 'test'),
+        ('true', 'test'),
+        ('yes', 'test'),
+    ],
+)
 def test_in_test_zero_is_no_test(monkeypatch, value, mode):
     monkeypatch.setenv('IN_TEST', value)
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
     assert D.budget_mode() == mode
 
 
-@pytest.mark.parametrize('name, value', [('test', -1), ('cpu', -3), ('study', -1.), ('gpu', np.int64(-2)), ('test', float('nan'))])
+@pytest.mark.parametrize(
+    'name, value',
+    [('test', -1), ('cpu', -3), ('study', -1.0), ('gpu', np.int64(-2)), ('test', float('nan'))],
+)
 def test_budgets_are_not_negative(monkeypatch, name, value):
     monkeypatch.setenv('IN_TEST', '1')
-    with pytest.raises(ValueError, match=f'{name} is .*; expected a number from 0'): budget(**{name: value})
+    with pytest.raises(ValueError, match=f'{name} is .*; expected a number from 0'):
+        budget(**{name: value})
     assert budget(test=(0, 1)) == (0, 1) and budget(test=0) == 0 and budget(np.int64(3)) == 3
 
 
 @pytest.mark.parametrize('shape', [(0, 1, 4, 4), (1, 0, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0)])
 def test_empty_batches_are_one_clear_error(shape):
-    with pytest.raises(ValueError, match='y has shape .*; expected at least one image'): check_images(torch.zeros(shape), 'y')
+    with pytest.raises(ValueError, match='y has shape .*; expected at least one image'):
+        check_images(torch.zeros(shape), 'y')
 
 
 def test_check_images_takes_numpys_channels_and_short_floats():
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         x = torch.rand(1, 1, 4, 4).to(dtype)
         assert check_images(x, channels=np.int64(1)) is x
-        with pytest.raises(ValueError, match='is it 0 to 255'): check_images(x + 200)
-    with pytest.raises(ValueError, match='expected 3'): check_images(torch.rand(1, 1, 4, 4), channels=np.int64(3))
+        with pytest.raises(ValueError, match='is it 0 to 255'):
+            check_images(x + 200)
+    with pytest.raises(ValueError, match='expected 3'):
+        check_images(torch.rand(1, 1, 4, 4), channels=np.int64(3))
 
 
 def png(path, bits, kind, array, chunks=()):
     "A PNG by hand: kind 0 grey, 2 RGB, 4 grey with alpha, 6 RGBA."
-    chunk = lambda name, data: struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    chunk = lambda name, data: (
+        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    )
     rows = array.astype('>u2' if bits == 16 else 'u1').reshape(len(array), -1)
-    if bits < 8: rows = np.packbits(np.unpackbits(rows.astype('u1')[..., None], axis=2)[..., -bits:].reshape(len(rows), -1), axis=1)
+    if bits < 8:
+        rows = np.packbits(
+            np.unpackbits(rows.astype('u1')[..., None], axis=2)[..., -bits:].reshape(len(rows), -1),
+            axis=1,
+        )
     head = struct.pack('>IIBBBBB', array.shape[1], array.shape[0], bits, kind, 0, 0, 0)
     body = zlib.compress(b''.join(b'\0' + row.tobytes() for row in rows))
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*c) for c in ((b'IHDR', head), *chunks, (b'IDAT', body), (b'IEND', b''))))
+    path.write_bytes(
+        b'\x89PNG\r\n\x1a\n'
+        + b''.join(chunk(*c) for c in ((b'IHDR', head), *chunks, (b'IDAT', body), (b'IEND', b'')))
+    )
     return path
 
 
 def tiff(path, bits, channels, array, data):
     "A TIFF by hand, without compression."
-    tags = [(256, 3, array.shape[1]), (257, 3, array.shape[0]), (258, 3, bits), (259, 3, 1), (262, 3, 2 if channels == 3 else 1),
-            (273, 4, None), (277, 3, channels), (278, 3, array.shape[0]), (279, 4, len(data))]
-    at = 14 + 12*len(tags)
-    depths = struct.pack(f'<{channels}H', *[bits]*channels) if channels > 1 else b''
+    tags = [
+        (256, 3, array.shape[1]),
+        (257, 3, array.shape[0]),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, 2 if channels == 3 else 1),
+        (273, 4, None),
+        (277, 3, channels),
+        (278, 3, array.shape[0]),
+        (279, 4, len(data)),
+    ]
+    at = 14 + 12 * len(tags)
+    depths = struct.pack(f'<{channels}H', *[bits] * channels) if channels > 1 else b''
     out = b'II*\0' + struct.pack('<IH', 8, len(tags))
     for tag, kind, value in tags:
         count = channels if tag == 258 else 1
         value = at if count > 1 else at + len(depths) if tag == 273 else value
         out += struct.pack('<HHI', tag, kind, count) + struct.pack('<I', value)
-    path.write_bytes(out + b'\0'*4 + depths + data)
+    path.write_bytes(out + b'\0' * 4 + depths + data)
     return path
 
 
@@ -299,148 +426,223 @@ def deep_colour(folder, kind):
     "A file of 16 bits a channel, and its upper bytes as RGB."
     a = np.random.default_rng(0).integers(0, 65536, (8, 9, 4))
     rgb = (a[..., :3] >> 8).astype(np.uint8)
-    if kind == 'rgb.png': return png(folder/kind, 16, 2, a[..., :3]), rgb
-    if kind == 'rgba.png': return png(folder/kind, 16, 6, a), rgb
-    if kind == 'la.png': return png(folder/kind, 16, 4, a[..., :2]), rgb[..., :1].repeat(3, 2)
-    if kind == 'rgb.tif': return tiff(folder/kind, 16, 3, a, a[..., :3].astype('<u2').tobytes()), rgb
-    if kind == 'rgb.ppm': (folder/kind).write_bytes(b'P6 9 8 65535\n' + a[..., :3].astype('>u2').tobytes())
-    return folder/kind, (a[..., :3]/257).round().astype(np.uint8)           # Pillow rounds here
+    if kind == 'rgb.png':
+        return png(folder / kind, 16, 2, a[..., :3]), rgb
+    if kind == 'rgba.png':
+        return png(folder / kind, 16, 6, a), rgb
+    if kind == 'la.png':
+        return png(folder / kind, 16, 4, a[..., :2]), rgb[..., :1].repeat(3, 2)
+    if kind == 'rgb.tif':
+        return tiff(folder / kind, 16, 3, a, a[..., :3].astype('<u2').tobytes()), rgb
+    if kind == 'rgb.ppm':
+        (folder / kind).write_bytes(b'P6 9 8 65535\n' + a[..., :3].astype('>u2').tobytes())
+    return folder / kind, (a[..., :3] / 257).round().astype(np.uint8)  # Pillow rounds here
 
 
 @pytest.mark.parametrize('kind', ['rgb.png', 'rgba.png', 'la.png', 'rgb.tif', 'rgb.ppm'])
 def test_deep_colour_is_said(tmp_path, kind):
     path, rgb = deep_colour(tmp_path, kind)
-    with pytest.warns(UserWarning, match='16 bits a channel become 8'): x = read_image(path)
-    assert torch.equal((x*255).round().byte().permute(1, 2, 0), torch.from_numpy(rgb))
+    with pytest.warns(UserWarning, match='16 bits a channel become 8'):
+        x = read_image(path)
+    assert torch.equal((x * 255).round().byte().permute(1, 2, 0), torch.from_numpy(rgb))
     said = []
     x, kept = D.open_image(path, said.append)
     assert said == ['16 bits a channel become 8: Pillow reads colour and alpha no deeper']
-    assert kept.mode == {'rgba.png': 'RGBA', 'la.png': 'LA'}.get(kind, 'RGB') and x.shape == (1, 1 if kind == 'la.png' else 3, 8, 9)
+    assert kept.mode == {'rgba.png': 'RGBA', 'la.png': 'LA'}.get(kind, 'RGB') and x.shape == (
+        1,
+        1 if kind == 'la.png' else 3,
+        8,
+        9,
+    )
 
 
 def test_eight_bits_are_nothing_to_say(tmp_path):
     a = np.random.default_rng(0).integers(0, 256, (8, 9, 4), dtype=np.uint8)
     for name in ('a.png', 'a.tif', 'a.jp2', 'a.avif', 'a.webp', 'a.ppm', 'a.bmp', 'a.sgi', 'a.jpg'):
-        save(tmp_path/name, a[..., :3])
+        save(tmp_path / name, a[..., :3])
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            assert read_image(tmp_path/name).shape == (3, 8, 9)
+            assert read_image(tmp_path / name).shape == (3, 8, 9)
 
 
 def test_depths_in_headers_that_pillow_hides(tmp_path):
-    save(tmp_path/'a.jp2', np.zeros((32, 32, 3), np.uint8))
-    save(tmp_path/'a.avif', np.zeros((32, 32, 3), np.uint8))
-    for name, mark, step, bit in (('a.jp2', b'\xff\x4f\xff\x51', 42, 8), ('a.avif', b'av1C', 6, 64)):
-        with Image.open(tmp_path/name) as image: assert D._bits(image) == 8
-        data = bytearray((tmp_path/name).read_bytes())
-        data[data.find(mark) + step] |= bit                  # 16 bits; ten bits: the header alone
-        (tmp_path/name).write_bytes(data)
-        with Image.open(tmp_path/'a.jp2') as image:
-            image.format, image.filename = {'a.jp2': 'JPEG2000', 'a.avif': 'AVIF'}[name], str(tmp_path/name)
+    save(tmp_path / 'a.jp2', np.zeros((32, 32, 3), np.uint8))
+    save(tmp_path / 'a.avif', np.zeros((32, 32, 3), np.uint8))
+    for name, mark, step, bit in (
+        ('a.jp2', b'\xff\x4f\xff\x51', 42, 8),
+        ('a.avif', b'av1C', 6, 64),
+    ):
+        with Image.open(tmp_path / name) as image:
+            assert D._bits(image) == 8
+        data = bytearray((tmp_path / name).read_bytes())
+        data[data.find(mark) + step] |= bit  # 16 bits; ten bits: the header alone
+        (tmp_path / name).write_bytes(data)
+        with Image.open(tmp_path / 'a.jp2') as image:
+            image.format, image.filename = (
+                {'a.jp2': 'JPEG2000', 'a.avif': 'AVIF'}[name],
+                str(tmp_path / name),
+            )
             assert D._bits(image) == 16
 
 
-@pytest.mark.parametrize('top, works', [(0, True), (1, False), (255, False), (256, True), (65535, True), (65536, False), (-1, False)])
+@pytest.mark.parametrize(
+    'top, works',
+    [(0, True), (1, False), (255, False), (256, True), (65535, True), (65536, False), (-1, False)],
+)
 def test_integers_of_unknown_range(tmp_path, top, works):
     "32-bit integers up to 255 may be 8 bits or 16: refused; they were black."
     image = Image.fromarray(np.array([[0, top]], dtype=np.int32))
-    image.save(tmp_path/'a.tif')
-    for one in (image, tmp_path/'a.tif'):
-        if works: assert D.open_image(one)[0].flatten().tolist() == pytest.approx([0, top/65535])
+    image.save(tmp_path / 'a.tif')
+    for one in (image, tmp_path / 'a.tif'):
+        if works:
+            assert D.open_image(one)[0].flatten().tolist() == pytest.approx([0, top / 65535])
         else:
-            with pytest.raises(ValueError, match='integers'): D.open_image(one)
+            with pytest.raises(ValueError, match='integers'):
+                D.open_image(one)
     if not works:
-        with pytest.raises(ValueError, match='a.tif is not a readable image: it holds'): read_image(tmp_path/'a.tif', 1)
-    else: assert read_image(tmp_path/'a.tif', 1).flatten().tolist() == pytest.approx([0, top/65535])
+        with pytest.raises(ValueError, match='a.tif is not a readable image: it holds'):
+            read_image(tmp_path / 'a.tif', 1)
+    else:
+        assert read_image(tmp_path / 'a.tif', 1).flatten().tolist() == pytest.approx(
+            [0, top / 65535]
+        )
 
 
 def test_known_ranges(tmp_path):
-    (tmp_path/'dark.pgm').write_bytes(b'P5 2 1 65535\n\0\0\0\x09')
-    assert read_image(tmp_path/'dark.pgm', 1).flatten().tolist() == pytest.approx([0, 9/65535])
-    twelve = tiff(tmp_path/'twelve.tif', 12, 1, np.zeros((1, 2)), bytes([0xff, 0xf8, 0x00]))        # 4095, 2048
-    assert read_image(twelve, 1).flatten().tolist() == pytest.approx([1, 2048/4095], abs=1e-5)
-    Image.fromarray(np.array([[1, 300, 65535]], dtype='>u2')).save(tmp_path/'big.tif')
-    with Image.open(tmp_path/'big.tif') as image: assert image.mode == 'I;16B'
-    x, kept = D.open_image(tmp_path/'big.tif')
-    assert (x*65535).round().flatten().tolist() == [1, 300, 65535] and kept.mode == 'I;16'
+    (tmp_path / 'dark.pgm').write_bytes(b'P5 2 1 65535\n\0\0\0\x09')
+    assert read_image(tmp_path / 'dark.pgm', 1).flatten().tolist() == pytest.approx([0, 9 / 65535])
+    twelve = tiff(
+        tmp_path / 'twelve.tif', 12, 1, np.zeros((1, 2)), bytes([0xFF, 0xF8, 0x00])
+    )  # 4095, 2048
+    assert read_image(twelve, 1).flatten().tolist() == pytest.approx([1, 2048 / 4095], abs=1e-5)
+    Image.fromarray(np.array([[1, 300, 65535]], dtype='>u2')).save(tmp_path / 'big.tif')
+    with Image.open(tmp_path / 'big.tif') as image:
+        assert image.mode == 'I;16B'
+    x, kept = D.open_image(tmp_path / 'big.tif')
+    assert (x * 65535).round().flatten().tolist() == [1, 300, 65535] and kept.mode == 'I;16'
 
 
 @pytest.mark.parametrize('ending', ['gif', 'tif', 'webp', 'png', 'avif'])
 def test_several_frames_are_refused(tmp_path, ending):
     frames = [Image.fromarray(scene(k)) for k in range(3)]
-    frames[0].save(tmp_path/f'a.{ending}', save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / f'a.{ending}', save_all=True, append_images=frames[1:])
     for call in (read_image, D.open_image):
-        with pytest.raises(ValueError, match=f'a.{ending} is not a readable image: it holds 3 frames; expected one'): call(tmp_path/f'a.{ending}')
-    with Image.open(tmp_path/f'a.{ending}') as image:
-        with pytest.raises(ValueError, match='it holds 3 frames'): D.open_image(image)
+        with pytest.raises(
+            ValueError, match=f'a.{ending} is not a readable image: it holds 3 frames; expected one'
+        ):
+            call(tmp_path / f'a.{ending}')
+    with Image.open(tmp_path / f'a.{ending}') as image:
+        with pytest.raises(ValueError, match='it holds 3 frames'):
+            D.open_image(image)
         image.seek(1)
         assert D.open_image(image.copy())[0].shape[-2:] == (64, 80)
 
 
 def test_views_beside_the_image_are_said(tmp_path):
     frames = [Image.fromarray(scene(k)).convert('RGB') for k in range(2)]
-    frames[0].save(tmp_path/'a.mpo', save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match='the first of 2 images in a MPO file'): assert read_image(tmp_path/'a.mpo').shape == (3, 64, 80)
+    frames[0].save(tmp_path / 'a.mpo', save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match='the first of 2 images in a MPO file'):
+        assert read_image(tmp_path / 'a.mpo').shape == (3, 64, 80)
 
 
 def test_too_many_pixels_are_named(tmp_path, monkeypatch):
-    save(tmp_path/'large.png', scene())
+    save(tmp_path / 'large.png', scene())
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    with pytest.raises(ValueError, match='large.png is not a readable image.*bomb'): read_image(tmp_path/'large.png')
-    with pytest.raises(ValueError, match='large.png is not a readable image.*bomb'): D.open_image(tmp_path/'large.png')
+    with pytest.raises(ValueError, match='large.png is not a readable image.*bomb'):
+        read_image(tmp_path / 'large.png')
+    with pytest.raises(ValueError, match='large.png is not a readable image.*bomb'):
+        D.open_image(tmp_path / 'large.png')
 
 
 def test_whatever_a_broken_reader_raises_is_named(tmp_path, monkeypatch):
-    save(tmp_path/'a.png', scene())
-    for error in (struct.error('short'), EOFError('end'), IndexError('index'), KeyError('key'), SyntaxError('no')):
-        def broken(image, *args): raise error
-        monkeypatch.setattr(Image.Image, 'load', broken), monkeypatch.setattr('PIL.ImageFile.ImageFile.load', broken)
-        with pytest.raises(ValueError, match='a.png is not a readable image'): read_image(tmp_path/'a.png')
+    save(tmp_path / 'a.png', scene())
+    for error in (
+        struct.error('short'),
+        EOFError('end'),
+        IndexError('index'),
+        KeyError('key'),
+        SyntaxError('no'),
+    ):
+
+        def broken(image, *args):
+            raise error
+
+        monkeypatch.setattr(Image.Image, 'load', broken)
+        monkeypatch.setattr('PIL.ImageFile.ImageFile.load', broken)
+        with pytest.raises(ValueError, match='a.png is not a readable image'):
+            read_image(tmp_path / 'a.png')
 
 
 # an image and what goes with it
 
-@pytest.mark.parametrize('bits, key, levels', [(8, 10, [10, 200, 11]), (2, 1, [1, 3, 0]), (4, 7, [7, 15, 6]), (1, 1, [1, 0, 0])])
+
+@pytest.mark.parametrize(
+    'bits, key, levels',
+    [(8, 10, [10, 200, 11]), (2, 1, [1, 3, 0]), (4, 7, [7, 15, 6]), (1, 1, [1, 0, 0])],
+)
 def test_grey_with_a_transparent_level(tmp_path, bits, key, levels):
-    path = png(tmp_path/'a.png', bits, 0, np.array([levels]), [(b'tRNS', struct.pack('>H', key))])
+    path = png(tmp_path / 'a.png', bits, 0, np.array([levels]), [(b'tRNS', struct.pack('>H', key))])
     x, kept = D.open_image(path)
     assert kept.mode == 'LA' and np.asarray(kept.alpha).tolist() == [[0, 255, 255]]
-    assert x.flatten().tolist() == pytest.approx([v/(2**bits - 1) for v in levels])
+    assert x.flatten().tolist() == pytest.approx([v / (2**bits - 1) for v in levels])
     back = D.as_image(x, kept)
-    assert back.mode == 'LA' and np.asarray(back)[0, 1].tolist() == [round(255*levels[1]/(2**bits - 1)), 255]
+    assert back.mode == 'LA' and np.asarray(back)[0, 1].tolist() == [
+        round(255 * levels[1] / (2**bits - 1)),
+        255,
+    ]
 
 
 def test_deep_grey_with_a_transparent_level(tmp_path):
-    path, said = png(tmp_path/'a.png', 16, 0, np.array([[1000, 40000]]), [(b'tRNS', struct.pack('>H', 1000))]), []
+    path, said = (
+        png(
+            tmp_path / 'a.png',
+            16,
+            0,
+            np.array([[1000, 40000]]),
+            [(b'tRNS', struct.pack('>H', 1000))],
+        ),
+        [],
+    )
     x, kept = D.open_image(path, said.append)
     assert kept.mode == 'LA' and np.asarray(D.as_image(x, kept)).tolist() == [[[4, 0], [156, 255]]]
     assert len(said) == 1 and '16-bit grey with transparency becomes 8-bit' in said[0]
-    assert read_image(path, 1).flatten().tolist() == pytest.approx([1000/65535, 40000/65535])
+    assert read_image(path, 1).flatten().tolist() == pytest.approx([1000 / 65535, 40000 / 65535])
 
 
 def test_other_ways_of_transparency():
     a = np.random.default_rng(0).integers(0, 256, (6, 7, 4), dtype=np.uint8)
     rgba = Image.fromarray(a)
     la = rgba.convert('LA')
-    for image, mode in ((rgba, 'RGBA'), (la, 'LA'), (rgba.convert('RGBa'), 'RGBA'), (la.convert('La'), 'LA'), (rgba.quantize(9), 'RGBA')):
+    for image, mode in (
+        (rgba, 'RGBA'),
+        (la, 'LA'),
+        (rgba.convert('RGBa'), 'RGBA'),
+        (la.convert('La'), 'LA'),
+        (rgba.quantize(9), 'RGBA'),
+    ):
         x, kept = D.open_image(image)
-        assert kept.mode == mode and np.array_equal(np.asarray(D.as_image(x, kept)), np.asarray(image.convert(mode)))
+        assert kept.mode == mode and np.array_equal(
+            np.asarray(D.as_image(x, kept)), np.asarray(image.convert(mode))
+        )
     keyed = rgba.convert('RGB')
     keyed.info['transparency'] = tuple(int(v) for v in a[0, 0, :3])
     alpha = np.asarray(D.open_image(keyed)[1].alpha)
-    assert alpha[0, 0] == 0 and alpha.sum() == 255*41
+    assert alpha[0, 0] == 0 and alpha.sum() == 255 * 41
 
 
 @pytest.mark.parametrize('mode', ['CMYK', 'YCbCr', 'HSV', 'LAB'])
 def test_colours_that_become_rgb_are_said(mode):
     said, image = [], Image.fromarray(scene()).convert('RGB').convert(mode)
     x, kept = D.open_image(image, said.append)
-    assert kept.mode == 'RGB' and x.shape == (1, 3, 64, 80) and said[0] == f'{mode} colours become RGB'
+    assert (
+        kept.mode == 'RGB' and x.shape == (1, 3, 64, 80) and said[0] == f'{mode} colours become RGB'
+    )
 
 
-@lru_cache                                       # a profile holds the second at which it was made
+@lru_cache  # a profile holds the second at which it was made
 def profile(space=b'RGB '):
     from PIL import ImageCms
+
     icc = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
     return icc[:16] + space + icc[20:]
 
@@ -449,11 +651,11 @@ def profile(space=b'RGB '):
 def photo(tmp_path):
     "A colour photograph on its side, with all that a camera writes."
     exif = Image.Exif()
-    exif[0x112], exif[0x10f] = 6, 'camera'
+    exif[0x112], exif[0x10F] = 6, 'camera'
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
-    image.save(tmp_path/'photo.png', exif=exif, icc_profile=profile(), dpi=(300, 300))
-    image.save(tmp_path/'photo.tif', exif=exif, icc_profile=profile(), dpi=(300, 300))
-    return image, tmp_path/'photo.png'
+    image.save(tmp_path / 'photo.png', exif=exif, icc_profile=profile(), dpi=(300, 300))
+    image.save(tmp_path / 'photo.tif', exif=exif, icc_profile=profile(), dpi=(300, 300))
+    return image, tmp_path / 'photo.png'
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'tif'])
@@ -462,133 +664,214 @@ def test_profile_resolution_and_exif_stay(photo, tmp_path, ending):
     turned = image.transpose(Image.Transpose.ROTATE_270)
     for source in (path, Image.open(path)):
         x, kept = D.open_image(source)
-        D.save_image(D.as_image(x, kept), tmp_path/f'out.{ending}', say=pytest.fail)
-        with Image.open(tmp_path/f'out.{ending}') as out:
+        D.save_image(D.as_image(x, kept), tmp_path / f'out.{ending}', say=pytest.fail)
+        with Image.open(tmp_path / f'out.{ending}') as out:
             assert out.size == (8, 12) and out.info['icc_profile'] == profile()
             assert [round(v) for v in out.info['dpi']] == [300, 300]
-            assert out.getexif().get(0x10f) == 'camera' and out.getexif().get(0x112, 1) == 1     # not to be turned again
-            if ending != 'jpg': assert np.array_equal(np.asarray(out), np.asarray(turned))
-        assert torch.equal(D.open_image(tmp_path/f'out.{ending}')[0], x) or ending == 'jpg'
-    x, kept = D.open_image(tmp_path/'photo.tif')
-    assert x.shape == (1, 3, 12, 8) and kept.info['icc_profile'] == profile() and kept.info['dpi'] == (300, 300)
+            assert (
+                out.getexif().get(0x10F) == 'camera' and out.getexif().get(0x112, 1) == 1
+            )  # not to be turned again
+            if ending != 'jpg':
+                assert np.array_equal(np.asarray(out), np.asarray(turned))
+        assert torch.equal(D.open_image(tmp_path / f'out.{ending}')[0], x) or ending == 'jpg'
+    x, kept = D.open_image(tmp_path / 'photo.tif')
+    assert (
+        x.shape == (1, 3, 12, 8)
+        and kept.info['icc_profile'] == profile()
+        and kept.info['dpi'] == (300, 300)
+    )
 
 
 def test_gamma_stays_or_is_said(tmp_path):
     a, said = np.random.default_rng(0).integers(0, 256, (8, 9, 3)), []
     whites = struct.pack('>8I', *range(30000, 38000, 1000))
-    x, kept = D.open_image(png(tmp_path/'a.png', 8, 2, a, [(b'gAMA', struct.pack('>I', 100_000)), (b'cHRM', whites)]))
-    D.save_image(D.as_image(x, kept), tmp_path/'b.png', say=pytest.fail)
-    with Image.open(tmp_path/'b.png') as out: assert out.info['gamma'] == 1 and out.info['chromaticity'][7] == pytest.approx(.37)
-    D.save_image(D.as_image(x, kept), tmp_path/'b.bmp', said.append)
+    x, kept = D.open_image(
+        png(tmp_path / 'a.png', 8, 2, a, [(b'gAMA', struct.pack('>I', 100_000)), (b'cHRM', whites)])
+    )
+    D.save_image(D.as_image(x, kept), tmp_path / 'b.png', say=pytest.fail)
+    with Image.open(tmp_path / 'b.png') as out:
+        assert out.info['gamma'] == 1 and out.info['chromaticity'][7] == pytest.approx(0.37)
+    D.save_image(D.as_image(x, kept), tmp_path / 'b.bmp', said.append)
     assert said == ['BMP keeps no gamma']
-    x, kept = D.open_image(png(tmp_path/'c.png', 8, 2, a, [(b'gAMA', struct.pack('>I', 45_455)), (b'sRGB', b'\1')]))
-    D.save_image(D.as_image(x, kept), tmp_path/'c.bmp', say=pytest.fail)                       # everybody's gamma
-    D.save_image(D.as_image(x, kept), tmp_path/'d.png', say=pytest.fail)
-    with Image.open(tmp_path/'d.png') as out: assert out.info['srgb'] == 1 and out.info['gamma'] == pytest.approx(.45455)
+    x, kept = D.open_image(
+        png(tmp_path / 'c.png', 8, 2, a, [(b'gAMA', struct.pack('>I', 45_455)), (b'sRGB', b'\1')])
+    )
+    D.save_image(D.as_image(x, kept), tmp_path / 'c.bmp', say=pytest.fail)  # everybody's gamma
+    D.save_image(D.as_image(x, kept), tmp_path / 'd.png', say=pytest.fail)
+    with Image.open(tmp_path / 'd.png') as out:
+        assert out.info['srgb'] == 1 and out.info['gamma'] == pytest.approx(0.45455)
 
 
 def test_a_profile_of_other_colours_is_left_out(tmp_path):
-    Image.fromarray(scene()).convert('CMYK').save(tmp_path/'a.jpg', icc_profile=profile(b'CMYK'))
+    Image.fromarray(scene()).convert('CMYK').save(tmp_path / 'a.jpg', icc_profile=profile(b'CMYK'))
     said = []
-    x, kept = D.open_image(tmp_path/'a.jpg', said.append)
-    assert 'icc_profile' not in kept.info and said == ['CMYK colours become RGB', 'the ICC profile is left out: it is made for CMYK']
+    x, kept = D.open_image(tmp_path / 'a.jpg', said.append)
+    assert 'icc_profile' not in kept.info and said == [
+        'CMYK colours become RGB',
+        'the ICC profile is left out: it is made for CMYK',
+    ]
 
 
 def kept_of(mode, w=20, h=10):
     "A Kept of that mode and a ramp that goes with it."
-    alpha = Image.fromarray(np.tile(np.linspace(0, 255, w).astype(np.uint8), (h, 1))) if 'A' in mode else None
+    alpha = (
+        Image.fromarray(np.tile(np.linspace(0, 255, w).astype(np.uint8), (h, 1)))
+        if 'A' in mode
+        else None
+    )
     return torch.linspace(0, 1, w).expand(1, 3 if 'RGB' in mode else 1, h, w), D.Kept(mode, alpha)
 
 
 @pytest.mark.parametrize('ending', ['webp', 'gif', 'avif', 'jpg', 'bmp', 'tga'])
 def test_deep_grey_becomes_eight_bits_and_is_said(tmp_path, ending):
     "It was white, or an error after the work."
-    (x, kept), said, path = kept_of('I;16'), [], tmp_path/f'a.{ending}'
+    (x, kept), said, path = kept_of('I;16'), [], tmp_path / f'a.{ending}'
     D.check_output(path, kept, (20, 10), say=said.append)
     assert len(said) == 1 and 'keeps 8 bits of grey, not 16' in said[0] and not path.exists()
-    D.save_image(D.as_image(x*0 + .5, kept), path, say=said.append)
-    with Image.open(path) as out: assert abs(np.asarray(out.convert('L')).astype(int) - 128).max() <= 1
+    D.save_image(D.as_image(x * 0 + 0.5, kept), path, say=said.append)
+    with Image.open(path) as out:
+        assert abs(np.asarray(out.convert('L')).astype(int) - 128).max() <= 1
     assert said[1:] == said[:1]
 
 
 @pytest.mark.parametrize('ending', ['png', 'tif', 'pgm', 'jp2'])
 def test_deep_grey_stays(tmp_path, ending):
     x, kept = kept_of('I;16')
-    D.save_image(D.as_image(x, kept), tmp_path/f'a.{ending}', say=pytest.fail)
-    assert torch.equal((read_image(tmp_path/f'a.{ending}', 1)*65535).round(), (x[0].double()*65535).round().float())
+    D.save_image(D.as_image(x, kept), tmp_path / f'a.{ending}', say=pytest.fail)
+    assert torch.equal(
+        (read_image(tmp_path / f'a.{ending}', 1) * 65535).round(),
+        (x[0].double() * 65535).round().float(),
+    )
 
 
-@pytest.mark.parametrize('mode, name, says', [
-    ('RGBA', 'a.jpg', 'JPEG takes no image of 20 x 10 pixels in colour with alpha'), ('LA', 'a.JPG', 'JPEG'), ('RGBA', 'a.bmp', 'BMP keeps no alpha'),
-    ('RGBA', 'a.ppm', 'PPM keeps no alpha'), ('LA', 'a.gif', 'GIF keeps no alpha'), ('L', 'a.xbm', 'XBM takes no image'), ('RGB', 'a.hdf', 'HDF5'),
-    ('L', 'a.xyz', "'.xyz'"), ('L', 'a', "ends in ''"), ('L', '.png', "ends in ''"), ('L', 'folder.png', 'folder.png is a folder'), ('L', 'no/a.png', 'no is no folder'),
-    ('L', 'x'*300 + '.png', 'cannot be written')])
+@pytest.mark.parametrize(
+    'mode, name, says',
+    [
+        ('RGBA', 'a.jpg', 'JPEG takes no image of 20 x 10 pixels in colour with alpha'),
+        ('LA', 'a.JPG', 'JPEG'),
+        ('RGBA', 'a.bmp', 'BMP keeps no alpha'),
+        ('RGBA', 'a.ppm', 'PPM keeps no alpha'),
+        ('LA', 'a.gif', 'GIF keeps no alpha'),
+        ('L', 'a.xbm', 'XBM takes no image'),
+        ('RGB', 'a.hdf', 'HDF5'),
+        ('L', 'a.xyz', "'.xyz'"),
+        ('L', 'a', "ends in ''"),
+        ('L', '.png', "ends in ''"),
+        ('L', 'folder.png', 'folder.png is a folder'),
+        ('L', 'no/a.png', 'no is no folder'),
+        ('L', 'x' * 300 + '.png', 'cannot be written'),
+    ],
+)
 def test_what_cannot_be_written_is_refused_before(tmp_path, mode, name, says):
-    (tmp_path/'folder.png').mkdir()
+    (tmp_path / 'folder.png').mkdir()
     x, kept = kept_of(mode)
-    for call in (lambda: D.check_output(tmp_path/name, kept, (20, 10)), lambda: D.save_image(D.as_image(x, kept), tmp_path/name)):
-        with pytest.raises(ValueError, match=says): call()
+    for call in (
+        lambda: D.check_output(tmp_path / name, kept, (20, 10)),
+        lambda: D.save_image(D.as_image(x, kept), tmp_path / name),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
     assert [p.name for p in tmp_path.rglob('*')] == ['folder.png']
 
 
 def test_the_input_a_locked_folder_and_sides(tmp_path):
-    save(tmp_path/'a.png', scene())
-    (tmp_path/'b.png').symlink_to('a.png'), os.link(tmp_path/'a.png', tmp_path/'c.png')
-    kept = D.open_image(tmp_path/'a.png')[1]
+    save(tmp_path / 'a.png', scene())
+    (tmp_path / 'b.png').symlink_to('a.png')
+    os.link(tmp_path / 'a.png', tmp_path / 'c.png')
+    kept = D.open_image(tmp_path / 'a.png')[1]
     for name in ('a.png', 'b.png', 'c.png'):
-        with pytest.raises(ValueError, match='is the image itself'): D.check_output(tmp_path/name, kept, (80, 64), tmp_path/'a.png')
+        with pytest.raises(ValueError, match='is the image itself'):
+            D.check_output(tmp_path / name, kept, (80, 64), tmp_path / 'a.png')
     if Path('/proc').is_dir():
-        with pytest.raises(ValueError, match='/proc/a.png cannot be written'): D.check_output('/proc/a.png', kept, (80, 64))
-    for name, size in (('a.webp', (16_384, 9)), ('a.webp', (9, 16_384)), ('a.jpg', (65_536, 9)), ('a.ico', (300, 9))):
-        with pytest.raises(ValueError, match=f'takes no image of {size[0]} x {size[1]} pixels'): D.check_output(tmp_path/name, kept, size)
-    D.check_output(tmp_path/'d.webp', kept, (16_383, 9), say=pytest.fail)
-    D.check_output(tmp_path/'D.PNG', kept, (80, 64), say=pytest.fail)
+        with pytest.raises(ValueError, match='/proc/a.png cannot be written'):
+            D.check_output('/proc/a.png', kept, (80, 64))
+    for name, size in (
+        ('a.webp', (16_384, 9)),
+        ('a.webp', (9, 16_384)),
+        ('a.jpg', (65_536, 9)),
+        ('a.ico', (300, 9)),
+    ):
+        with pytest.raises(ValueError, match=f'takes no image of {size[0]} x {size[1]} pixels'):
+            D.check_output(tmp_path / name, kept, size)
+    D.check_output(tmp_path / 'd.webp', kept, (16_383, 9), say=pytest.fail)
+    D.check_output(tmp_path / 'D.PNG', kept, (80, 64), say=pytest.fail)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.png', 'c.png']
 
 
 def test_what_a_format_drops_is_said(tmp_path):
     said, (x, kept) = [], kept_of('RGBA')
-    kept.info.update(dpi=(300., 300.), icc_profile=profile())
-    D.save_image(D.as_image(x, kept), tmp_path/'a.gif', said.append)
-    assert said == ['GIF keeps alpha as on or off', 'GIF keeps 256 colours', 'GIF keeps no ICC profile', 'GIF keeps no resolution (dpi)']
-    with pytest.warns(UserWarning, match='WEBP keeps no resolution'): D.save_image(D.as_image(x, kept), tmp_path/'a.webp')
-    with pytest.warns(UserWarning, match='what it keeps is not checked'): D.save_image(D.as_image(x, kept), tmp_path/'a.pdf')
-    with pytest.raises(ValueError, match='mode CMYK; expected one of L, LA, RGB'): D.save_image(Image.new('CMYK', (4, 4)), tmp_path/'b.tif')
+    kept.info.update(dpi=(300.0, 300.0), icc_profile=profile())
+    D.save_image(D.as_image(x, kept), tmp_path / 'a.gif', said.append)
+    assert said == [
+        'GIF keeps alpha as on or off',
+        'GIF keeps 256 colours',
+        'GIF keeps no ICC profile',
+        'GIF keeps no resolution (dpi)',
+    ]
+    with pytest.warns(UserWarning, match='WEBP keeps no resolution'):
+        D.save_image(D.as_image(x, kept), tmp_path / 'a.webp')
+    with pytest.warns(UserWarning, match='what it keeps is not checked'):
+        D.save_image(D.as_image(x, kept), tmp_path / 'a.pdf')
+    with pytest.raises(ValueError, match='mode CMYK; expected one of L, LA, RGB'):
+        D.save_image(Image.new('CMYK', (4, 4)), tmp_path / 'b.tif')
 
 
 def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
     x, kept = kept_of('L')
-    image, path = D.as_image(x, kept), tmp_path/'a.png'
+    image, path = D.as_image(x, kept), tmp_path / 'a.png'
     path.write_text('old')
     whole = Image.Image.save
+
     def full(self, file, *args, **kw):
         whole(self, file, *args, **kw)
-        if isinstance(file, Path): raise OSError(28, 'No space left on device')
+        if isinstance(file, Path):
+            raise OSError(28, 'No space left on device')
+
     with monkeypatch.context() as m:
         m.setattr(Image.Image, 'save', full)
-        with pytest.raises(OSError, match='No space'): D.save_image(image, path)
+        with pytest.raises(OSError, match='No space'):
+            D.save_image(image, path)
     assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['a.png']
     D.save_image(image, path)
-    assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and torch.equal(read_image(path, 1), (x[0]*255).round()/255)
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png'] and torch.equal(
+        read_image(path, 1), (x[0] * 255).round() / 255
+    )
 
 
 def test_threads_write_beside_each_other(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
+
     pairs = [kept_of('RGB', 20 + k) for k in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda k: D.save_image(D.as_image(*pairs[k]), tmp_path/f'{k}.png', say=pytest.fail), range(12)))
+        list(
+            pool.map(
+                lambda k: D.save_image(
+                    D.as_image(*pairs[k]), tmp_path / f'{k}.png', say=pytest.fail
+                ),
+                range(12),
+            )
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f'{k}.png' for k in range(12))
-    for k in range(12): assert abs(read_image(tmp_path/f'{k}.png') - pairs[k][0][0]).max() < .51/255
+    for k in range(12):
+        assert abs(read_image(tmp_path / f'{k}.png') - pairs[k][0][0]).max() < 0.51 / 255
 
 
-@pytest.mark.parametrize('x, mode, says', [
-    (torch.full((1, 1, 4, 4), float('nan')), 'L', 'NaN'), (torch.rand(1, 3, 4, 4), 'L', r'expected \(1, h, w\) for mode L'),
-    (torch.rand(1, 1, 4, 4), 'RGBA', r'expected \(3, h, w\)'), (torch.rand(2, 1, 4, 4), 'L', r'\(2, 1, 4, 4\)')])
+@pytest.mark.parametrize(
+    'x, mode, says',
+    [
+        (torch.full((1, 1, 4, 4), float('nan')), 'L', 'NaN'),
+        (torch.rand(1, 3, 4, 4), 'L', r'expected \(1, h, w\) for mode L'),
+        (torch.rand(1, 1, 4, 4), 'RGBA', r'expected \(3, h, w\)'),
+        (torch.rand(2, 1, 4, 4), 'L', r'\(2, 1, 4, 4\)'),
+    ],
+)
 def test_what_is_no_result(x, mode, says):
-    with pytest.raises(ValueError, match=says): D.as_image(x, D.Kept(mode))
+    with pytest.raises(ValueError, match=says):
+        D.as_image(x, D.Kept(mode))
 
 
 # sources under other settings
+
 
 @pytest.fixture
 def float64():
@@ -601,16 +884,30 @@ def test_drawings_do_not_depend_on_the_default_dtype():
     before = digits(20, 'valid', seed=3), thermal(2, size=(40, 56), seed=3)
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
-        try: after = digits(20, 'valid', seed=3), thermal(2, size=(40, 56), seed=3)
-        finally: torch.set_default_dtype(torch.float32)
-        assert after[0][0].dtype == after[1].dtype == torch.float32 and after[0][1].dtype == torch.int64
-        assert torch.equal(before[0][0], after[0][0]) and torch.equal(before[0][1], after[0][1]) and torch.equal(before[1], after[1])
+        try:
+            after = digits(20, 'valid', seed=3), thermal(2, size=(40, 56), seed=3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert (
+            after[0][0].dtype == after[1].dtype == torch.float32
+            and after[0][1].dtype == torch.int64
+        )
+        assert (
+            torch.equal(before[0][0], after[0][0])
+            and torch.equal(before[0][1], after[0][1])
+            and torch.equal(before[1], after[1])
+        )
 
 
 def test_reading_does_not_depend_on_the_default_dtype(tmp_path, float64):
-    save(tmp_path/'a.png', scene(0, 32, 32))
-    x, kept = D.open_image(tmp_path/'a.png')
-    assert read_image(tmp_path/'a.png').dtype == x.dtype == PairedFolder(tmp_path)[0][0].dtype == torch.float32
+    save(tmp_path / 'a.png', scene(0, 32, 32))
+    x, kept = D.open_image(tmp_path / 'a.png')
+    assert (
+        read_image(tmp_path / 'a.png').dtype
+        == x.dtype
+        == PairedFolder(tmp_path)[0][0].dtype
+        == torch.float32
+    )
     assert all(p.dtype == torch.float32 for p in photos('valid').values())
 
 
@@ -620,28 +917,36 @@ def test_digits_are_seeded_by_the_name_of_their_split(monkeypatch):
     assert all(torch.equal(digits(10, split)[0], x) for split, x in before.items())
     mine = digits(10, 'all')[0]
     monkeypatch.setitem(D.FACES, 'zebra', FACES['test'])
-    assert torch.equal(digits(10, 'all')[0], mine) and not torch.equal(digits(10, 'zebra')[0], before['test'])
-    monkeypatch.setitem(D.FACES, 'all', list(FACES['valid']))                      # another list is drawn anew
+    assert torch.equal(digits(10, 'all')[0], mine) and not torch.equal(
+        digits(10, 'zebra')[0], before['test']
+    )
+    monkeypatch.setitem(D.FACES, 'all', list(FACES['valid']))  # another list is drawn anew
     assert not torch.equal(digits(10, 'all')[0], mine)
 
 
 def test_the_splits_draw_as_they_always_did():
     sums = {split: round(digits(50, split)[0].double().sum().item(), 2) for split in FACES}
-    assert sums == pytest.approx(SUMS, abs=.05)
+    assert sums == pytest.approx(SUMS, abs=0.05)
 
 
-SUMS = dict(train=5900.85, valid=3718.3, test=3388.53)         # of the library before its seeds had names
+SUMS = dict(train=5900.85, valid=3718.3, test=3388.53)  # of the library before its seeds had names
 
 
 def test_numpys_integers_are_numbers_too(tmp_path):
     three = np.int64(3)
     assert torch.equal(digits(three, seed=np.int32(1))[0], digits(3, seed=1)[0])
-    assert torch.equal(thermal(three, size=np.int64(16), seed=np.uint8(2)), thermal(3, size=16, seed=2))
+    assert torch.equal(
+        thermal(three, size=np.int64(16), seed=np.uint8(2)), thermal(3, size=16, seed=2)
+    )
     assert thermal(np.int64(1), size=(np.int64(16), np.int16(20))).shape == (1, 1, 16, 20)
     crops = Crops([torch.rand(1, 9, 9)], size=np.int64(8), n=three, scale=np.int64(1))
     assert len(crops) == 3 and crops[np.int64(2)].shape == (1, 8, 8)
-    save(tmp_path/'a.png', scene())
-    assert ImageFolder(tmp_path, channels=np.int64(1))[0].shape == read_image(tmp_path/'a.png', np.int64(1)).shape == (1, 64, 80)
+    save(tmp_path / 'a.png', scene())
+    assert (
+        ImageFolder(tmp_path, channels=np.int64(1))[0].shape
+        == read_image(tmp_path / 'a.png', np.int64(1)).shape
+        == (1, 64, 80)
+    )
     assert PairedFolder(tmp_path, scale=np.int64(4))[0][0].shape == (1, 16, 20)
     assert torch.equal(dihedral(torch.eye(3), np.int64(5)), dihedral(torch.eye(3), 5))
 
@@ -649,118 +954,164 @@ def test_numpys_integers_are_numbers_too(tmp_path):
 @pytest.mark.parametrize('bad', [0, -1, 1.5, True, float('nan')])
 def test_counts_below_one_are_refused(bad, tmp_path, monkeypatch):
     monkeypatch.setenv('RESTORE_DATA', str(tmp_path))
-    save(tmp_path/'a.png', scene())
-    for name, call in (('n', lambda: digits(bad)), ('n', lambda: digits(bad, source='mnist')), ('n', lambda: cifar10(bad)), ('n', lambda: cifar10(bad, source='tiles')),
-                       ('n', lambda: thermal(bad)), ('n', lambda: Crops([torch.rand(1, 9, 9)], 8, n=bad)), ('size', lambda: Crops([torch.rand(1, 9, 9)], bad)),
-                       ('scale', lambda: Crops([torch.rand(1, 9, 9)], 8, scale=bad)), ('scale', lambda: PairedFolder(tmp_path, scale=bad)),
-                       ('cols', lambda: show_images([torch.rand(1, 4, 4)], cols=bad)), ('channels', lambda: ImageFolder(tmp_path, channels=bad))):
-        if name == 'channels' and bad is True: continue
-        with pytest.raises(ValueError, match=f'{name} is {bad!r}; expected'): call()
+    save(tmp_path / 'a.png', scene())
+    for name, call in (
+        ('n', lambda: digits(bad)),
+        ('n', lambda: digits(bad, source='mnist')),
+        ('n', lambda: cifar10(bad)),
+        ('n', lambda: cifar10(bad, source='tiles')),
+        ('n', lambda: thermal(bad)),
+        ('n', lambda: Crops([torch.rand(1, 9, 9)], 8, n=bad)),
+        ('size', lambda: Crops([torch.rand(1, 9, 9)], bad)),
+        ('scale', lambda: Crops([torch.rand(1, 9, 9)], 8, scale=bad)),
+        ('scale', lambda: PairedFolder(tmp_path, scale=bad)),
+        ('cols', lambda: show_images([torch.rand(1, 4, 4)], cols=bad)),
+        ('channels', lambda: ImageFolder(tmp_path, channels=bad)),
+    ):
+        if name == 'channels' and bad is True:
+            continue
+        with pytest.raises(ValueError, match=f'{name} is {bad!r}; expected'):
+            call()
 
 
 def test_more_than_there_are_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv('RESTORE_DATA', str(tmp_path))
-    folder = tmp_path/'cifar10_4k'
+    folder = tmp_path / 'cifar10_4k'
     folder.mkdir()
-    for k in range(4): save(folder/f'tiles_{k}.png', np.zeros((800, 1280, 3), np.uint8))
-    (folder/'labels.json').write_text(json.dumps(dict(labels=list(range(4000)))))
-    with pytest.raises(ValueError, match='n is 801; cifar10_4k test holds 800'): cifar10(801, 'test', 'tiles')
+    for k in range(4):
+        save(folder / f'tiles_{k}.png', np.zeros((800, 1280, 3), np.uint8))
+    (folder / 'labels.json').write_text(json.dumps(dict(labels=list(range(4000)))))
+    with pytest.raises(ValueError, match='n is 801; cifar10_4k test holds 800'):
+        cifar10(801, 'test', 'tiles')
     assert len(cifar10(np.int64(800), 'test', 'tiles')[0]) == 800
+
     class Stub:
-        def __init__(self, *args, **kw): self.data, self.targets = np.zeros((5, 32, 32, 3), np.uint8), list(range(5))
+        def __init__(self, *args, **kw):
+            self.data, self.targets = np.zeros((5, 32, 32, 3), np.uint8), list(range(5))
+
     monkeypatch.setattr('torchvision.datasets.CIFAR10', Stub)
-    with pytest.raises(ValueError, match='n is 6; CIFAR-10 train holds 5'): cifar10(6)
+    with pytest.raises(ValueError, match='n is 6; CIFAR-10 train holds 5'):
+        cifar10(6)
     x, y = cifar10(4)
     assert x.shape == (4, 3, 32, 32) and y.tolist() == [0, 1, 2, 3] and len(cifar10()[0]) == 5
 
 
 def test_the_callers_random_state_stays(paired):
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
     wanted = torch.rand(1).item(), np.random.rand(), random.random()
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    digits(5), thermal(1, 16), photos('valid'), PairedFolder(paired)[0], budget()
-    x, kept = D.open_image(paired/'HR/0.png')
-    D.save_image(D.as_image(x, kept), paired/'out.png')
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    digits(5)
+    thermal(1, 16)
+    photos('valid')
+    PairedFolder(paired)[0]
+    budget()
+    x, kept = D.open_image(paired / 'HR/0.png')
+    D.save_image(D.as_image(x, kept), paired / 'out.png')
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == wanted
 
 
 # folders, pairs and crops
 
+
 def test_hidden_files_and_folders_are_no_images(tmp_path):
     for name in ('.hidden/a.png', 'cat/.thumbs/b.png', 'cat/c.png', '._d.png', 'deep.png/e.png'):
-        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
-        save(tmp_path/name, scene())
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name, scene())
     ds = ImageFolder(tmp_path)
     assert [p.relative_to(tmp_path).as_posix() for p in ds.paths] == ['cat/c.png', 'deep.png/e.png']
     assert ds.classes == ['cat', 'deep.png'] and ds.labels == [0, 1] and ds[1].shape == (3, 64, 80)
-    (tmp_path/'.root').mkdir()
-    save(tmp_path/'.root/f.png', scene())
-    assert len(ImageFolder(tmp_path/'.root')) == 1                 # a hidden folder that was asked for by name
+    (tmp_path / '.root').mkdir()
+    save(tmp_path / '.root/f.png', scene())
+    assert len(ImageFolder(tmp_path / '.root')) == 1  # a hidden folder that was asked for by name
 
 
 @pytest.mark.parametrize('glob', ['../*', 'a/../../*', '/etc/*', ''])
 def test_a_glob_does_not_leave_the_folder(tmp_path, glob):
-    (tmp_path/'in').mkdir()
-    for name in ('in/a.png', 'b.png'): save(tmp_path/name, scene())
-    with pytest.raises(ValueError, match='glob is .*; expected a pattern of files below the folder'): ImageFolder(tmp_path/'in', glob=glob)
+    (tmp_path / 'in').mkdir()
+    for name in ('in/a.png', 'b.png'):
+        save(tmp_path / name, scene())
+    with pytest.raises(
+        ValueError, match='glob is .*; expected a pattern of files below the folder'
+    ):
+        ImageFolder(tmp_path / 'in', glob=glob)
 
 
 @pytest.mark.parametrize('channels', [2, 0, 4, '3', None])
 def test_channels_are_refused_before_the_first_image(tmp_path, channels):
-    save(tmp_path/'a.png', scene())
-    for call in (lambda: ImageFolder(tmp_path, channels), lambda: PairedFolder(tmp_path, channels=channels), lambda: photos('valid', channels)):
-        with pytest.raises((TypeError, ValueError), match='channels is'): call()
-    with pytest.raises(ValueError, match='split is'): photos(['train'])
+    save(tmp_path / 'a.png', scene())
+    for call in (
+        lambda: ImageFolder(tmp_path, channels),
+        lambda: PairedFolder(tmp_path, channels=channels),
+        lambda: photos('valid', channels),
+    ):
+        with pytest.raises((TypeError, ValueError), match='channels is'):
+            call()
+    with pytest.raises(ValueError, match='split is'):
+        photos(['train'])
 
 
 def test_endings_in_capitals_are_read(tmp_path):
-    save(tmp_path/'A.PNG', scene())
-    save(tmp_path/'B.TIFF', scene())
+    save(tmp_path / 'A.PNG', scene())
+    save(tmp_path / 'B.TIFF', scene())
     assert len(ImageFolder(tmp_path)) == 2 and ImageFolder(tmp_path)[1].shape == (3, 64, 80)
 
 
 def test_div2ks_names_are_partners(paired):
-    for k in range(3): (paired/f'LR/{k}.png').rename(paired/f'LR/{k}x4.png')
-    given, made = PairedFolder(paired), PairedFolder(paired/'HR')
-    for k in range(3): assert torch.equal(given[k][0], made[k][0]) and torch.equal(given[k][1], made[k][1])
-    (paired/'LR/1x4.png').rename(paired/'LR/1x2.png')
-    with pytest.raises(ValueError, match='no image named like 1.png'): PairedFolder(paired)
+    for k in range(3):
+        (paired / f'LR/{k}.png').rename(paired / f'LR/{k}x4.png')
+    given, made = PairedFolder(paired), PairedFolder(paired / 'HR')
+    for k in range(3):
+        assert torch.equal(given[k][0], made[k][0]) and torch.equal(given[k][1], made[k][1])
+    (paired / 'LR/1x4.png').rename(paired / 'LR/1x2.png')
+    with pytest.raises(ValueError, match='no image named like 1.png'):
+        PairedFolder(paired)
 
 
 def test_a_name_that_ends_so_itself(paired):
     "fox4 belongs to fox4, not to fo."
     for sub in ('HR', 'LR'):
-        (paired/sub/'0.png').rename(paired/sub/'fo.png'), (paired/sub/'1.png').rename(paired/sub/'fox4.png')
+        (paired / sub / '0.png').rename(paired / sub / 'fo.png')
+        (paired / sub / '1.png').rename(paired / sub / 'fox4.png')
     ds = PairedFolder(paired)
     assert [ds.lr.paths[i].name for i in ds.partner] == ['2.png', 'fo.png', 'fox4.png']
-    (paired/'LR/fo.png').unlink()
-    with pytest.raises(ValueError, match='no image named like fo.png'): PairedFolder(paired)
+    (paired / 'LR/fo.png').unlink()
+    with pytest.raises(ValueError, match='no image named like fo.png'):
+        PairedFolder(paired)
 
 
 def test_two_files_of_one_name(paired):
-    save(paired/'LR/1.bmp', scene(1, 16, 20))
-    with pytest.raises(ValueError, match='LR holds 1.bmp and 1.png; expected one image named 1'): PairedFolder(paired)
-    (paired/'LR/1.bmp').unlink()
-    save(paired/'HR/2.bmp', scene(2))
-    with pytest.raises(ValueError, match='HR holds 2.bmp and 2.png'): PairedFolder(paired)
-    assert len(PairedFolder(paired/'HR')) == 4                      # made pairs have no partner to be wrong about
+    save(paired / 'LR/1.bmp', scene(1, 16, 20))
+    with pytest.raises(ValueError, match='LR holds 1.bmp and 1.png; expected one image named 1'):
+        PairedFolder(paired)
+    (paired / 'LR/1.bmp').unlink()
+    save(paired / 'HR/2.bmp', scene(2))
+    with pytest.raises(ValueError, match='HR holds 2.bmp and 2.png'):
+        PairedFolder(paired)
+    assert len(PairedFolder(paired / 'HR')) == 4  # made pairs have no partner to be wrong about
 
 
 def test_small_images_without_large_ones(paired):
-    for p in (paired/'HR').iterdir(): p.rename(paired/p.name)
-    (paired/'HR').rmdir()
-    with pytest.raises(ValueError, match='holds LR/ and no HR/'): PairedFolder(paired)
-    assert len(PairedFolder(paired/'LR')) == 3                       # one folder, asked for by name
+    for p in (paired / 'HR').iterdir():
+        p.rename(paired / p.name)
+    (paired / 'HR').rmdir()
+    with pytest.raises(ValueError, match='holds LR/ and no HR/'):
+        PairedFolder(paired)
+    assert len(PairedFolder(paired / 'LR')) == 3  # one folder, asked for by name
 
 
 def test_pairs_without_pixels_are_refused(tmp_path):
-    save(tmp_path/'a.png', scene(0, 64, 80))
-    with pytest.raises(ValueError, match=r'a.png is \(64, 80\); too small for scale=100'): PairedFolder(tmp_path, scale=100)[0]
+    save(tmp_path / 'a.png', scene(0, 64, 80))
+    with pytest.raises(ValueError, match=r'a.png is \(64, 80\); too small for scale=100'):
+        PairedFolder(tmp_path, scale=100)[0]
     assert PairedFolder(tmp_path, scale=64)[0][0].shape == (1, 1, 1)
     for sub, size in (('HR', 4), ('LR', 1)):
-        (tmp_path/sub).mkdir()
-        save(tmp_path/sub/'a.png', scene(0, 16, 16)[:size, :size])
-    assert PairedFolder(tmp_path)[0][0].shape == (1, 1, 1)           # a single pixel correlates with nothing
+        (tmp_path / sub).mkdir()
+        save(tmp_path / sub / 'a.png', scene(0, 16, 16)[:size, :size])
+    assert PairedFolder(tmp_path)[0][0].shape == (1, 1, 1)  # a single pixel correlates with nothing
 
 
 def test_crops_end():
@@ -770,26 +1121,35 @@ def test_crops_end():
     for x in crops:
         seen.append(x.shape)
         assert len(seen) <= 3
-    assert seen == [(1, 8, 8)]*3 and crops[-1].shape == crops[-3].shape == (1, 8, 8)
+    assert seen == [(1, 8, 8)] * 3 and crops[-1].shape == crops[-3].shape == (1, 8, 8)
     for k in (3, -4, 1000):
-        with pytest.raises(IndexError, match=f'k is {k}; there are 3 crops'): crops[k]
-    with pytest.raises(TypeError): crops[0:2]
+        with pytest.raises(IndexError, match=f'k is {k}; there are 3 crops'):
+            crops[k]
+    with pytest.raises(TypeError):
+        crops[0:2]
 
 
-@pytest.mark.parametrize('item', [(torch.rand(1, 9, 9),)*3, ()])
+@pytest.mark.parametrize('item', [(torch.rand(1, 9, 9),) * 3, ()])
 def test_crops_take_images_or_pairs(item):
-    with pytest.raises(ValueError, match='expected an image or a pair'): Crops([item], 8)[0]
-    with pytest.raises(TypeError, match='ndarray'): Crops([(torch.rand(1, 9, 9), np.zeros((1, 9, 9)))], 8)[0]
+    with pytest.raises(ValueError, match='expected an image or a pair'):
+        Crops([item], 8)[0]
+    with pytest.raises(TypeError, match='ndarray'):
+        Crops([(torch.rand(1, 9, 9), np.zeros((1, 9, 9)))], 8)[0]
 
 
 @pytest.mark.parametrize('k', [8, -1, 1.0])
 def test_a_square_has_eight_poses(k):
     for call in (dihedral, undo_dihedral):
-        with pytest.raises(ValueError, match='k is .*; expected a whole number from 0 to 7'): call(torch.eye(3), k)
+        with pytest.raises(ValueError, match='k is .*; expected a whole number from 0 to 7'):
+            call(torch.eye(3), k)
 
 
 def test_data_sets_travel_to_workers(paired):
-    for ds in (ImageFolder(paired), PairedFolder(paired), Crops(PairedFolder(paired), 16, n=4, scale=4)):
+    for ds in (
+        ImageFolder(paired),
+        PairedFolder(paired),
+        Crops(PairedFolder(paired), 16, n=4, scale=4),
+    ):
         again = pickle.loads(pickle.dumps(ds))
         assert len(again) == len(ds)
         loader = torch.utils.data.DataLoader(again, 1, num_workers=1)
@@ -800,9 +1160,13 @@ def test_show_images_of_other_arguments(monkeypatch):
     plt = pytest.importorskip('matplotlib.pyplot')
     plt.switch_backend('agg')
     monkeypatch.setattr(plt, 'show', lambda: None)
-    show_images([torch.rand(1, 4, 4).half()]*3, [1, 2.5, None], cols=np.int64(2), size=np.float32(1))
+    show_images(
+        [torch.rand(1, 4, 4).half()] * 3, [1, 2.5, None], cols=np.int64(2), size=np.float32(1)
+    )
     assert len(plt.gcf().axes) == 4 and plt.gcf().axes[1].get_title() == '2.5'
     for bad in (0, -1, float('nan')):
-        with pytest.raises(ValueError, match='size is'): show_images([torch.rand(1, 4, 4)], size=bad)
-    with pytest.raises(ValueError, match='cols is -2'): show_images([torch.rand(1, 4, 4)], cols=-2)
+        with pytest.raises(ValueError, match='size is'):
+            show_images([torch.rand(1, 4, 4)], size=bad)
+    with pytest.raises(ValueError, match='cols is -2'):
+        show_images([torch.rand(1, 4, 4)], cols=-2)
     plt.close('all')

@@ -1,4 +1,5 @@
 "restore_lib.degrade: parity with Pillow and SciPy, adjoints, statistics, devices and types, bad input."
+
 import os, random
 from functools import partial
 from pathlib import Path
@@ -11,58 +12,98 @@ from PIL import Image
 from scipy.ndimage import convolve
 
 from restore_lib.data import photos, read_image
-from restore_lib.degrade import (Mixture, Round, bicubic_down, bicubic_up, block_mask, blur, blur_kernel, gaussian, gaussian_blur,
-                                 jpeg, motion_blur, rain, salt_and_pepper, second_order)
+from restore_lib.degrade import (
+    Mixture,
+    Round,
+    bicubic_down,
+    bicubic_up,
+    block_mask,
+    blur,
+    blur_kernel,
+    gaussian,
+    gaussian_blur,
+    jpeg,
+    motion_blur,
+    rain,
+    salt_and_pepper,
+    second_order,
+)
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
-def bytes_of(x): return (x*255).round().byte().numpy()
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-RANDOM = dict(gaussian=partial(gaussian, sigma=(.05, .2)), salt=partial(salt_and_pepper, amount=(.1, .4)),
-              block=partial(block_mask, blocks=3, size=(4, 9)), soft=partial(gaussian_blur, sigma=(.5, 3)), motion=partial(motion_blur, length=(3, 11)),
-              rain=partial(rain, density=.02), jpeg=partial(jpeg, quality=(10, 90)), second=partial(second_order, scale=4),
-              mix=Mixture(partial(gaussian, sigma=.1), partial(salt_and_pepper, amount=.2), rain, weights=[1, 2, 1]))
+def bytes_of(x):
+    return (x * 255).round().byte().numpy()
 
 
-def first(out): return out[0] if isinstance(out, tuple) else out
+RANDOM = dict(
+    gaussian=partial(gaussian, sigma=(0.05, 0.2)),
+    salt=partial(salt_and_pepper, amount=(0.1, 0.4)),
+    block=partial(block_mask, blocks=3, size=(4, 9)),
+    soft=partial(gaussian_blur, sigma=(0.5, 3)),
+    motion=partial(motion_blur, length=(3, 11)),
+    rain=partial(rain, density=0.02),
+    jpeg=partial(jpeg, quality=(10, 90)),
+    second=partial(second_order, scale=4),
+    mix=Mixture(
+        partial(gaussian, sigma=0.1), partial(salt_and_pepper, amount=0.2), rain, weights=[1, 2, 1]
+    ),
+)
+
+
+def first(out):
+    return out[0] if isinstance(out, tuple) else out
 
 
 # parity
 
+
 def against_pillow(x, scale=4):
     "Largest difference in grey levels, down and up, of one channel (h, w)."
-    x = x[:x.shape[0]//scale*scale, :x.shape[1]//scale*scale]
+    x = x[: x.shape[0] // scale * scale, : x.shape[1] // scale * scale]
     h, w = x.shape
-    pil = Image.fromarray(bytes_of(x)).resize((w//scale, h//scale), Image.BICUBIC)
+    pil = Image.fromarray(bytes_of(x)).resize((w // scale, h // scale), Image.BICUBIC)
     down = bytes_of(bicubic_down(x[None, None], scale)[0, 0]).astype(int) - np.asarray(pil)
-    small = torch.from_numpy(np.array(pil))[None, None].float()/255
-    up = bytes_of(bicubic_up(small, scale)[0, 0]).astype(int) - np.asarray(pil.resize((w, h), Image.BICUBIC))
+    small = torch.from_numpy(np.array(pil))[None, None].float() / 255
+    up = bytes_of(bicubic_up(small, scale)[0, 0]).astype(int) - np.asarray(
+        pil.resize((w, h), Image.BICUBIC)
+    )
     return abs(down).max(), abs(up).max()
 
 
 @pytest.mark.parametrize('split', ['train', 'valid', 'test'])
 def test_bicubic_is_pillows_on_photos(split):
     for name, p in photos(split).items():
-        for channel in p[::2] if p.shape[0] == 3 else p: assert max(against_pillow(channel)) <= 1, name
+        for channel in p[::2] if p.shape[0] == 3 else p:
+            assert max(against_pillow(channel)) <= 1, name
 
 
 @pytest.mark.parametrize('scale', [2, 3, 8])
-def test_bicubic_is_pillows_at_other_scales(scale): assert max(against_pillow(photos('test', 1)['camera'][0], scale)) <= 1
+def test_bicubic_is_pillows_at_other_scales(scale):
+    assert max(against_pillow(photos('test', 1)['camera'][0], scale)) <= 1
 
 
 def test_bicubic_is_pillows_on_infrared():
-    folder = Path(os.environ.get('RESTORE_DATA', ''))/'ir'
-    if not os.environ.get('RESTORE_DATA') or not folder.is_dir(): pytest.skip('RESTORE_DATA/ir is absent: no real infrared images')
+    folder = Path(os.environ.get('RESTORE_DATA', '')) / 'ir'
+    if not os.environ.get('RESTORE_DATA') or not folder.is_dir():
+        pytest.skip('RESTORE_DATA/ir is absent: no real infrared images')
     files = [p for p in sorted(folder.rglob('*')) if p.suffix.lower() in ('.png', '.jpg', '.bmp')]
     assert len(files) > 20
-    for p in files[::len(files)//20]: assert max(against_pillow(read_image(p, 1)[0])) <= 1, p
+    for p in files[:: len(files) // 20]:
+        assert max(against_pillow(read_image(p, 1)[0])) <= 1, p
 
 
 def test_without_the_clip_it_is_a_matrix_and_misses_pillow():
     x = photos('test', 1)['camera'][None]
-    assert (bicubic_down(x, 4, clip=False) - F.interpolate(x, scale_factor=1/4, mode='bicubic', antialias=True)).abs().max() < 1e-6
-    pil = np.asarray(Image.fromarray(bytes_of(x[0, 0])).resize((128, 128), Image.BICUBIC)).astype(int)
+    assert (
+        bicubic_down(x, 4, clip=False)
+        - F.interpolate(x, scale_factor=1 / 4, mode='bicubic', antialias=True)
+    ).abs().max() < 1e-6
+    pil = np.asarray(Image.fromarray(bytes_of(x[0, 0])).resize((128, 128), Image.BICUBIC)).astype(
+        int
+    )
     assert abs(bytes_of(bicubic_down(x, 4, clip=False).clamp(0, 1)[0, 0]) - pil).max() > 1
 
 
@@ -70,44 +111,67 @@ def test_blur_is_scipys_convolution_per_image():
     x, k = torch.rand(3, 2, 20, 31, generator=gen()), torch.rand(3, 5, 5, generator=gen(1))
     y = blur(x, k)
     for i in range(3):
-        for c in range(2): assert np.allclose(y[i, c], convolve(x[i, c].numpy(), k[i].numpy(), mode='mirror'), atol=1e-5)
-    assert torch.equal(blur(x, k[0]), blur(x, k[:1])) and torch.allclose(blur(x, k[0])[0], y[0], atol=1e-6)
+        for c in range(2):
+            assert np.allclose(
+                y[i, c], convolve(x[i, c].numpy(), k[i].numpy(), mode='mirror'), atol=1e-5
+            )
+    assert torch.equal(blur(x, k[0]), blur(x, k[:1])) and torch.allclose(
+        blur(x, k[0])[0], y[0], atol=1e-6
+    )
 
 
 def test_kernels():
-    k = blur_kernel('gaussian', 25, sigma=torch.tensor([[3., 1.]]), angle=0.)[0]
-    r = torch.arange(25) - 12.
-    assert ((k*r**2).sum() - 9).abs() < .1 and ((k*r[:, None]**2).sum() - 1).abs() < .02        # along the columns: 3
+    k = blur_kernel('gaussian', 25, sigma=torch.tensor([[3.0, 1.0]]), angle=0.0)[0]
+    r = torch.arange(25) - 12.0
+    assert ((k * r**2).sum() - 9).abs() < 0.1 and (
+        (k * r[:, None] ** 2).sum() - 1
+    ).abs() < 0.02  # along the columns: 3
     up = blur_kernel('motion', 15, length=11, angle=45)[0]
-    assert up[3, 11] > 0 and up[11, 3] > 0 and up[3, 3] == 0                                      # 45 degrees: up and to the right
-    assert torch.equal(blur_kernel('gaussian', 5, sigma=0.)[0], blur_kernel('motion', 5, length=1)[0])    # both a point
-    many = blur_kernel('motion', length=torch.tensor([3., 9., 15.]), angle=torch.tensor([0., 30., 90.]))
+    assert up[3, 11] > 0 and up[11, 3] > 0 and up[3, 3] == 0  # 45 degrees: up and to the right
+    assert torch.equal(
+        blur_kernel('gaussian', 5, sigma=0.0)[0], blur_kernel('motion', 5, length=1)[0]
+    )  # both a point
+    many = blur_kernel(
+        'motion', length=torch.tensor([3.0, 9.0, 15.0]), angle=torch.tensor([0.0, 30.0, 90.0])
+    )
     assert many.shape == (3, 17, 17) and torch.allclose(many.sum((1, 2)), torch.ones(3))
-    assert blur_kernel('gaussian', 9, sigma=1., angle=torch.tensor([0., 10.])).shape == (2, 9, 9)
+    assert blur_kernel('gaussian', 9, sigma=1.0, angle=torch.tensor([0.0, 10.0])).shape == (2, 9, 9)
 
 
 def test_jpeg_is_pillows():
     import io
+
     for channels in (1, 3):
         x = photos('test', channels)['coffee'][None, :, :96, :90]
         file = io.BytesIO()
-        Image.fromarray(bytes_of(x[0].permute(1, 2, 0) if channels == 3 else x[0, 0])).save(file, 'JPEG', quality=40)
-        assert torch.equal(bytes_and(jpeg(x, 40)), torch.from_numpy(np.array(Image.open(file))).reshape(96, 90, channels))
+        Image.fromarray(bytes_of(x[0].permute(1, 2, 0) if channels == 3 else x[0, 0])).save(
+            file, 'JPEG', quality=40
+        )
+        assert torch.equal(
+            bytes_and(jpeg(x, 40)),
+            torch.from_numpy(np.array(Image.open(file))).reshape(96, 90, channels),
+        )
     y = jpeg(x.repeat(3, 1, 1, 1), torch.tensor([5, 50, 95]))
     error = (y - x).square().mean((1, 2, 3))
     assert error[0] > error[1] > error[2]
 
 
-def bytes_and(y): return (y[0].permute(1, 2, 0)*255).round().byte()
+def bytes_and(y):
+    return (y[0].permute(1, 2, 0) * 255).round().byte()
 
 
 # linear operators
 
-LINEAR = dict(blur=partial(blur, kernel=torch.rand(2, 5, 5, generator=gen(3))), down=partial(bicubic_down, scale=4, clip=False),
-              up=partial(bicubic_up, scale=4, clip=False), block=lambda u: block_mask(u, 2, (3, 6), generator=gen(4))[0],
-              soft=lambda u: gaussian_blur(u, (1, 2), gen(5))[0], motion=lambda u: motion_blur(u, 7, 30)[0],
-              rain=lambda u: rain(u, generator=gen(6))[0] - rain(0*u, generator=gen(6))[0],
-              salt=lambda u: salt_and_pepper(u, .2, gen(7))[0] - salt_and_pepper(0*u, .2, gen(7))[0])
+LINEAR = dict(
+    blur=partial(blur, kernel=torch.rand(2, 5, 5, generator=gen(3))),
+    down=partial(bicubic_down, scale=4, clip=False),
+    up=partial(bicubic_up, scale=4, clip=False),
+    block=lambda u: block_mask(u, 2, (3, 6), generator=gen(4))[0],
+    soft=lambda u: gaussian_blur(u, (1, 2), gen(5))[0],
+    motion=lambda u: motion_blur(u, 7, 30)[0],
+    rain=lambda u: rain(u, generator=gen(6))[0] - rain(0 * u, generator=gen(6))[0],
+    salt=lambda u: salt_and_pepper(u, 0.2, gen(7))[0] - salt_and_pepper(0 * u, 0.2, gen(7))[0],
+)
 
 
 @pytest.mark.parametrize('name', LINEAR)
@@ -116,79 +180,139 @@ def test_linear_and_adjoint(name):
     u, v = torch.randn(2, 2, 3, 24, 32, generator=gen(), dtype=torch.float64)
     y, vjp = torch.func.vjp(A, u)
     z = torch.randn(y.shape, generator=gen(1), dtype=torch.float64)
-    assert torch.allclose((y*z).sum(), (u*vjp(z)[0]).sum(), rtol=1e-9)
-    assert torch.allclose(A(.3*u - 2*v), .3*A(u) - 2*A(v), atol=1e-9)
-    assert y.abs().max() > .1
+    assert torch.allclose((y * z).sum(), (u * vjp(z)[0]).sum(), rtol=1e-9)
+    assert torch.allclose(A(0.3 * u - 2 * v), 0.3 * A(u) - 2 * A(v), atol=1e-9)
+    assert y.abs().max() > 0.1
 
 
-@pytest.mark.parametrize('op', [lambda u: salt_and_pepper(u, .2, gen())[0], partial(jpeg, quality=30), partial(gaussian, sigma=.1)])
+@pytest.mark.parametrize(
+    'op',
+    [
+        lambda u: salt_and_pepper(u, 0.2, gen())[0],
+        partial(jpeg, quality=30),
+        partial(gaussian, sigma=0.1),
+    ],
+)
 def test_these_are_not_linear(op):
     u = torch.rand(1, 1, 32, 32, generator=gen())
-    assert not torch.allclose(op(u/2), op(u)/2, atol=1e-3)
+    assert not torch.allclose(op(u / 2), op(u) / 2, atol=1e-3)
 
 
 # statistics and masks
 
+
 def test_gaussian_has_the_level_asked_for():
-    x = torch.full((4, 3, 128, 128), .02)
-    n = gaussian(x, torch.tensor([.01, .1, .2, .5]), gen()) - x
-    assert torch.allclose(n.std((1, 2, 3)), torch.tensor([.01, .1, .2, .5]), rtol=.02) and n.mean((1, 2, 3)).abs().max() < .01
-    levels = (gaussian(torch.zeros(500, 1, 32, 32), (.1, .3), gen())).std((1, 2, 3))
-    assert .09 < levels.min() < .12 and .28 < levels.max() < .32 and abs(levels.mean() - .2) < .01
-    assert torch.equal(gaussian(x, 0.), x)
+    x = torch.full((4, 3, 128, 128), 0.02)
+    n = gaussian(x, torch.tensor([0.01, 0.1, 0.2, 0.5]), gen()) - x
+    assert (
+        torch.allclose(n.std((1, 2, 3)), torch.tensor([0.01, 0.1, 0.2, 0.5]), rtol=0.02)
+        and n.mean((1, 2, 3)).abs().max() < 0.01
+    )
+    levels = (gaussian(torch.zeros(500, 1, 32, 32), (0.1, 0.3), gen())).std((1, 2, 3))
+    assert (
+        0.09 < levels.min() < 0.12
+        and 0.28 < levels.max() < 0.32
+        and abs(levels.mean() - 0.2) < 0.01
+    )
+    assert torch.equal(gaussian(x, 0.0), x)
 
 
 def test_salt_and_pepper():
-    x = torch.rand(4, 3, 200, 200, generator=gen())*.8 + .1
-    y, mask = salt_and_pepper(x, torch.tensor([0., .1, .5, 1.]), gen())
-    assert mask.shape == (4, 1, 200, 200) and torch.allclose(mask.mean((1, 2, 3)), torch.tensor([0., .1, .5, 1.]), atol=.01)
+    x = torch.rand(4, 3, 200, 200, generator=gen()) * 0.8 + 0.1
+    y, mask = salt_and_pepper(x, torch.tensor([0.0, 0.1, 0.5, 1.0]), gen())
+    assert mask.shape == (4, 1, 200, 200) and torch.allclose(
+        mask.mean((1, 2, 3)), torch.tensor([0.0, 0.1, 0.5, 1.0]), atol=0.01
+    )
     gone = mask.bool().expand_as(x)
-    assert torch.equal(y[~gone], x[~gone]) and set(y[gone].tolist()) == {0., 1.} and abs(y[3].mean() - .5) < .01
-    assert torch.equal(y[gone].reshape(-1), y[:, :1].expand_as(y)[gone].reshape(-1))      # the same in all channels
+    assert (
+        torch.equal(y[~gone], x[~gone])
+        and set(y[gone].tolist()) == {0.0, 1.0}
+        and abs(y[3].mean() - 0.5) < 0.01
+    )
+    assert torch.equal(
+        y[gone].reshape(-1), y[:, :1].expand_as(y)[gone].reshape(-1)
+    )  # the same in all channels
 
 
 def test_block_mask():
-    x = torch.rand(300, 2, 20, 24, generator=gen()) + .01
-    y, mask = block_mask(x, 1, (3, 5), fill=.7, generator=gen(1))
-    assert mask.shape == (300, 1, 20, 24) and torch.equal(y, torch.where(mask.bool(), torch.tensor(.7), x))
+    x = torch.rand(300, 2, 20, 24, generator=gen()) + 0.01
+    y, mask = block_mask(x, 1, (3, 5), fill=0.7, generator=gen(1))
+    assert mask.shape == (300, 1, 20, 24) and torch.equal(
+        y, torch.where(mask.bool(), torch.tensor(0.7), x)
+    )
     sides = {*mask.amax((1, 3)).sum(1).tolist(), *mask.amax((1, 2)).sum(1).tolist()}
-    assert sides == {3., 4., 5.} and mask.mean(0).min() > 0                                # every pixel, corners too, can go
-    assert torch.equal(mask.sum((1, 2, 3)), mask.amax((1, 3)).sum(1)*mask.amax((1, 2)).sum(1))   # whole rectangles
-    assert block_mask(x, 1, 20)[1].sum((1, 2, 3)).eq(400).all() and block_mask(x, 3, (3, 5), generator=gen())[1].sum() > mask.sum()*2
+    assert sides == {3.0, 4.0, 5.0} and mask.mean(0).min() > 0  # every pixel, corners too, can go
+    assert torch.equal(
+        mask.sum((1, 2, 3)), mask.amax((1, 3)).sum(1) * mask.amax((1, 2)).sum(1)
+    )  # whole rectangles
+    assert (
+        block_mask(x, 1, 20)[1].sum((1, 2, 3)).eq(400).all()
+        and block_mask(x, 3, (3, 5), generator=gen())[1].sum() > mask.sum() * 2
+    )
 
 
 def test_rain_stays_in_range_and_explains_itself():
     x = torch.rand(4, 3, 64, 64, generator=gen())
-    y, s = rain(x, density=torch.tensor([0., .005, .02, .05]), strength=.6, generator=gen())
-    assert s.shape == (4, 1, 64, 64) and torch.allclose(y, (1 - s)*x + s) and 0 <= y.min() and y.max() <= 1
+    y, s = rain(x, density=torch.tensor([0.0, 0.005, 0.02, 0.05]), strength=0.6, generator=gen())
+    assert (
+        s.shape == (4, 1, 64, 64)
+        and torch.allclose(y, (1 - s) * x + s)
+        and 0 <= y.min()
+        and y.max() <= 1
+    )
     cover = s.mean((1, 2, 3))
-    assert cover[0] == 0 and (cover.diff() > 0).all() and abs(s.max() - .6) < 1e-5
+    assert cover[0] == 0 and (cover.diff() > 0).all() and abs(s.max() - 0.6) < 1e-5
 
 
 # second order and mixture
 
-@pytest.mark.parametrize('shape,scale', [((3, 3, 64, 80), 4), ((2, 1, 30, 33), 3), ((1, 3, 16, 16), 1), ((2, 3, 8, 8), 4)])
+
+@pytest.mark.parametrize(
+    'shape,scale',
+    [((3, 3, 64, 80), 4), ((2, 1, 30, 33), 3), ((1, 3, 16, 16), 1), ((2, 3, 8, 8), 4)],
+)
 def test_second_order(shape, scale):
     x = torch.rand(shape, generator=gen())
     for seed in range(8):
         y = second_order(x, scale, gen(seed))
-        assert y.shape == (*shape[:2], shape[2]//scale, shape[3]//scale) and torch.isfinite(y).all() and 0 <= y.min() and y.max() <= 1
-        assert torch.allclose(y*255, (y*255).round(), atol=1e-3)
-    calm = Round(sigma=(.01, .01), sinc_prob=0, resize_prob=(0, 0, 1), gaussian_prob=1, noise=(0, 0), jpeg=(100, 100))
-    flat = second_order(torch.full(shape, .5), scale, gen(), calm, calm, final_sinc_prob=0)
-    assert (flat - .5).abs().max() < .02                      # nothing left to do but to shrink
+        assert (
+            y.shape == (*shape[:2], shape[2] // scale, shape[3] // scale)
+            and torch.isfinite(y).all()
+            and 0 <= y.min()
+            and y.max() <= 1
+        )
+        assert torch.allclose(y * 255, (y * 255).round(), atol=1e-3)
+    calm = Round(
+        sigma=(0.01, 0.01),
+        sinc_prob=0,
+        resize_prob=(0, 0, 1),
+        gaussian_prob=1,
+        noise=(0, 0),
+        jpeg=(100, 100),
+    )
+    flat = second_order(torch.full(shape, 0.5), scale, gen(), calm, calm, final_sinc_prob=0)
+    assert (flat - 0.5).abs().max() < 0.02  # nothing left to do but to shrink
 
 
 def test_mixture():
     x = torch.rand(600, 1, 8, 8, generator=gen())
-    keep, dark, tup = (lambda x, generator: x), (lambda x, generator: 0*x), (lambda x, generator: (0*x + 1, 'extra'))
+    keep, dark, tup = (
+        (lambda x, generator: x),
+        (lambda x, generator: 0 * x),
+        (lambda x, generator: (0 * x + 1, 'extra')),
+    )
     y, which = Mixture(keep, dark, tup, weights=[1, 2, 3])(x, gen(1))
-    assert torch.allclose(torch.bincount(which)/600, torch.tensor([1., 2., 3.])/6, atol=.06)
-    assert torch.equal(y[which == 0], x[which == 0]) and (y[which == 1] == 0).all() and (y[which == 2] == 1).all()
+    assert torch.allclose(torch.bincount(which) / 600, torch.tensor([1.0, 2.0, 3.0]) / 6, atol=0.06)
+    assert (
+        torch.equal(y[which == 0], x[which == 0])
+        and (y[which == 1] == 0).all()
+        and (y[which == 2] == 1).all()
+    )
     assert set(Mixture(keep, dark, weights=[0, 1])(x)[1].tolist()) == {1}
 
 
 # generators, types, devices
+
 
 @pytest.mark.parametrize('name', RANDOM)
 def test_a_seed_is_a_seed(name):
@@ -197,23 +321,31 @@ def test_a_seed_is_a_seed(name):
     a, b, c = [first(op(x, generator=gen(s))) for s in (1, 1, 2)]
     assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(x, before)
     same = first(op(x[:1].repeat(4, 1, 1, 1), generator=gen(1)))
-    assert not torch.equal(same[0], same[1]) or name == 'mix'                 # each image gets its own draw
-    assert torch.isfinite(first(op(x))).all()                                 # without a generator
+    assert not torch.equal(same[0], same[1]) or name == 'mix'  # each image gets its own draw
+    assert torch.isfinite(first(op(x))).all()  # without a generator
 
 
 @pytest.mark.parametrize('name', RANDOM)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_types(name, dtype):
     x = torch.rand(4, 3, 32, 32, generator=gen())
-    y, full = first(RANDOM[name](x.to(dtype), generator=gen(1))), first(RANDOM[name](x, generator=gen(1)))
+    y, full = (
+        first(RANDOM[name](x.to(dtype), generator=gen(1))),
+        first(RANDOM[name](x, generator=gen(1))),
+    )
     assert y.dtype == dtype
-    if name != 'second': assert (y.float() - full).abs().mean() < .02          # rounding can change what a chain of 8-bit steps sees
+    if name != 'second':
+        assert (
+            y.float() - full
+        ).abs().mean() < 0.02  # rounding can change what a chain of 8-bit steps sees
     assert bicubic_up(bicubic_down(x.to(dtype), 4), 4).dtype == dtype
 
 
 @pytest.mark.parametrize('name', ['gaussian', 'salt', 'block', 'soft', 'motion', 'rain'])
 def test_random_numbers_move_to_the_device_of_x(name):
-    y = first(RANDOM[name](torch.zeros(2, 3, 32, 32, device='meta'), generator=gen()))     # no data, but devices must agree
+    y = first(
+        RANDOM[name](torch.zeros(2, 3, 32, 32, device='meta'), generator=gen())
+    )  # no data, but devices must agree
     assert y.device.type == 'meta' and y.shape == (2, 3, 32, 32)
 
 
@@ -222,85 +354,198 @@ def test_random_numbers_move_to_the_device_of_x(name):
 def test_gpu_gives_the_same_as_cpu_for_a_cpu_generator(name):
     x = torch.rand(4, 3, 32, 32, generator=gen())
     y = first(RANDOM[name](x.cuda(), generator=gen(1)))
-    assert y.is_cuda and (y.cpu() - first(RANDOM[name](x, generator=gen(1)))).abs().mean() < .01
+    assert y.is_cuda and (y.cpu() - first(RANDOM[name](x, generator=gen(1)))).abs().mean() < 0.01
     assert first(RANDOM[name](x, generator=torch.Generator('cuda'))).device.type == 'cpu'
 
 
 # bad input
 
 X = torch.rand(2, 3, 32, 32)
-BAD = [(lambda: gaussian(X, 25), ValueError, '25/255'), (lambda: gaussian(X, (.3, .1)), ValueError, 'sigma'), (lambda: gaussian(X, torch.rand(3)), ValueError, 'sigma'),
-       (lambda: gaussian(X, float('nan')), ValueError, 'sigma'), (lambda: gaussian(X[0], .1), ValueError, 'expected'), (lambda: gaussian((X*255).byte(), .1), TypeError, 'uint8'),
-       (lambda: salt_and_pepper(X, 1.5), ValueError, 'amount'), (lambda: block_mask(X, size=(8, 33)), ValueError, '32 x 32'), (lambda: block_mask(X, 0), ValueError, 'blocks'),
-       (lambda: blur_kernel('box'), ValueError, 'kind'), (lambda: blur_kernel('gaussian', 4), ValueError, 'odd'), (lambda: blur_kernel('motion', length=-1.), ValueError, 'length'),
-       (lambda: blur(X, torch.ones(3, 5, 5)), ValueError, 'kernel'), (lambda: blur(X, torch.ones(65, 65)), ValueError, 'too large'), (lambda: gaussian_blur(X, -1), ValueError, 'sigma'),
-       (lambda: jpeg(X, 0), ValueError, 'quality'), (lambda: jpeg(X[:, :2], 50), ValueError, 'channels'), (lambda: rain(X, strength=2), ValueError, 'strength'),
-       (lambda: bicubic_down(X, 5), ValueError, 'multiples'), (lambda: bicubic_down(X, 0), ValueError, 'scale'), (lambda: bicubic_up(X, 2.5), ValueError, 'scale'),
-       (lambda: second_order(X, 3), ValueError, 'multiples'), (lambda: second_order(X*float('nan')), ValueError, 'NaN'), (lambda: Mixture(), ValueError, 'ops'),
-       (lambda: Mixture(rain, weights=[1, 2]), ValueError, 'weights'), (lambda: Mixture(second_order)(X), ValueError, 'same size')]
+BAD = [
+    (lambda: gaussian(X, 25), ValueError, '25/255'),
+    (lambda: gaussian(X, (0.3, 0.1)), ValueError, 'sigma'),
+    (lambda: gaussian(X, torch.rand(3)), ValueError, 'sigma'),
+    (lambda: gaussian(X, float('nan')), ValueError, 'sigma'),
+    (lambda: gaussian(X[0], 0.1), ValueError, 'expected'),
+    (lambda: gaussian((X * 255).byte(), 0.1), TypeError, 'uint8'),
+    (lambda: salt_and_pepper(X, 1.5), ValueError, 'amount'),
+    (lambda: block_mask(X, size=(8, 33)), ValueError, '32 x 32'),
+    (lambda: block_mask(X, 0), ValueError, 'blocks'),
+    (lambda: blur_kernel('box'), ValueError, 'kind'),
+    (lambda: blur_kernel('gaussian', 4), ValueError, 'odd'),
+    (lambda: blur_kernel('motion', length=-1.0), ValueError, 'length'),
+    (lambda: blur(X, torch.ones(3, 5, 5)), ValueError, 'kernel'),
+    (lambda: blur(X, torch.ones(65, 65)), ValueError, 'too large'),
+    (lambda: gaussian_blur(X, -1), ValueError, 'sigma'),
+    (lambda: jpeg(X, 0), ValueError, 'quality'),
+    (lambda: jpeg(X[:, :2], 50), ValueError, 'channels'),
+    (lambda: rain(X, strength=2), ValueError, 'strength'),
+    (lambda: bicubic_down(X, 5), ValueError, 'multiples'),
+    (lambda: bicubic_down(X, 0), ValueError, 'scale'),
+    (lambda: bicubic_up(X, 2.5), ValueError, 'scale'),
+    (lambda: second_order(X, 3), ValueError, 'multiples'),
+    (lambda: second_order(X * float('nan')), ValueError, 'NaN'),
+    (lambda: Mixture(), ValueError, 'ops'),
+    (lambda: Mixture(rain, weights=[1, 2]), ValueError, 'weights'),
+    (lambda: Mixture(second_order)(X), ValueError, 'same size'),
+]
 
 
 @pytest.mark.parametrize('case', range(len(BAD)))
 def test_bad_input_says_what_is_wrong(case):
     call, error, text = BAD[case]
-    with pytest.raises(error, match=text): call()
+    with pytest.raises(error, match=text):
+        call()
 
 
 # numbers of every kind, empty batches, what is the caller's
 
 NAN = float('nan')
-SAME = {'gaussian': (lambda v: gaussian(X, v(.5), gen()), float), 'gaussian range': (lambda v: gaussian(X, (v(.25), v(.5)), gen()), float), 'jpeg': (lambda v: jpeg(X, v(30)), int),
-        'gaussian_blur': (lambda v: gaussian_blur(X, v(.5))[0], float), 'motion_blur': (lambda v: motion_blur(X, v(5), v(45))[0], int), 'rain': (lambda v: rain(X, length=v(5), generator=gen())[0], int),
-        'salt_and_pepper': (lambda v: salt_and_pepper(X, v(.5), gen())[0], float), 'block_mask': (lambda v: block_mask(X, v(2), v(5), generator=gen())[0], int),
-        'block_mask range': (lambda v: block_mask(X, size=(v(2), v(5)), fill=v(1), generator=gen())[0], int), 'blur_kernel': (lambda v: blur_kernel('motion', v(7), length=v(3), angle=v(20)), int),
-        'bicubic_down': (lambda v: bicubic_down(X, v(2)), int), 'bicubic_up': (lambda v: bicubic_up(X, v(2)), int), 'second_order': (lambda v: second_order(X, v(2), gen()), int)}
+SAME = {
+    'gaussian': (lambda v: gaussian(X, v(0.5), gen()), float),
+    'gaussian range': (lambda v: gaussian(X, (v(0.25), v(0.5)), gen()), float),
+    'jpeg': (lambda v: jpeg(X, v(30)), int),
+    'gaussian_blur': (lambda v: gaussian_blur(X, v(0.5))[0], float),
+    'motion_blur': (lambda v: motion_blur(X, v(5), v(45))[0], int),
+    'rain': (lambda v: rain(X, length=v(5), generator=gen())[0], int),
+    'salt_and_pepper': (lambda v: salt_and_pepper(X, v(0.5), gen())[0], float),
+    'block_mask': (lambda v: block_mask(X, v(2), v(5), generator=gen())[0], int),
+    'block_mask range': (
+        lambda v: block_mask(X, size=(v(2), v(5)), fill=v(1), generator=gen())[0],
+        int,
+    ),
+    'blur_kernel': (lambda v: blur_kernel('motion', v(7), length=v(3), angle=v(20)), int),
+    'bicubic_down': (lambda v: bicubic_down(X, v(2)), int),
+    'bicubic_up': (lambda v: bicubic_up(X, v(2)), int),
+    'second_order': (lambda v: second_order(X, v(2), gen()), int),
+}
+
 
 @pytest.mark.parametrize('name', SAME)
 def test_numpy_numbers_are_numbers(name):
     call, kind = SAME[name]
-    for numpy_kind in ((np.float32, np.float64) if kind is float else (np.int64, np.uint8)): assert torch.equal(call(numpy_kind), call(kind))
+    for numpy_kind in (np.float32, np.float64) if kind is float else (np.int64, np.uint8):
+        assert torch.equal(call(numpy_kind), call(kind))
 
-EMPTY = {'gaussian_blur': lambda x: gaussian_blur(x, 1.), 'gaussian_blur range': lambda x: gaussian_blur(x, (.5, 1.)), 'gaussian_blur each': lambda x: gaussian_blur(x, torch.ones(0)), 'rain': rain,
-         'motion_blur': lambda x: motion_blur(x, 5), 'blur': lambda x: blur(x, torch.ones(3, 3)/9), 'gaussian': lambda x: gaussian(x, .1), 'salt_and_pepper': lambda x: salt_and_pepper(x, .1),
-         'block_mask': block_mask, 'jpeg': lambda x: jpeg(x, 50), 'Mixture': Mixture(rain)}
+
+EMPTY = {
+    'gaussian_blur': lambda x: gaussian_blur(x, 1.0),
+    'gaussian_blur range': lambda x: gaussian_blur(x, (0.5, 1.0)),
+    'gaussian_blur each': lambda x: gaussian_blur(x, torch.ones(0)),
+    'rain': rain,
+    'motion_blur': lambda x: motion_blur(x, 5),
+    'blur': lambda x: blur(x, torch.ones(3, 3) / 9),
+    'gaussian': lambda x: gaussian(x, 0.1),
+    'salt_and_pepper': lambda x: salt_and_pepper(x, 0.1),
+    'block_mask': block_mask,
+    'jpeg': lambda x: jpeg(x, 50),
+    'Mixture': Mixture(rain),
+}
+
 
 @pytest.mark.parametrize('name', EMPTY)
 def test_an_empty_batch_is_one_clear_error(name):
-    with pytest.raises(ValueError, match=r'has shape \(0, 3, 32, 32\); expected at least one image'):
+    with pytest.raises(
+        ValueError, match=r'has shape \(0, 3, 32, 32\); expected at least one image'
+    ):
         EMPTY[name](torch.zeros(0, 3, 32, 32))
+
 
 def test_an_empty_batch_is_not_resized():
     for fn in (bicubic_down, bicubic_up, second_order):
-        with pytest.raises(ValueError, match='at least one image'): fn(torch.zeros(0, 3, 32, 32), 4)
+        with pytest.raises(ValueError, match='at least one image'):
+            fn(torch.zeros(0, 3, 32, 32), 4)
     for fn in (bicubic_down, bicubic_up):
-        with pytest.raises(ValueError, match='at least one pixel'): fn(torch.zeros(2, 3, 0, 32), 4)
+        with pytest.raises(ValueError, match='at least one pixel'):
+            fn(torch.zeros(2, 3, 0, 32), 4)
 
-WORSE = [(lambda: block_mask(X, fill=NAN), ValueError, 'fill is nan'), (lambda: block_mask(X, fill=float('inf')), ValueError, 'fill is inf'), (lambda: block_mask(X, size=(2.5, 4)), ValueError, 'size is 2.5'),
-         (lambda: block_mask(X, size=(1, 2, 3)), ValueError, 'size is'), (lambda: block_mask(X, size=(9, 8)), ValueError, 'smaller number first'), (lambda: block_mask(X, True), ValueError, 'blocks is True'),
-         (lambda: gaussian(X, True), ValueError, 'sigma is True'), (lambda: gaussian(X, ('a', 'b')), TypeError, "sigma is 'a'"), (lambda: gaussian(X, (.1, .2, .3)), ValueError, 'sigma is'),
-         (lambda: gaussian(X, (.1, NAN)), ValueError, 'sigma is nan'), (lambda: gaussian_blur(X, NAN), ValueError, 'sigma is nan'), (lambda: gaussian_blur(X, float('inf')), ValueError, 'sigma is inf'),
-         (lambda: gaussian_blur(X, 'wide'), TypeError, 'sigma is str'), (lambda: motion_blur(X, NAN), ValueError, 'length is nan'), (lambda: motion_blur(X, 5, NAN), ValueError, 'angle is nan'),
-         (lambda: blur_kernel('gaussian', 3.5), ValueError, 'size is 3.5'), (lambda: blur_kernel('gaussian', 0), ValueError, 'size is 0'), (lambda: blur_kernel('motion', length=float('inf')), ValueError, 'length is inf'),
-         (lambda: blur_kernel('motion', angle=NAN), ValueError, 'angle is nan'), (lambda: blur(X, torch.full((3, 3), NAN)), ValueError, 'kernel holds'), (lambda: blur(X, [[1.]]), TypeError, 'kernel is'),
-         (lambda: blur(X, torch.tensor(1.)), TypeError, 'kernel is'), (lambda: bicubic_up(X, True), ValueError, 'scale is True'), (lambda: second_order(X, 4, final_sinc_prob=3), ValueError, 'final_sinc_prob is 3'),
-         (lambda: second_order(X, 4, first=dict()), TypeError, 'first is'), (lambda: Mixture(rain, weights=['a']), TypeError, "weights is 'a'"), (lambda: Mixture(rain, weights=[-1]), ValueError, 'weights is -1'),
-         *[(lambda kw=kw: Round(**kw), ValueError, next(iter(kw))) for kw in (dict(blur_prob=7), dict(sinc_prob=-.1), dict(gaussian_prob=NAN), dict(grey_prob=1.01), dict(sigma=(-3, -1)), dict(sigma=(0, 1)), dict(sigma=(3, 1)),
-           dict(resize=(0, 1)), dict(resize=(1.1, 1.5)), dict(resize=(.2, .8)), dict(noise=(-.1, .1)), dict(noise=(0, 25)), dict(poisson=(3, 1)), dict(jpeg=(0, 95)), dict(jpeg=(30, 101)), dict(resize_prob=(0, 0, 0)),
-           dict(resize_prob=(1, -1, 1)), dict(resize_prob=(1, 1)), dict(sigma=(1, NAN)))], (lambda: Round(blur_prob='often'), TypeError, 'blur_prob')]
+
+WORSE = [
+    (lambda: block_mask(X, fill=NAN), ValueError, 'fill is nan'),
+    (lambda: block_mask(X, fill=float('inf')), ValueError, 'fill is inf'),
+    (lambda: block_mask(X, size=(2.5, 4)), ValueError, 'size is 2.5'),
+    (lambda: block_mask(X, size=(1, 2, 3)), ValueError, 'size is'),
+    (lambda: block_mask(X, size=(9, 8)), ValueError, 'smaller number first'),
+    (lambda: block_mask(X, True), ValueError, 'blocks is True'),
+    (lambda: gaussian(X, True), ValueError, 'sigma is True'),
+    (lambda: gaussian(X, ('a', 'b')), TypeError, "sigma is 'a'"),
+    (lambda: gaussian(X, (0.1, 0.2, 0.3)), ValueError, 'sigma is'),
+    (lambda: gaussian(X, (0.1, NAN)), ValueError, 'sigma is nan'),
+    (lambda: gaussian_blur(X, NAN), ValueError, 'sigma is nan'),
+    (lambda: gaussian_blur(X, float('inf')), ValueError, 'sigma is inf'),
+    (lambda: gaussian_blur(X, 'wide'), TypeError, 'sigma is str'),
+    (lambda: motion_blur(X, NAN), ValueError, 'length is nan'),
+    (lambda: motion_blur(X, 5, NAN), ValueError, 'angle is nan'),
+    (lambda: blur_kernel('gaussian', 3.5), ValueError, 'size is 3.5'),
+    (lambda: blur_kernel('gaussian', 0), ValueError, 'size is 0'),
+    (lambda: blur_kernel('motion', length=float('inf')), ValueError, 'length is inf'),
+    (lambda: blur_kernel('motion', angle=NAN), ValueError, 'angle is nan'),
+    (lambda: blur(X, torch.full((3, 3), NAN)), ValueError, 'kernel holds'),
+    (lambda: blur(X, [[1.0]]), TypeError, 'kernel is'),
+    (lambda: blur(X, torch.tensor(1.0)), TypeError, 'kernel is'),
+    (lambda: bicubic_up(X, True), ValueError, 'scale is True'),
+    (lambda: second_order(X, 4, final_sinc_prob=3), ValueError, 'final_sinc_prob is 3'),
+    (lambda: second_order(X, 4, first=dict()), TypeError, 'first is'),
+    (lambda: Mixture(rain, weights=['a']), TypeError, "weights is 'a'"),
+    (lambda: Mixture(rain, weights=[-1]), ValueError, 'weights is -1'),
+    *[
+        (lambda kw=kw: Round(**kw), ValueError, next(iter(kw)))
+        for kw in (
+            dict(blur_prob=7),
+            dict(sinc_prob=-0.1),
+            dict(gaussian_prob=NAN),
+            dict(grey_prob=1.01),
+            dict(sigma=(-3, -1)),
+            dict(sigma=(0, 1)),
+            dict(sigma=(3, 1)),
+            dict(resize=(0, 1)),
+            dict(resize=(1.1, 1.5)),
+            dict(resize=(0.2, 0.8)),
+            dict(noise=(-0.1, 0.1)),
+            dict(noise=(0, 25)),
+            dict(poisson=(3, 1)),
+            dict(jpeg=(0, 95)),
+            dict(jpeg=(30, 101)),
+            dict(resize_prob=(0, 0, 0)),
+            dict(resize_prob=(1, -1, 1)),
+            dict(resize_prob=(1, 1)),
+            dict(sigma=(1, NAN)),
+        )
+    ],
+    (lambda: Round(blur_prob='often'), TypeError, 'blur_prob'),
+]
+
 
 @pytest.mark.parametrize('case', range(len(WORSE)))
 def test_what_makes_no_sense_is_named(case):
     call, error, text = WORSE[case]
-    with pytest.raises(error, match=text): call()
+    with pytest.raises(error, match=text):
+        call()
+
 
 def test_one_number_is_a_range_of_one():
-    assert Round(sigma=np.float32(.5), jpeg=np.int64(40)).sigma == (.5, .5)
-    y = second_order(X, 4, gen(), Round(sigma=1, noise=0, poisson=0, jpeg=50), Round(sigma=(1, 1), noise=(0, 0), poisson=(0, 0), jpeg=(50, 50)))
+    assert Round(sigma=np.float32(0.5), jpeg=np.int64(40)).sigma == (0.5, 0.5)
+    y = second_order(
+        X,
+        4,
+        gen(),
+        Round(sigma=1, noise=0, poisson=0, jpeg=50),
+        Round(sigma=(1, 1), noise=(0, 0), poisson=(0, 0), jpeg=(50, 50)),
+    )
     assert torch.isfinite(y).all()
+
 
 @pytest.mark.parametrize('name', RANDOM)
 def test_the_caller_keeps_his_pictures_and_his_random_state(name):
     x = torch.rand(4, 3, 32, 32, generator=gen())
-    was, states = x.clone(), (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    was, states = (
+        x.clone(),
+        (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()),
+    )
     RANDOM[name](x, generator=gen(1))
-    assert torch.equal(x, was) and torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all() and random.getstate() == states[2]
+    assert (
+        torch.equal(x, was)
+        and torch.equal(torch.get_rng_state(), states[0])
+        and (np.random.get_state()[1] == states[1]).all()
+        and random.getstate() == states[2]
+    )

@@ -9,8 +9,20 @@ import torch
 from torch import nn
 
 import toy
-from restore_lib.learner import (EMA, Callback, Learner, Metrics, Progress, ResidualCNN, load_checkpoint, param_groups, positioned,
-                                 save_checkpoint, seed_all, warmup_cosine)
+from restore_lib.learner import (
+    EMA,
+    Callback,
+    Learner,
+    Metrics,
+    Progress,
+    ResidualCNN,
+    load_checkpoint,
+    param_groups,
+    positioned,
+    save_checkpoint,
+    seed_all,
+    warmup_cosine,
+)
 
 HERE = Path(__file__).parent
 
@@ -20,7 +32,8 @@ def same(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-def weights(learn): return {k: v.clone() for k, v in learn.bare.state_dict().items()}
+def weights(learn):
+    return {k: v.clone() for k, v in learn.bare.state_dict().items()}
 
 
 def test_seeds_give_the_same_run_and_other_seeds_another():
@@ -38,20 +51,36 @@ def test_matches_the_bare_loop():
     learn.bare[2].p = 0.0
     model = toy.net()
     model[2].p = 0.0
-    opt, batches, factor = torch.optim.AdamW(model.parameters(), lr=1e-2), iter(positioned(torch.utils.data.DataLoader(toy.Noisy(), 8, shuffle=True))), warmup_cosine(0.1)
+    opt, batches, factor = (
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        iter(positioned(torch.utils.data.DataLoader(toy.Noisy(), 8, shuffle=True))),
+        warmup_cosine(0.1),
+    )
     for step in range(10):
-        for g in opt.param_groups: g['lr'] = 1e-2*factor(step, 10)
+        for g in opt.param_groups:
+            g['lr'] = 1e-2 * factor(step, 10)
         loss = toy.plain_loss(model, next(batches))
-        opt.zero_grad(), loss.backward(), nn.utils.clip_grad_norm_(model.parameters(), 1.0), opt.step()
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
     learn.fit(10)
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(model.state_dict().values(), weights(learn).values()))
+    assert all(
+        torch.allclose(a, b, atol=1e-7)
+        for a, b in zip(model.state_dict().values(), weights(learn).values())
+    )
 
 
 def test_accumulation_equals_the_large_batch():
     def run(batch, accumulate):
         model = toy.net()
         model[2].p = 0.0
-        return weights(toy.learner(toy.plain_loss, batch=batch, accumulate=accumulate, model=model, cbs=[]).fit(12))
+        return weights(
+            toy.learner(
+                toy.plain_loss, batch=batch, accumulate=accumulate, model=model, cbs=[]
+            ).fit(12)
+        )
+
     a, b = run(8, 1), run(4, 2)
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a)
 
@@ -62,7 +91,8 @@ def test_resume_is_bit_for_bit(tmp_path, at):
     whole = make().fit(30)
     first = make()
     first.cbs.append(Stop(at))
-    with pytest.raises(KeyboardInterrupt): first.fit(30)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(30)
     first.cbs.pop()
     first.save(tmp_path)
     again = make().load(tmp_path).fit(30)
@@ -72,106 +102,194 @@ def test_resume_is_bit_for_bit(tmp_path, at):
 
 def test_resume_in_channels_last(tmp_path):
     "Files do not keep a tensor's layout; the resumed run must, and be equal."
+
     def make():
         torch.manual_seed(0)
-        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(16, 1, 12, 12)), 4, shuffle=True)
-        return Learner(ResidualCNN(width=8, depth=3).to(memory_format=torch.channels_last),
-                       lambda m, b: (m(b[0] + 0.1*torch.randn_like(b[0])) - b[0]).square().mean(), data, cbs=[EMA(0.9)], cpu=True)
+        data = torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(torch.rand(16, 1, 12, 12)), 4, shuffle=True
+        )
+        return Learner(
+            ResidualCNN(width=8, depth=3).to(memory_format=torch.channels_last),
+            lambda m, b: (m(b[0] + 0.1 * torch.randn_like(b[0])) - b[0]).square().mean(),
+            data,
+            cbs=[EMA(0.9)],
+            cpu=True,
+        )
+
     whole, first = make().fit(10), make()
-    first.fit(5), first.save(tmp_path)
+    first.fit(5)
+    first.save(tmp_path)
     again = make().load(tmp_path)
     p = again.bare.body[2].weight
-    assert p.is_contiguous(memory_format=torch.channels_last) and again.opt.state[p]['exp_avg'].stride() == p.stride()
+    assert (
+        p.is_contiguous(memory_format=torch.channels_last)
+        and again.opt.state[p]['exp_avg'].stride() == p.stride()
+    )
     assert same(weights(whole), weights(again.fit(10)))
 
 
 class Stop(Callback):
-    def __init__(self, at): self.at = at
+    def __init__(self, at):
+        self.at = at
+
     def after_step(self, learn):
-        if learn.step == self.at: raise KeyboardInterrupt
+        if learn.step == self.at:
+            raise KeyboardInterrupt
 
 
 def test_ten_kills(tmp_path):
     "SIGKILL at ten random moments; each time the run is started again; the weights at the end are those of an undisturbed run."
     mp = multiprocessing.get_context('forkserver')
     mp.set_forkserver_preload(['toy'])
-    start = lambda folder, delay: mp.Process(target=toy.train, args=(str(folder),), kwargs=dict(delay=delay))
-    calm = start(tmp_path/'calm', 0)
-    calm.start(), calm.join()
+    start = lambda folder, delay: mp.Process(
+        target=toy.train, args=(str(folder),), kwargs=dict(delay=delay)
+    )
+    calm = start(tmp_path / 'calm', 0)
+    calm.start()
+    calm.join()
     kills, rng = 0, random.Random(0)
     while kills < 10:
-        p = start(tmp_path/'killed', 0.06)
+        p = start(tmp_path / 'killed', 0.06)
         p.start()
         p.join(rng.uniform(0.3, 1.2))
         if p.is_alive():
             os.kill(p.pid, signal.SIGKILL)
             kills += 1
         p.join()
-        if p.exitcode == 0: break
-    p = start(tmp_path/'killed', 0)
-    p.start(), p.join()
+        if p.exitcode == 0:
+            break
+    p = start(tmp_path / 'killed', 0)
+    p.start()
+    p.join()
     assert p.exitcode == 0 and kills == 10, f'{kills} kills'
-    (a, ia), (b, ib) = load_checkpoint(tmp_path/'calm'), load_checkpoint(tmp_path/'killed')
-    assert ia['step'] == ib['step'] == 200 and same(a['model'], b['model']) and same(a['cbs'][0]['shadow'], b['cbs'][0]['shadow'])
+    (a, ia), (b, ib) = load_checkpoint(tmp_path / 'calm'), load_checkpoint(tmp_path / 'killed')
+    assert (
+        ia['step'] == ib['step'] == 200
+        and same(a['model'], b['model'])
+        and same(a['cbs'][0]['shadow'], b['cbs'][0]['shadow'])
+    )
     assert same(a['opt']['state'][0], b['opt']['state'][0])
     print(f'{kills} kills')
 
 
 def test_two_processes_give_the_single_process_curve(tmp_path):
     def launch(n):
-        out = tmp_path/f'{n}.json'
+        out = tmp_path / f'{n}.json'
         # --multi_gpu is accelerate's word for several processes; without it, --num_processes 2 on CPU starts a single one
-        launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no',
-                    '--dynamo_backend', 'no', '--main_process_port', '0'] if n > 1 else []
-        done = subprocess.run([sys.executable, *launcher, str(HERE/'toy.py'), str(out), str(n)], capture_output=True, text=True,
-                              env=dict(os.environ, OMP_NUM_THREADS='1'))
+        launcher = (
+            [
+                '-m',
+                'accelerate.commands.launch',
+                '--multi_gpu',
+                '--num_processes',
+                str(n),
+                '--num_machines',
+                '1',
+                '--mixed_precision',
+                'no',
+                '--dynamo_backend',
+                'no',
+                '--main_process_port',
+                '0',
+            ]
+            if n > 1
+            else []
+        )
+        done = subprocess.run(
+            [sys.executable, *launcher, str(HERE / 'toy.py'), str(out), str(n)],
+            capture_output=True,
+            text=True,
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+        )
         assert done.returncode == 0, done.stderr[:6000]
         return json.loads(out.read_text())
+
     one, two = launch(1), launch(2)
     assert (one['processes'], two['processes']) == (1, 2)
     for a, b in zip(one['history'], two['history'], strict=True):
         assert a['step'] == b['step'] and a.keys() == b.keys()
-        for k in a.keys() - {'seconds'}: assert a[k] == pytest.approx(b[k], rel=1e-4), k
+        for k in a.keys() - {'seconds'}:
+            assert a[k] == pytest.approx(b[k], rel=1e-4), k
     assert len(one['history']) == 31 and 'error' in one['history'][-1]
 
 
 def test_nan_stops_before_the_step_and_keeps_the_batch():
     def poisoned(model, batch):
         y, x = batch
-        return {'fit': (model(y) - x).square().mean(), 'extra': torch.tensor(float('nan')) if learn.step == 3 else y.mean()*0}
+        return {
+            'fit': (model(y) - x).square().mean(),
+            'extra': torch.tensor(float('nan')) if learn.step == 3 else y.mean() * 0,
+        }
+
     learn = toy.learner(poisoned, cbs=[Before()])
-    with pytest.raises(FloatingPointError, match='step 3.*extra=nan'): learn.fit(10)
-    assert learn.step == 3 and same(learn.cbs[0].weights, weights(learn)) and learn.bad_batch[0].shape == (8, 8)
+    with pytest.raises(FloatingPointError, match='step 3.*extra=nan'):
+        learn.fit(10)
+    assert (
+        learn.step == 3
+        and same(learn.cbs[0].weights, weights(learn))
+        and learn.bad_batch[0].shape == (8, 8)
+    )
 
 
 class Before(Callback):
-    def after_step(self, learn): self.weights = weights(learn)
+    def after_step(self, learn):
+        self.weights = weights(learn)
 
 
 def test_ema_is_used_in_validation_only():
     seen = {}
-    learn = toy.learner(cbs=[EMA(0.5), Metrics(norm=lambda m, b: seen.setdefault('w', m[0].weight.clone()).norm()[None])])
+    learn = toy.learner(
+        cbs=[
+            EMA(0.5),
+            Metrics(norm=lambda m, b: seen.setdefault('w', m[0].weight.clone()).norm()[None]),
+        ]
+    )
     learn.fit(10)
-    assert torch.equal(seen['w'], learn.cbs[0].shadow['0.weight']) and not torch.equal(seen['w'], learn.bare[0].weight)
-    assert torch.equal(learn.trained()[0].weight, seen['w']) and not learn.trained().training and learn.bare.training
+    assert torch.equal(seen['w'], learn.cbs[0].shadow['0.weight']) and not torch.equal(
+        seen['w'], learn.bare[0].weight
+    )
+    assert (
+        torch.equal(learn.trained()[0].weight, seen['w'])
+        and not learn.trained().training
+        and learn.bare.training
+    )
 
 
 def test_callbacks_are_called_in_order():
     calls = []
+
     class Log(Callback):
-        def before_fit(self, learn): calls.append('before_fit')
-        def after_step(self, learn): calls.append(f'after_step {learn.step}')
-        def before_valid(self, learn): calls.append('before_valid')
-        def after_valid(self, learn): calls.append('after_valid')
-        def after_fit(self, learn): calls.append('after_fit')
+        def before_fit(self, learn):
+            calls.append('before_fit')
+
+        def after_step(self, learn):
+            calls.append(f'after_step {learn.step}')
+
+        def before_valid(self, learn):
+            calls.append('before_valid')
+
+        def after_valid(self, learn):
+            calls.append('after_valid')
+
+        def after_fit(self, learn):
+            calls.append('after_fit')
+
     toy.learner(cbs=[Log()]).fit(2)
-    assert calls == ['before_fit', 'after_step 1', 'after_step 2', 'before_valid', 'after_valid', 'after_fit']
+    assert calls == [
+        'before_fit',
+        'after_step 1',
+        'after_step 2',
+        'before_valid',
+        'after_valid',
+        'after_fit',
+    ]
 
 
 def test_bf16_and_plain_learners_live_side_by_side():
     a = toy.learner(toy.plain_loss)
     b = toy.learner(toy.plain_loss, precision='bf16')
-    a.fit(5), b.fit(5)
+    a.fit(5)
+    b.fit(5)
     assert a.bare(torch.rand(1, 8)).dtype == torch.float32 and not same(weights(a), weights(b))
     model = b.trained()
     assert model(torch.rand(1, 8)).dtype == torch.float32
@@ -181,10 +299,13 @@ def test_bf16_and_plain_learners_live_side_by_side():
 def test_tensorboard_gets_every_row(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from restore_lib.learner import TensorBoard
+
     learn = toy.learner(cbs=[TensorBoard(tmp_path)]).fit(12, valid_every=4)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [e.step for e in events.Scalars('loss')] == [r['step'] for r in learn.history if 'loss' in r]
+    assert [e.step for e in events.Scalars('loss')] == [
+        r['step'] for r in learn.history if 'loss' in r
+    ]
     assert len(events.Scalars('valid_loss')) == 3
 
 
@@ -192,64 +313,98 @@ def test_fit_or_load(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
     a = toy.learner().fit_or_load('00_toy', dict(data='lines'), 20)
     b = toy.learner().fit_or_load('00_toy', dict(data='lines'), 20)
-    assert 'trained' in (said := capsys.readouterr().out) and 'loaded' in said and same(weights(a), weights(b)) and b.history == a.history
+    assert (
+        'trained' in (said := capsys.readouterr().out)
+        and 'loaded' in said
+        and same(weights(a), weights(b))
+        and b.history == a.history
+    )
     toy.learner().fit_or_load('00_toy', dict(data='other lines'), 20)
-    toy.learner(opt=lambda p: torch.optim.AdamW(p, lr=3e-2)).fit_or_load('00_toy', dict(data='lines'), 20)
+    toy.learner(opt=lambda p: torch.optim.AdamW(p, lr=3e-2)).fit_or_load(
+        '00_toy', dict(data='lines'), 20
+    )
     assert len(list(tmp_path.iterdir())) == 3 and capsys.readouterr().out.count('trained') == 2
 
 
 # checkpoints
 
-def state(v): return dict(w=torch.full((3,), float(v)), nested=[(1, 2.5, None, 'x'), {'k': torch.arange(2)}], by_number={0: torch.ones(1)})
+
+def state(v):
+    return dict(
+        w=torch.full((3,), float(v)),
+        nested=[(1, 2.5, None, 'x'), {'k': torch.arange(2)}],
+        by_number={0: torch.ones(1)},
+    )
 
 
 def test_checkpoint_round_trip_and_keep(tmp_path):
-    for step in range(4): save_checkpoint(tmp_path, step, state(step), dict(config=dict(a=1)))
+    for step in range(4):
+        save_checkpoint(tmp_path, step, state(step), dict(config=dict(a=1)))
     got, info = load_checkpoint(tmp_path, dict(a=1))
-    assert torch.equal(got['w'], torch.full((3,), 3.)) and got['nested'][0] == (1, 2.5, None, 'x') and info['step'] == 3
+    assert (
+        torch.equal(got['w'], torch.full((3,), 3.0))
+        and got['nested'][0] == (1, 2.5, None, 'x')
+        and info['step'] == 3
+    )
     assert 0 in got['by_number'] and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize('file', ['state.safetensors', 'state.json'])
 def test_truncated_checkpoint_falls_back_and_says_so(tmp_path, file):
-    for step in (1, 2): save_checkpoint(tmp_path, step, state(step))
-    damaged = tmp_path/'step_000000002'/file
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, state(step))
+    damaged = tmp_path / 'step_000000002' / file
     damaged.write_bytes(damaged.read_bytes()[:-20])
-    with pytest.warns(UserWarning, match='step_000000002.*damaged'): got, info = load_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match='step_000000002.*damaged'):
+        got, info = load_checkpoint(tmp_path)
     assert info['step'] == 1 and got['w'][0] == 1
 
 
 def test_no_whole_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no whole checkpoint'): load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no whole checkpoint'):
+        load_checkpoint(tmp_path)
 
 
 def test_other_configuration_is_named(tmp_path):
     save_checkpoint(tmp_path, 1, state(1), dict(config=dict(width=48, depth=8)))
-    with pytest.raises(ValueError, match='width: 48 there, 64 here'): load_checkpoint(tmp_path, dict(width=64, depth=8))
+    with pytest.raises(ValueError, match='width: 48 there, 64 here'):
+        load_checkpoint(tmp_path, dict(width=64, depth=8))
 
 
 def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     "A file system of 1 MB: the checkpoint that does not fit leaves the one before it whole."
-    disk = tmp_path/'disk'
+    disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(disk)], capture_output=True
+    ).returncode:
         pytest.skip('may not mount a small file system here')
     try:
         save_checkpoint(disk, 1, state(1))
-        with pytest.raises(OSError, match='intact'): save_checkpoint(disk, 2, dict(w=torch.zeros(1_000_000)))
-        assert load_checkpoint(disk)[1]['step'] == 1 and [p.name for p in disk.iterdir()] == ['step_000000001']
-    finally: subprocess.run(['umount', str(disk)], check=True)
+        with pytest.raises(OSError, match='intact'):
+            save_checkpoint(disk, 2, dict(w=torch.zeros(1_000_000)))
+        assert load_checkpoint(disk)[1]['step'] == 1 and [p.name for p in disk.iterdir()] == [
+            'step_000000001'
+        ]
+    finally:
+        subprocess.run(['umount', str(disk)], check=True)
 
 
 def test_failing_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     import safetensors.torch
+
     save_checkpoint(tmp_path, 1, state(1))
+
     def full(tensors, path):
         Path(path).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(safetensors.torch, 'save_file', full)
-    with pytest.raises(OSError, match='No space left.*intact'): save_checkpoint(tmp_path, 2, state(2))
-    assert load_checkpoint(tmp_path)[1]['step'] == 1 and [p.name for p in tmp_path.iterdir()] == ['step_000000001']
+    with pytest.raises(OSError, match='No space left.*intact'):
+        save_checkpoint(tmp_path, 2, state(2))
+    assert load_checkpoint(tmp_path)[1]['step'] == 1 and [p.name for p in tmp_path.iterdir()] == [
+        'step_000000001'
+    ]
 
 
 def test_tied_weights_survive(tmp_path):
@@ -260,9 +415,17 @@ def test_tied_weights_survive(tmp_path):
 
 # checkpoints: what is damaged, what stands in one folder, what can be kept
 
+
 def linear(seed=0, **kw):
     torch.manual_seed(seed)
-    return Learner(nn.Linear(4, 4), lambda m, b: (m(b) - b).square().mean(), torch.utils.data.DataLoader(torch.rand(20, 4), 4), cpu=True, seed=seed, **kw)
+    return Learner(
+        nn.Linear(4, 4),
+        lambda m, b: (m(b) - b).square().mean(),
+        torch.utils.data.DataLoader(torch.rand(20, 4), 4),
+        cpu=True,
+        seed=seed,
+        **kw,
+    )
 
 
 def test_a_run_does_not_displace_another(tmp_path):
@@ -270,10 +433,19 @@ def test_a_run_does_not_displace_another(tmp_path):
     linear().fit(50, folder=tmp_path, save_every=25)
     before = sorted(p.name for p in tmp_path.iterdir())
     new = linear(9)
-    for act in (lambda: new.fit(10, folder=tmp_path, save_every=5), lambda: new.fit(10).save(tmp_path)):
-        with pytest.raises(ValueError, match='checkpoints of another run, up to step 50'): act()
-    assert sorted(p.name for p in tmp_path.iterdir()) == before and new.step == 10                # the fit into the folder had not begun
-    assert linear().load(tmp_path).fit(60, folder=tmp_path).step == 60 and linear().load(tmp_path).step == 60
+    for act in (
+        lambda: new.fit(10, folder=tmp_path, save_every=5),
+        lambda: new.fit(10).save(tmp_path),
+    ):
+        with pytest.raises(ValueError, match='checkpoints of another run, up to step 50'):
+            act()
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == before and new.step == 10
+    )  # the fit into the folder had not begun
+    assert (
+        linear().load(tmp_path).fit(60, folder=tmp_path).step == 60
+        and linear().load(tmp_path).step == 60
+    )
 
 
 def test_one_learner_goes_on_in_its_folder(tmp_path):
@@ -283,196 +455,415 @@ def test_one_learner_goes_on_in_its_folder(tmp_path):
 
 
 def test_keep_counts_the_steps_up_to_this_one(tmp_path):
-    for step in (25, 50, 5, 10, 15): save_checkpoint(tmp_path, step, state(step))
+    for step in (25, 50, 5, 10, 15):
+        save_checkpoint(tmp_path, step, state(step))
     assert [p.name[-2:] for p in sorted(tmp_path.iterdir())] == ['10', '15', '25', '50']
     save_checkpoint(tmp_path, 60, state(60), keep=1)
     assert [p.name[-2:] for p in tmp_path.iterdir()] == ['60']
 
 
-@pytest.mark.parametrize('bad, error, says', [
-    (dict(keep=0), ValueError, 'keep is 0'), (dict(keep=-1), ValueError, 'keep is -1'), (dict(keep=1.5), ValueError, 'keep is 1.5'), (dict(keep='2'), TypeError, "keep is '2'"),
-    (dict(step=-1), ValueError, 'step is -1'), (dict(step=1.5), ValueError, 'step is 1.5'), (dict(step=10**9), ValueError, 'step is 1000000000'), (dict(step=True), ValueError, 'step is True'),
-    (dict(state={(1, 2): 3}), TypeError, 'a key of state is tuple'), (dict(state={'a': {1}}), TypeError, 'state.a is set'), (dict(info=dict(step=3)), ValueError, "info has the key 'step'")])
+@pytest.mark.parametrize(
+    'bad, error, says',
+    [
+        (dict(keep=0), ValueError, 'keep is 0'),
+        (dict(keep=-1), ValueError, 'keep is -1'),
+        (dict(keep=1.5), ValueError, 'keep is 1.5'),
+        (dict(keep='2'), TypeError, "keep is '2'"),
+        (dict(step=-1), ValueError, 'step is -1'),
+        (dict(step=1.5), ValueError, 'step is 1.5'),
+        (dict(step=10**9), ValueError, 'step is 1000000000'),
+        (dict(step=True), ValueError, 'step is True'),
+        (dict(state={(1, 2): 3}), TypeError, 'a key of state is tuple'),
+        (dict(state={'a': {1}}), TypeError, 'state.a is set'),
+        (dict(info=dict(step=3)), ValueError, "info has the key 'step'"),
+    ],
+)
 def test_what_no_checkpoint_can_hold_is_named(tmp_path, bad, error, says):
     save_checkpoint(tmp_path, 1, state(1))
-    with pytest.raises(error, match=re.escape(says)): save_checkpoint(tmp_path, **{**dict(step=2, state=state(2)), **bad})
-    assert [p.name for p in tmp_path.iterdir()] == ['step_000000001'] and load_checkpoint(tmp_path)[1]['step'] == 1
+    with pytest.raises(error, match=re.escape(says)):
+        save_checkpoint(tmp_path, **{**dict(step=2, state=state(2)), **bad})
+    assert [p.name for p in tmp_path.iterdir()] == ['step_000000001'] and load_checkpoint(tmp_path)[
+        1
+    ]['step'] == 1
 
 
 def test_numpy_numbers_in_checkpoints(tmp_path):
-    for step in np.arange(4): save_checkpoint(tmp_path, step, dict(n=np.int64(3), x=np.float32(.5), by={np.int64(7): np.bool_(True)}), keep=np.int64(2))
+    for step in np.arange(4):
+        save_checkpoint(
+            tmp_path,
+            step,
+            dict(n=np.int64(3), x=np.float32(0.5), by={np.int64(7): np.bool_(True)}),
+            keep=np.int64(2),
+        )
     got, info = load_checkpoint(tmp_path)
-    assert got == dict(n=3, x=.5, by={7: True}) and info['step'] == 3 and len(list(tmp_path.iterdir())) == 2
+    assert (
+        got == dict(n=3, x=0.5, by={7: True})
+        and info['step'] == 3
+        and len(list(tmp_path.iterdir())) == 2
+    )
 
 
 def test_keys_that_look_alike_stay_apart(tmp_path):
     one, two, three, four = (torch.full((2,), float(k)) for k in range(4))
-    held = {'a.b': one, 'a': {'b': two, "b'": three}, 1: three, '1': four, "a.b'": four, None: one, 'None': two}
+    held = {
+        'a.b': one,
+        'a': {'b': two, "b'": three},
+        1: three,
+        '1': four,
+        "a.b'": four,
+        None: one,
+        'None': two,
+    }
     save_checkpoint(tmp_path, 1, held)
     got = load_checkpoint(tmp_path)[0]
     flat = lambda d: [(k, flat(v) if isinstance(v, dict) else v.tolist()) for k, v in d.items()]
     assert flat(got) == flat(held) and [type(k) for k in got] == [type(k) for k in held]
     save_checkpoint(tmp_path, 2, {True: one, 'True': two})
-    assert flat(load_checkpoint(tmp_path)[0]) == [(True, [0., 0.]), ('True', [1., 1.])]
+    assert flat(load_checkpoint(tmp_path)[0]) == [(True, [0.0, 0.0]), ('True', [1.0, 1.0])]
 
 
 @pytest.mark.parametrize('file', ['state.safetensors', 'state.json', 'sums.json'])
 def test_a_flipped_bit_is_seen(tmp_path, file):
     "Wherever it is: the checkpoint is named as damaged and the one before it is taken."
-    for step in (1, 2): save_checkpoint(tmp_path, step, state(step), dict(config=dict(a=1), metrics=dict(error=0.25)))
-    path = tmp_path/'step_000000002'/file
+    for step in (1, 2):
+        save_checkpoint(
+            tmp_path, step, state(step), dict(config=dict(a=1), metrics=dict(error=0.25))
+        )
+    path = tmp_path / 'step_000000002' / file
     whole = path.read_bytes()
-    for at in range(0, len(whole), max(1, len(whole)//40)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1:])
-        with pytest.warns(UserWarning, match='step_000000002.*damaged'): got, info = load_checkpoint(tmp_path)
+    for at in range(0, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        with pytest.warns(UserWarning, match='step_000000002.*damaged'):
+            got, info = load_checkpoint(tmp_path)
         assert info['step'] == 1 and got['w'][0] == 1 and info['metrics'] == dict(error=0.25)
     path.write_bytes(whole)
     assert load_checkpoint(tmp_path)[1]['step'] == 2
 
 
 def test_a_flipped_exponent_does_not_load_as_infinity(tmp_path):
-    for step in (1, 2): save_checkpoint(tmp_path, step, dict(w=torch.full((256,), 1.5)))
-    path = tmp_path/'step_000000002/state.safetensors'
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, dict(w=torch.full((256,), 1.5)))
+    path = tmp_path / 'step_000000002/state.safetensors'
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 0x40]))
-    with pytest.warns(UserWarning, match='damaged'): got, info = load_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match='damaged'):
+        got, info = load_checkpoint(tmp_path)
     assert info['step'] == 1 and got['w'].unique().tolist() == [1.5]
 
 
-@pytest.mark.parametrize('text', ['null', '[]', '[1, 2]', '3', '"text"', '', '{', '{}', '{"step": 2}', '{"step": 2, "form": null}', '{"step": 2, "form": [1]}', '{"step": 2, "form": {"value": 1, "dict": []}}',
-                                  '{"step": 2, "form": {"tensor": "gone"}}', '{"step": 2, "form": {"dict": 3}}', '{"step": 2, "form": {"what": 3}}', '{"step": 7, "form": {"value": 1}}', '{"form": {"value": 1}}'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        'null',
+        '[]',
+        '[1, 2]',
+        '3',
+        '"text"',
+        '',
+        '{',
+        '{}',
+        '{"step": 2}',
+        '{"step": 2, "form": null}',
+        '{"step": 2, "form": [1]}',
+        '{"step": 2, "form": {"value": 1, "dict": []}}',
+        '{"step": 2, "form": {"tensor": "gone"}}',
+        '{"step": 2, "form": {"dict": 3}}',
+        '{"step": 2, "form": {"what": 3}}',
+        '{"step": 7, "form": {"value": 1}}',
+        '{"form": {"value": 1}}',
+    ],
+)
 @pytest.mark.parametrize('sums', [True, False])
 def test_a_json_that_is_none_of_ours_is_damage(tmp_path, text, sums):
-    for step in (1, 2): save_checkpoint(tmp_path, step, state(step))
-    (tmp_path/'step_000000002/state.json').write_text(text)
-    if not sums: (tmp_path/'step_000000002/sums.json').unlink(missing_ok=True)
-    with pytest.warns(UserWarning, match='step_000000002.*damaged'): got, info = load_checkpoint(tmp_path)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, state(step))
+    (tmp_path / 'step_000000002/state.json').write_text(text)
+    if not sums:
+        (tmp_path / 'step_000000002/sums.json').unlink(missing_ok=True)
+    with pytest.warns(UserWarning, match='step_000000002.*damaged'):
+        got, info = load_checkpoint(tmp_path)
     assert info['step'] == 1 and got['w'][0] == 1
 
 
 def test_checkpoints_of_older_versions_load(tmp_path):
     linear().fit(3, folder=tmp_path)
     for path in tmp_path.iterdir():
-        (path/'sums.json').unlink()
-        info = json.loads((path/'state.json').read_text())
-        for k in ('callbacks', 'optimizer'): info.pop(k)
-        (path/'state.json').write_text(json.dumps(info))
+        (path / 'sums.json').unlink()
+        info = json.loads((path / 'state.json').read_text())
+        for k in ('callbacks', 'optimizer'):
+            info.pop(k)
+        (path / 'state.json').write_text(json.dumps(info))
     assert linear().load(tmp_path).step == 3
-    with pytest.raises(ValueError, match='cbs holds 1; the checkpoint was made with 0'): linear(cbs=[EMA()]).load(tmp_path)
+    with pytest.raises(ValueError, match='cbs holds 1; the checkpoint was made with 0'):
+        linear(cbs=[EMA()]).load(tmp_path)
 
 
 def test_plain_data_of_every_kind_is_a_configuration(tmp_path):
-    config = dict(folder=tmp_path/'x', size=(32, 16), n=np.int64(3), x=np.float32(.5), on=np.bool_(True), by={2: 'two', None: [Path('a')]})
-    save_checkpoint(tmp_path/'c', 1, state(1), dict(config=config, where=Path('b'), error=float('nan')))
-    _, info = load_checkpoint(tmp_path/'c', config)
-    assert info['config'] == dict(folder=str(tmp_path/'x'), size=[32, 16], n=3, x=.5, on=True, by={'2': 'two', 'null': ['a']}) and info['where'] == 'b'
-    with pytest.raises(ValueError, match=r'size: \[32, 16\] there, \[32, 8\] here'): load_checkpoint(tmp_path/'c', dict(config, size=(32, 8)))
+    config = dict(
+        folder=tmp_path / 'x',
+        size=(32, 16),
+        n=np.int64(3),
+        x=np.float32(0.5),
+        on=np.bool_(True),
+        by={2: 'two', None: [Path('a')]},
+    )
+    save_checkpoint(
+        tmp_path / 'c', 1, state(1), dict(config=config, where=Path('b'), error=float('nan'))
+    )
+    _, info = load_checkpoint(tmp_path / 'c', config)
+    assert (
+        info['config']
+        == dict(
+            folder=str(tmp_path / 'x'),
+            size=[32, 16],
+            n=3,
+            x=0.5,
+            on=True,
+            by={'2': 'two', 'null': ['a']},
+        )
+        and info['where'] == 'b'
+    )
+    with pytest.raises(ValueError, match=r'size: \[32, 16\] there, \[32, 8\] here'):
+        load_checkpoint(tmp_path / 'c', dict(config, size=(32, 8)))
 
 
-@pytest.mark.parametrize('v, error, says', [(float('nan'), ValueError, 'nan, which JSON'), (np.float64('inf'), ValueError, 'inf, which JSON'), ({1, 2}, TypeError, 'set, which JSON'), (torch.ones(2), TypeError, 'Tensor, which JSON'),
-                                            (np.ones(2), TypeError, 'ndarray, which JSON'), (b'x', TypeError, 'bytes, which JSON'), ({1: 2, '1': 3}, ValueError, "two keys that are '1'"), (object(), TypeError, 'object, which JSON')])
+@pytest.mark.parametrize(
+    'v, error, says',
+    [
+        (float('nan'), ValueError, 'nan, which JSON'),
+        (np.float64('inf'), ValueError, 'inf, which JSON'),
+        ({1, 2}, TypeError, 'set, which JSON'),
+        (torch.ones(2), TypeError, 'Tensor, which JSON'),
+        (np.ones(2), TypeError, 'ndarray, which JSON'),
+        (b'x', TypeError, 'bytes, which JSON'),
+        ({1: 2, '1': 3}, ValueError, "two keys that are '1'"),
+        (object(), TypeError, 'object, which JSON'),
+    ],
+)
 def test_what_json_cannot_hold_is_named(tmp_path, monkeypatch, v, error, says):
-    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path/'runs'))
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path / 'runs'))
     name = r"config\['a'\]\[0\]" if not isinstance(v, dict) else r"config\['a'\]\[0\] has"
-    for act in (lambda c: save_checkpoint(tmp_path/'c', 1, state(1), dict(config=c)), lambda c: load_checkpoint(tmp_path, c), lambda c: linear().fit_or_load('x', c, 1)):
-        with pytest.raises(error, match=f'{name}.*{says}'): act(dict(a=[v]))
-    assert not (tmp_path/'runs').exists() and not (tmp_path/'c').exists()
+    for act in (
+        lambda c: save_checkpoint(tmp_path / 'c', 1, state(1), dict(config=c)),
+        lambda c: load_checkpoint(tmp_path, c),
+        lambda c: linear().fit_or_load('x', c, 1),
+    ):
+        with pytest.raises(error, match=f'{name}.*{says}'):
+            act(dict(a=[v]))
+    assert not (tmp_path / 'runs').exists() and not (tmp_path / 'c').exists()
 
 
 def test_a_run_is_found_by_a_configuration_with_paths(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
-    for _ in range(2): toy.learner().fit_or_load('x', dict(data=Path('a')/'b', n=np.int64(3)), np.int64(2))
+    for _ in range(2):
+        toy.learner().fit_or_load('x', dict(data=Path('a') / 'b', n=np.int64(3)), np.int64(2))
     toy.learner().fit_or_load('x', dict(data='a/c', n=3), 2)
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ['trained;', 'loaded;', 'trained;']
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == [
+        'trained;',
+        'loaded;',
+        'trained;',
+    ]
 
 
-@pytest.mark.parametrize('name, error', [('../x', ValueError), ('/tmp/x', ValueError), ('a/b', ValueError), ('a\\b', ValueError), ('', ValueError), ('.', ValueError), ('..', ValueError), ('a\0b', ValueError), (None, TypeError), (Path('x'), TypeError)])
+@pytest.mark.parametrize(
+    'name, error',
+    [
+        ('../x', ValueError),
+        ('/tmp/x', ValueError),
+        ('a/b', ValueError),
+        ('a\\b', ValueError),
+        ('', ValueError),
+        ('.', ValueError),
+        ('..', ValueError),
+        ('a\0b', ValueError),
+        (None, TypeError),
+        (Path('x'), TypeError),
+    ],
+)
 def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
     from restore_lib import learner
-    (tmp_path/'runs').mkdir()
-    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path/'runs')), monkeypatch.setenv('RESTORE_BUDGET', 'study'), monkeypatch.delenv('IN_TEST', raising=False)
+
+    (tmp_path / 'runs').mkdir()
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path / 'runs'))
+    monkeypatch.setenv('RESTORE_BUDGET', 'study')
+    monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
-    for act in (lambda: linear().fit_or_load(name, {}, 1), lambda: learner.record_study(name, {}, dict(a=1), 1), lambda: learner.studies(name)):
-        with pytest.raises(error, match='name is|lesson is'): act()
+    for act in (
+        lambda: linear().fit_or_load(name, {}, 1),
+        lambda: learner.record_study(name, {}, dict(a=1), 1),
+        lambda: learner.studies(name),
+    ):
+        with pytest.raises(error, match='name is|lesson is'):
+            act()
     assert [p.name for p in tmp_path.rglob('*')] == ['runs']
 
 
 def test_studies(tmp_path, monkeypatch):
     from restore_lib import learner
-    monkeypatch.setenv('RESTORE_BUDGET', 'study'), monkeypatch.delenv('IN_TEST', raising=False), monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
-    for k in range(2): learner.record_study('99', dict(size=(32, 16), where=Path('x'), n=np.int64(3)), dict(PSNR=np.float32(k), bad=float('nan')), np.float64(1), seed=np.int64(4))
-    path = tmp_path/'data/studies/99.jsonl'
-    path.write_text('\n' + path.read_text() + '  \n\n')                     # as an editor may leave it
-    row, = learner.studies('99')                                            # the second replaced the first
-    assert row['config'] == dict(size=[32, 16], where='x', n=3) and row['figures']['PSNR'] == 1 and row['seed'] == 4 and row['minutes'] == 1.0
-    with pytest.raises(TypeError, match='JSON cannot hold'): learner.record_study('99', dict(a={1}), {}, 1)
+
+    monkeypatch.setenv('RESTORE_BUDGET', 'study')
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    for k in range(2):
+        learner.record_study(
+            '99',
+            dict(size=(32, 16), where=Path('x'), n=np.int64(3)),
+            dict(PSNR=np.float32(k), bad=float('nan')),
+            np.float64(1),
+            seed=np.int64(4),
+        )
+    path = tmp_path / 'data/studies/99.jsonl'
+    path.write_text('\n' + path.read_text() + '  \n\n')  # as an editor may leave it
+    (row,) = learner.studies('99')  # the second replaced the first
+    assert (
+        row['config'] == dict(size=[32, 16], where='x', n=3)
+        and row['figures']['PSNR'] == 1
+        and row['seed'] == 4
+        and row['minutes'] == 1.0
+    )
+    with pytest.raises(TypeError, match='JSON cannot hold'):
+        learner.record_study('99', dict(a={1}), {}, 1)
 
 
 # a checkpoint of another Learner
 
+
 class Counts(Callback):
-    def __init__(self, n=0): self.n = n
-    def state(self): return dict(n=self.n)
-    def load_state(self, state): self.n = state['n']
+    def __init__(self, n=0):
+        self.n = n
+
+    def state(self):
+        return dict(n=self.n)
+
+    def load_state(self, state):
+        self.n = state['n']
 
 
-@pytest.mark.parametrize('cbs, says', [
-    (lambda: [Counts(1), EMA(.5), EMA(.9)], r'another order: EMA\(decay=0.5\), EMA\(decay=0.9\), Counts\(\) there, Counts\(\), EMA'), (lambda: [EMA(.9), EMA(.5), Counts(1)], 'another order: EMA.decay=0.5., EMA.decay=0.9.'),
-    (lambda: [EMA(.5), EMA(.9)], 'other callbacks'), (lambda: [], r'Counts\(\) there, none here')])
+@pytest.mark.parametrize(
+    'cbs, says',
+    [
+        (
+            lambda: [Counts(1), EMA(0.5), EMA(0.9)],
+            r'another order: EMA\(decay=0.5\), EMA\(decay=0.9\), Counts\(\) there, Counts\(\), EMA',
+        ),
+        (lambda: [EMA(0.9), EMA(0.5), Counts(1)], 'another order: EMA.decay=0.5., EMA.decay=0.9.'),
+        (lambda: [EMA(0.5), EMA(0.9)], 'other callbacks'),
+        (lambda: [], r'Counts\(\) there, none here'),
+    ],
+)
 def test_callbacks_take_their_own_state_only(tmp_path, cbs, says):
-    linear(cbs=[EMA(.5), Progress(), EMA(.9), Counts(7)]).fit(3, folder=tmp_path)
+    linear(cbs=[EMA(0.5), Progress(), EMA(0.9), Counts(7)]).fit(3, folder=tmp_path)
     learn = linear(1, cbs=cbs())
     before = weights(learn)
-    with pytest.raises(ValueError, match=says): learn.load(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        learn.load(tmp_path)
     assert learn.step == 0 and same(before, weights(learn)) and all(cb.n != 7 for cb in learn.cbs)
 
 
 def test_callbacks_without_a_state_may_come_and_go(tmp_path):
-    linear(cbs=[EMA(.5), Progress(), Counts(7)]).fit(3, folder=tmp_path)
-    learn = linear(1, cbs=[Before(), EMA(.5), Counts()]).load(tmp_path)
+    linear(cbs=[EMA(0.5), Progress(), Counts(7)]).fit(3, folder=tmp_path)
+    learn = linear(1, cbs=[Before(), EMA(0.5), Counts()]).load(tmp_path)
     assert learn.step == 3 and learn.cbs[1].n == 3 and learn.cbs[2].n == 7
 
 
-@pytest.mark.parametrize('other', [dict(model=lambda: nn.Linear(4, 5)), dict(model=lambda: nn.Sequential(nn.Linear(4, 4))), dict(opt=lambda p: torch.optim.SGD(p, lr=.1)),
-                                   dict(opt=lambda p: torch.optim.AdamW([dict(params=[q]) for q in p]))], ids=['shape', 'names', 'optimizer', 'groups'])
+@pytest.mark.parametrize(
+    'other',
+    [
+        dict(model=lambda: nn.Linear(4, 5)),
+        dict(model=lambda: nn.Sequential(nn.Linear(4, 4))),
+        dict(opt=lambda p: torch.optim.SGD(p, lr=0.1)),
+        dict(opt=lambda p: torch.optim.AdamW([dict(params=[q]) for q in p])),
+    ],
+    ids=['shape', 'names', 'optimizer', 'groups'],
+)
 def test_nothing_of_another_model_is_taken(tmp_path, other):
-    linear(cbs=[EMA(.5)]).fit(3, folder=tmp_path)
-    learn = Learner(other.get('model', lambda: nn.Linear(4, 4))(), lambda m, b: m(b).square().mean(), torch.utils.data.DataLoader(torch.rand(20, 4), 4), opt=other.get('opt'), cbs=[EMA(.5)], cpu=True).fit(2)
+    linear(cbs=[EMA(0.5)]).fit(3, folder=tmp_path)
+    learn = Learner(
+        other.get('model', lambda: nn.Linear(4, 4))(),
+        lambda m, b: m(b).square().mean(),
+        torch.utils.data.DataLoader(torch.rand(20, 4), 4),
+        opt=other.get('opt'),
+        cbs=[EMA(0.5)],
+        cpu=True,
+    ).fit(2)
     before, moments, shadow = weights(learn), learn.opt.state_dict(), dict(learn.cbs[0].shadow)
-    moments = {k: {n: v.clone() if hasattr(v, 'clone') else v for n, v in held.items()} for k, held in moments['state'].items()}
-    with pytest.raises(ValueError, match=r'another model|another optimizer: AdamW there, SGD here'): learn.load(tmp_path)
+    moments = {
+        k: {n: v.clone() if hasattr(v, 'clone') else v for n, v in held.items()}
+        for k, held in moments['state'].items()
+    }
+    with pytest.raises(ValueError, match=r'another model|another optimizer: AdamW there, SGD here'):
+        learn.load(tmp_path)
     assert learn.step == 2 and same(before, weights(learn)) and same(shadow, learn.cbs[0].shadow)
-    for k, held in learn.opt.state_dict()['state'].items(): assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(moments[k][n])) for n, v in held.items() if v is not None)
+    for k, held in learn.opt.state_dict()['state'].items():
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(moments[k][n]))
+            for n, v in held.items()
+            if v is not None
+        )
     assert learn.fit(4).step == 4
 
 
 # what a run is known by
 
-def runs(capsys): return [line.split()[1].strip(';') for line in capsys.readouterr().out.splitlines()]
+
+def runs(capsys):
+    return [line.split()[1].strip(';') for line in capsys.readouterr().out.splitlines()]
 
 
 def test_a_run_of_the_library_is_known_by_what_it_captures(tmp_path, monkeypatch, capsys):
     "Captured by a closure, kept in the model, or bound by a partial: another value is another run, the same value is not."
     from restore_lib.mae import mae_tiny, pretrainer
     from restore_lib.transfer import Classifier, finetune
+
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
     images = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
     def mae(mk={}, **kw):
         torch.manual_seed(0)
-        return pretrainer(mae_tiny(16, 8, channels=1, **mk), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 2), cpu=True, **kw)
+        return pretrainer(
+            mae_tiny(16, 8, channels=1, **mk),
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), 2),
+            cpu=True,
+            **kw,
+        )
+
     def tuned(**kw):
         torch.manual_seed(0)
-        return finetune(Classifier(mae_tiny(16, 8, channels=1).encoder, 3), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(4) % 3), 2), cpu=True, **kw)
-    kinds = [(mae, k) for k in ({}, dict(mask_ratio=.25), dict(masking='block'), dict(mk=dict(norm_pix_loss=True)), dict(mk=dict(mean=.5, std=.25)))] + [(tuned, k) for k in ({}, dict(smoothing=.3), dict(mixup=.1))]
-    for make, kw in kinds * 2: make(**kw).fit_or_load('m', {}, 1)
-    assert runs(capsys) == ['trained']*len(kinds) + ['loaded']*len(kinds)
+        return finetune(
+            Classifier(mae_tiny(16, 8, channels=1).encoder, 3),
+            torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(images, torch.arange(4) % 3), 2
+            ),
+            cpu=True,
+            **kw,
+        )
+
+    kinds = [
+        (mae, k)
+        for k in (
+            {},
+            dict(mask_ratio=0.25),
+            dict(masking='block'),
+            dict(mk=dict(norm_pix_loss=True)),
+            dict(mk=dict(mean=0.5, std=0.25)),
+        )
+    ] + [(tuned, k) for k in ({}, dict(smoothing=0.3), dict(mixup=0.1))]
+    for make, kw in kinds * 2:
+        make(**kw).fit_or_load('m', {}, 1)
+    assert runs(capsys) == ['trained'] * len(kinds) + ['loaded'] * len(kinds)
 
 
 class Degrade:
     "A callable with a setting."
-    def __init__(self, by): self.by = by
-    def __call__(self, x): return x*self.by
-    def bound(self, x): return x*self.by
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return x * self.by
+
+    def bound(self, x):
+        return x * self.by
 
 
 def outside(code='g', name='user', **found):
@@ -482,188 +873,355 @@ def outside(code='g', name='user', **found):
     return space['f']
 
 
-def closed(v): return lambda m, b: v
-def twice(v): return closed(closed(v))
+def closed(v):
+    return lambda m, b: v
+
+
+def twice(v):
+    return closed(closed(v))
+
+
 def default(v):
-    def f(m, b, k=v): return k
+    def f(m, b, k=v):
+        return k
+
     return f
+
+
 def only_named(v):
-    def f(m, b, *, k=v): return k
+    def f(m, b, *, k=v):
+        return k
+
     return f
-def two_lambdas(k): return [lambda m, b: m(b), lambda m, b: m(-b)][k]                    # of one line of source
+
+
+def two_lambdas(k):
+    return [lambda m, b: m(b), lambda m, b: m(-b)][k]  # of one line of source
+
+
 def own_class(k):
     class Net(nn.Module):
-        if k: forward = lambda self, x: x
-        else: forward = lambda self, x: -x
+        if k:
+            forward = lambda self, x: x
+        else:
+            forward = lambda self, x: -x
+
     return Net()
-def module(v, buffer=1., persistent=True, weight=0., trains=True):
+
+
+def module(v, buffer=1.0, persistent=True, weight=0.0, trains=True):
     m = nn.Linear(2, 2)
-    m.weight.data.fill_(weight), m.bias.data.zero_()
+    m.weight.data.fill_(weight)
+    m.bias.data.zero_()
     m.weight.requires_grad_(trains)
     m.v = v
     m.register_buffer('b', torch.full((2,), buffer), persistent=persistent)
     return m
+
+
 def tied(yes):
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    for p in (*a.parameters(), *b.parameters()): p.data.zero_()
-    if yes: b.weight = a.weight
+    for p in (*a.parameters(), *b.parameters()):
+        p.data.zero_()
+    if yes:
+        b.weight = a.weight
     return nn.Sequential(a, b)
+
+
 def ring(v):
     held = dict(v=v)
     held['me'] = [held]
     return held
+
+
 def hooked(v):
     m = module(1)
     m.register_forward_pre_hook(closed(v))
     return m
+
+
 @dataclass
 class Setting:
     a: object
     b: int = 2
-def generator(seed): return torch.Generator().manual_seed(seed)
-def loader(v=0., batch=2, **kw): return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.full((4, 2), v)), batch, **kw)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def loader(v=0.0, batch=2, **kw):
+    return torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.full((4, 2), v)), batch, **kw
+    )
 
 
 PAIRS = dict(
-    closure=(closed, 1., 2.), nested_closure=(twice, 1., 2.), default=(default, 1, 2), keyword_default=(only_named, 1, 2), lambdas=(two_lambdas, 0, 1), object=(Degrade, 1., 2.),
-    method=(lambda v: Degrade(v).bound, 1., 2.), partial=(lambda v: partial(closed, v), 1., 2.), partial_object=(lambda v: partial(closed, Degrade(v)), 1., 2.), other_function=(lambda v: v, closed, default),
-    captured_tensor=(lambda v: closed(torch.full((3,), v)), 1., 2.), captured_array=(lambda v: closed(np.full(3, v)), 1., 2.), captured_set=(lambda v: closed({'a', 'b', v}), 'c', 'd'),
-    a_global=(lambda v: outside(g=v), 1., 2.), global_array=(lambda v: outside(g=np.full(3, v)), 1, 2), global_function=(lambda v: outside('g(b)', g=v), closed, default), global_object=(lambda v: outside('g(b)', g=Degrade(v)), 1., 2.),
-    global_chain=(lambda v: outside('g(b)', g=outside('h', h=v)), 1., 2.), nested_code=(lambda v: outside('[g for _ in b]', g=v), 1, 2), attribute_only=(lambda v: outside('b.g', g=1) if v else outside('b.h', g=1), 0, 1),
-    forward=(own_class, 0, 1), attribute=(module, 1, 2), buffer=(lambda v: module(1, buffer=v), 1., 2.), hidden_buffer=(lambda v: module(1, buffer=v, persistent=False), 1., 2.), persistent=(lambda v: module(1, persistent=v), True, False),
-    weights=(lambda v: module(1, weight=v), 0., 1.), frozen=(lambda v: module(1, trains=v), True, False), tied=(tied, True, False), hook=(hooked, 1, 2), dataclass=(Setting, 1, 2), captured_module=(lambda v: closed(module(v)), 1, 2),
-    ring=(ring, 1, 2), generator=(generator, 1, 2), python_random=(random.Random, 1, 2), numpy_generator=(np.random.default_rng, 1, 2), range=(range, 3, 4),
-    path=(Path, 'a', 'b'), dtype=(lambda v: v, torch.float32, torch.float64), device=(torch.device, 'cpu', 'meta'), kinds=(lambda v: v, 1, 1.), truth=(lambda v: v, True, 1), text=(lambda v: v, 'a', b'a'), shape=(torch.zeros, (2, 3), (3, 2)), tuple=(lambda v: v, [1], (1,)),
-    bfloat=(lambda v: torch.full((2,), v, dtype=torch.bfloat16), 1., 2.), optimizer=(lambda v: torch.optim.SGD(module(1).parameters(), lr=.1, momentum=v), 0., .9), optimizer_kind=(lambda v: v(module(1).parameters(), lr=.1), torch.optim.SGD, torch.optim.Adam),
-    data=(loader, 0., 1.), batch=(lambda v: loader(batch=v), 1, 2), shuffle=(lambda v: loader(shuffle=v), True, False), drop_last=(lambda v: loader(drop_last=v), True, False), collate=(lambda v: loader(collate_fn=closed(v)), 1, 2),
-    subset=(lambda v: torch.utils.data.Subset([1, 2, 3], v), [0, 1], [0, 2]), keys=(lambda v: {v: 1}, 'a', 'b'), pattern=(re.compile, 'a', 'b'), rows=(lambda v: [('x', v), ('y', 2)], 1, 3), deep=(lambda v: [[[[v]]]], 1, 3),
-    ufunc=(lambda v: v, np.add, np.subtract), library=(lambda v: v, torch.relu, torch.tanh), classes=(lambda v: type('K', (), dict(v=v)), 1, 2), schedule=(warmup_cosine, .1, .2))
+    closure=(closed, 1.0, 2.0),
+    nested_closure=(twice, 1.0, 2.0),
+    default=(default, 1, 2),
+    keyword_default=(only_named, 1, 2),
+    lambdas=(two_lambdas, 0, 1),
+    object=(Degrade, 1.0, 2.0),
+    method=(lambda v: Degrade(v).bound, 1.0, 2.0),
+    partial=(lambda v: partial(closed, v), 1.0, 2.0),
+    partial_object=(lambda v: partial(closed, Degrade(v)), 1.0, 2.0),
+    other_function=(lambda v: v, closed, default),
+    captured_tensor=(lambda v: closed(torch.full((3,), v)), 1.0, 2.0),
+    captured_array=(lambda v: closed(np.full(3, v)), 1.0, 2.0),
+    captured_set=(lambda v: closed({'a', 'b', v}), 'c', 'd'),
+    a_global=(lambda v: outside(g=v), 1.0, 2.0),
+    global_array=(lambda v: outside(g=np.full(3, v)), 1, 2),
+    global_function=(lambda v: outside('g(b)', g=v), closed, default),
+    global_object=(lambda v: outside('g(b)', g=Degrade(v)), 1.0, 2.0),
+    global_chain=(lambda v: outside('g(b)', g=outside('h', h=v)), 1.0, 2.0),
+    nested_code=(lambda v: outside('[g for _ in b]', g=v), 1, 2),
+    attribute_only=(lambda v: outside('b.g', g=1) if v else outside('b.h', g=1), 0, 1),
+    forward=(own_class, 0, 1),
+    attribute=(module, 1, 2),
+    buffer=(lambda v: module(1, buffer=v), 1.0, 2.0),
+    hidden_buffer=(lambda v: module(1, buffer=v, persistent=False), 1.0, 2.0),
+    persistent=(lambda v: module(1, persistent=v), True, False),
+    weights=(lambda v: module(1, weight=v), 0.0, 1.0),
+    frozen=(lambda v: module(1, trains=v), True, False),
+    tied=(tied, True, False),
+    hook=(hooked, 1, 2),
+    dataclass=(Setting, 1, 2),
+    captured_module=(lambda v: closed(module(v)), 1, 2),
+    ring=(ring, 1, 2),
+    generator=(generator, 1, 2),
+    python_random=(random.Random, 1, 2),
+    numpy_generator=(np.random.default_rng, 1, 2),
+    range=(range, 3, 4),
+    path=(Path, 'a', 'b'),
+    dtype=(lambda v: v, torch.float32, torch.float64),
+    device=(torch.device, 'cpu', 'meta'),
+    kinds=(lambda v: v, 1, 1.0),
+    truth=(lambda v: v, True, 1),
+    text=(lambda v: v, 'a', b'a'),
+    shape=(torch.zeros, (2, 3), (3, 2)),
+    tuple=(lambda v: v, [1], (1,)),
+    bfloat=(lambda v: torch.full((2,), v, dtype=torch.bfloat16), 1.0, 2.0),
+    optimizer=(lambda v: torch.optim.SGD(module(1).parameters(), lr=0.1, momentum=v), 0.0, 0.9),
+    optimizer_kind=(lambda v: v(module(1).parameters(), lr=0.1), torch.optim.SGD, torch.optim.Adam),
+    data=(loader, 0.0, 1.0),
+    batch=(lambda v: loader(batch=v), 1, 2),
+    shuffle=(lambda v: loader(shuffle=v), True, False),
+    drop_last=(lambda v: loader(drop_last=v), True, False),
+    collate=(lambda v: loader(collate_fn=closed(v)), 1, 2),
+    subset=(lambda v: torch.utils.data.Subset([1, 2, 3], v), [0, 1], [0, 2]),
+    keys=(lambda v: {v: 1}, 'a', 'b'),
+    pattern=(re.compile, 'a', 'b'),
+    rows=(lambda v: [('x', v), ('y', 2)], 1, 3),
+    deep=(lambda v: [[[[v]]]], 1, 3),
+    ufunc=(lambda v: v, np.add, np.subtract),
+    library=(lambda v: v, torch.relu, torch.tanh),
+    classes=(lambda v: type('K', (), dict(v=v)), 1, 2),
+    schedule=(warmup_cosine, 0.1, 0.2),
+)
 
 
 @pytest.mark.parametrize('make, a, b', PAIRS.values(), ids=PAIRS)
 def test_a_fingerprint_sees(make, a, b):
     "Made anew with the same value it is the same, with another it is another; nothing is left unseen, nothing is drawn."
     from restore_lib.learner import fingerprint
-    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
     made = [make(v) for v in (a, a, b)]
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         one, again, other = map(fingerprint, made)
     assert one == again != other and fingerprint(made[0]) == one
-    assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1:] == (
+        np.random.get_state()[1].tolist(),
+        random.getstate(),
+    )
 
 
 def test_a_fingerprint_does_not_see_order_workers_and_showing():
     from restore_lib.learner import LiveCurve, fingerprint
-    for a, b in (({'a': 1, 'b': 2}, {'b': 2, 'a': 1}), ({'x', 'y', 3}, {3, 'y', 'x'}), (np.int64(3), 3), ([np.float64(.5)], [.5]), ([(np.int64(1), 'a')], [(1, 'a')]), (loader(num_workers=2), loader(pin_memory=False)),
-                 (toy.learner(), toy.learner(workers=2)), (toy.learner(), toy.learner(cbs=[Progress(), EMA(.9), LiveCurve()]))): assert fingerprint(a) == fingerprint(b)
+
+    for a, b in (
+        ({'a': 1, 'b': 2}, {'b': 2, 'a': 1}),
+        ({'x', 'y', 3}, {3, 'y', 'x'}),
+        (np.int64(3), 3),
+        ([np.float64(0.5)], [0.5]),
+        ([(np.int64(1), 'a')], [(1, 'a')]),
+        (loader(num_workers=2), loader(pin_memory=False)),
+        (toy.learner(), toy.learner(workers=2)),
+        (toy.learner(), toy.learner(cbs=[Progress(), EMA(0.9), LiveCurve()])),
+    ):
+        assert fingerprint(a) == fingerprint(b)
 
 
 def test_what_a_fingerprint_cannot_see_is_named():
     from restore_lib.learner import fingerprint
-    pool = (k for k in range(3))                                        # a generator: nobody can look into it
-    with pytest.warns(UserWarning, match=r'global `device_pool` of .*\(a builtins.generator\)'): fingerprint(outside('device_pool', device_pool=pool), 'loss_fn')
-    with pytest.warns(UserWarning, match='`v` that loss_fn captures'): fingerprint(closed(pool), 'loss_fn')
-    with pytest.warns(UserWarning, match=r'module `toy` that .* imports'): fingerprint(_imports, 'loss_fn')
+
+    pool = (k for k in range(3))  # a generator: nobody can look into it
+    with pytest.warns(UserWarning, match=r'global `device_pool` of .*\(a builtins.generator\)'):
+        fingerprint(outside('device_pool', device_pool=pool), 'loss_fn')
+    with pytest.warns(UserWarning, match='`v` that loss_fn captures'):
+        fingerprint(closed(pool), 'loss_fn')
+    with pytest.warns(UserWarning, match=r'module `toy` that .* imports'):
+        fingerprint(_imports, 'loss_fn')
 
 
 def _imports(m, b):
     import toy
+
     return toy.net()
 
 
 def test_a_fingerprint_follows_imports_and_modules():
     from restore_lib.learner import fingerprint
-    def reads(m, b): return toy.net()                                   # a module of the user's: followed to what is read from it
+
+    def reads(m, b):
+        return toy.net()  # a module of the user's: followed to what is read from it
+
     def imports(m, b):
         from toy import net
+
         return net()
+
     before = [fingerprint(f) for f in (reads, imports)]
     real, toy.net = toy.net, closed(1)
-    try: after = [fingerprint(f) for f in (reads, imports)]
-    finally: toy.net = real
-    assert all(a != b for a, b in zip(before, after)) and before == [fingerprint(f) for f in (reads, imports)]
+    try:
+        after = [fingerprint(f) for f in (reads, imports)]
+    finally:
+        toy.net = real
+    assert all(a != b for a, b in zip(before, after)) and before == [
+        fingerprint(f) for f in (reads, imports)
+    ]
 
 
 def test_files_behind_paths_and_their_digest(tmp_path):
     from restore_lib.learner import files_digest, fingerprint
-    (tmp_path/'a').write_bytes(b'one'), (tmp_path/'b').write_bytes(b'two')
-    before = files_digest(tmp_path), fingerprint([tmp_path/'a'])
-    stat = os.stat(tmp_path/'a')
-    (tmp_path/'a').write_bytes(b'eno')
-    os.utime(tmp_path/'a', ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert files_digest(tmp_path) != before[0] and fingerprint([tmp_path/'a']) != before[1]
-    files = [tmp_path/'a', tmp_path/'b']
+
+    (tmp_path / 'a').write_bytes(b'one')
+    (tmp_path / 'b').write_bytes(b'two')
+    before = files_digest(tmp_path), fingerprint([tmp_path / 'a'])
+    stat = os.stat(tmp_path / 'a')
+    (tmp_path / 'a').write_bytes(b'eno')
+    os.utime(tmp_path / 'a', ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert files_digest(tmp_path) != before[0] and fingerprint([tmp_path / 'a']) != before[1]
+    files = [tmp_path / 'a', tmp_path / 'b']
     assert files_digest(files) == files_digest(map(str, files[::-1])) != files_digest(files[0])
-    (tmp_path/'b').rename(tmp_path/'c')
-    assert files_digest(tmp_path) not in (before[0], files_digest([tmp_path/'a', tmp_path/'c', tmp_path/'a']))
-    with pytest.raises(FileNotFoundError): files_digest(tmp_path/'gone')
-    with pytest.raises(FileNotFoundError, match='holds no file'): files_digest([])
+    (tmp_path / 'b').rename(tmp_path / 'c')
+    assert files_digest(tmp_path) not in (
+        before[0],
+        files_digest([tmp_path / 'a', tmp_path / 'c', tmp_path / 'a']),
+    )
+    with pytest.raises(FileNotFoundError):
+        files_digest(tmp_path / 'gone')
+    with pytest.raises(FileNotFoundError, match='holds no file'):
+        files_digest([])
 
 
 def test_another_process_has_the_same_fingerprint():
     from restore_lib import learner
     from restore_lib.learner import fingerprint
+
     run = 'import toy; from restore_lib.learner import fingerprint; print(fingerprint(toy.learner(), "learn"), fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
-    out = subprocess.run([sys.executable, '-c', run], capture_output=True, text=True, cwd=HERE, env=dict(os.environ, PYTHONHASHSEED='321', PYTHONPATH=str(Path(learner.__file__).parents[1])))
-    assert out.stdout.split() == [fingerprint(toy.learner(), 'learn'), fingerprint(({'a', 'b', 'c'}, frozenset('xyz'), toy.learner))], out.stderr
+    out = subprocess.run(
+        [sys.executable, '-c', run],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env=dict(
+            os.environ, PYTHONHASHSEED='321', PYTHONPATH=str(Path(learner.__file__).parents[1])
+        ),
+    )
+    assert out.stdout.split() == [
+        fingerprint(toy.learner(), 'learn'),
+        fingerprint(({'a', 'b', 'c'}, frozenset('xyz'), toy.learner)),
+    ], out.stderr
 
 
 def test_what_decides_a_run_is_in_its_name(tmp_path, monkeypatch, capsys):
     "The data, the weights at the start, the metrics' functions and the validation set; a learner of a changed loop, too."
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+
     class Other(Learner):
-        def one_step(self, batches): super().one_step(batches)
+        def one_step(self, batches):
+            super().one_step(batches)
+
     def other(seed):
         torch.manual_seed(seed)
         return toy.learner(model=nn.Sequential(nn.Linear(8, 8)))
+
     def validated(v):
         learn = other(0)
         learn.valid = v
         return learn
+
     def looped():
         learn = other(0)
         learn.__class__ = Other
         return learn
-    makes = [lambda: other(0), lambda: other(1), lambda: validated([(torch.zeros(1, 8), torch.zeros(1, 8))]), lambda: validated([(torch.ones(1, 8), torch.zeros(1, 8))]), looped]
-    for make in makes*2: make().fit_or_load('x', {}, 2)
-    assert runs(capsys) == ['trained']*5 + ['loaded']*5
+
+    makes = [
+        lambda: other(0),
+        lambda: other(1),
+        lambda: validated([(torch.zeros(1, 8), torch.zeros(1, 8))]),
+        lambda: validated([(torch.ones(1, 8), torch.zeros(1, 8))]),
+        looped,
+    ]
+    for make in makes * 2:
+        make().fit_or_load('x', {}, 2)
+    assert runs(capsys) == ['trained'] * 5 + ['loaded'] * 5
 
 
 def test_bound_by_a_partial_a_run_is_found_again(tmp_path, monkeypatch, capsys):
     "No address in memory is part of a run's name."
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
-    def loss(model, batch, degrade): return (model(degrade(batch[0])) - batch[1]).square().mean()
-    for by in (.5, .5, .25): toy.learner(partial(loss, degrade=Degrade(by))).fit_or_load('a', {}, 2)
+
+    def loss(model, batch, degrade):
+        return (model(degrade(batch[0])) - batch[1]).square().mean()
+
+    for by in (0.5, 0.5, 0.25):
+        toy.learner(partial(loss, degrade=Degrade(by))).fit_or_load('a', {}, 2)
     assert runs(capsys) == ['trained', 'loaded', 'trained']
 
 
 def test_an_interrupted_run_goes_on_after_a_restart(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
     real = Learner.log
+
     def stops(self, sums):
         real(self, sums)
-        if self.step == 7: raise KeyboardInterrupt
+        if self.step == 7:
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(Learner, 'log', stops)
-    with pytest.raises(KeyboardInterrupt): toy.learner().fit_or_load('x', {}, 12, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        toy.learner().fit_or_load('x', {}, 12, save_every=5)
     monkeypatch.setattr(Learner, 'log', real)
     again = toy.learner().fit_or_load('x', {}, 12, save_every=5)
-    assert 'resumed at step 5' in capsys.readouterr().out and same(weights(again), weights(toy.learner().fit(12)))
+    assert 'resumed at step 5' in capsys.readouterr().out and same(
+        weights(again), weights(toy.learner().fit(12))
+    )
 
 
 def test_loading_leaves_the_random_state(tmp_path, monkeypatch):
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
     toy.learner().fit_or_load('x', {}, 2)
     learn = toy.learner()
-    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
     want = torch.rand(1), np.random.rand(), random.random()
-    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
     learn.fit_or_load('x', {}, 2)
     assert (torch.rand(1), np.random.rand(), random.random()) == want
 
 
 # schedule, groups, bad input
+
 
 def test_schedule_against_torch():
     p = nn.Parameter(torch.zeros(1))
@@ -672,7 +1230,8 @@ def test_schedule_against_torch():
     factor = warmup_cosine(0.0, 0.1)
     for step in range(100):
         assert factor(step, 100) == pytest.approx(opt.param_groups[0]['lr'], abs=1e-9)
-        opt.step(), ref.step()
+        opt.step()
+        ref.step()
     up = [warmup_cosine(0.1)(s, 100) for s in range(11)]
     assert up == sorted(up) and up[0] > 0 and up[10] == 1
 
@@ -682,31 +1241,47 @@ def test_param_groups():
     groups = param_groups(model, 1e-3, {'0.': 0.1}, 0.05)
     assert sum(len(g['params']) for g in groups) == 6
     at = {id(p): (g['lr'], g['weight_decay']) for g in groups for p in g['params']}
-    assert at[id(model[0].weight)] == (1e-4, 0.05) and at[id(model[0].bias)] == (1e-4, 0.0) and at[id(model[1].weight)] == (1e-3, 0.0)
-    with pytest.raises(ValueError, match="'encoder.'"): param_groups(model, 1e-3, {'encoder.': 0.1})
+    assert (
+        at[id(model[0].weight)] == (1e-4, 0.05)
+        and at[id(model[0].bias)] == (1e-4, 0.0)
+        and at[id(model[1].weight)] == (1e-3, 0.0)
+    )
+    with pytest.raises(ValueError, match="'encoder.'"):
+        param_groups(model, 1e-3, {'encoder.': 0.1})
 
 
 def test_layered_rates_follow_the_schedule():
     learn = toy.learner(opt=None)
     model = toy.net()
-    learn = toy.learner(model=model, opt=torch.optim.AdamW(param_groups(model, 1e-2, {'0.': 0.1}))).fit(9)
+    learn = toy.learner(
+        model=model, opt=torch.optim.AdamW(param_groups(model, 1e-2, {'0.': 0.1}))
+    ).fit(9)
     rates = {g['lr'] for g in learn.opt.param_groups}
-    assert max(rates)/min(rates) == pytest.approx(10)
+    assert max(rates) / min(rates) == pytest.approx(10)
 
 
 def test_bad_train():
-    stream = type('Stream', (torch.utils.data.IterableDataset,), {'__iter__': lambda self: iter(range(9))})()
-    with pytest.raises(TypeError, match='map-style'): Learner(toy.net(), toy.loss_fn, torch.utils.data.DataLoader(stream), cpu=True)
-    with pytest.raises(TypeError, match='list'): Learner(toy.net(), toy.loss_fn, [1, 2], cpu=True)
-    with pytest.raises(ValueError, match='at least a batch'): toy.learner(batch=500)
+    stream = type(
+        'Stream', (torch.utils.data.IterableDataset,), {'__iter__': lambda self: iter(range(9))}
+    )()
+    with pytest.raises(TypeError, match='map-style'):
+        Learner(toy.net(), toy.loss_fn, torch.utils.data.DataLoader(stream), cpu=True)
+    with pytest.raises(TypeError, match='list'):
+        Learner(toy.net(), toy.loss_fn, [1, 2], cpu=True)
+    with pytest.raises(ValueError, match='at least a batch'):
+        toy.learner(batch=500)
 
 
 @pytest.mark.parametrize('down, up', [(1, 1), (2, 1), (1, 4)])
 def test_residual_cnn_starts_as_the_plain_baseline(down, up):
     y = torch.rand(2, 3, 17, 22)
     x = ResidualCNN(3, width=8, depth=3, down=down, up=up)(y)
-    base = y if up == 1 else torch.nn.functional.interpolate(y, scale_factor=up, mode='bicubic', antialias=True)
-    assert x.shape == (2, 3, 17*up, 22*up) and torch.equal(x, base)
+    base = (
+        y
+        if up == 1
+        else torch.nn.functional.interpolate(y, scale_factor=up, mode='bicubic', antialias=True)
+    )
+    assert x.shape == (2, 3, 17 * up, 22 * up) and torch.equal(x, base)
 
 
 # the loop: means, precision, random state, rates, modes, copies, named errors
@@ -715,7 +1290,8 @@ import numpy as np
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def square(model, batch): return (model(batch[0]) - batch[0]).square().mean()
+def square(model, batch):
+    return (model(batch[0]) - batch[0]).square().mean()
 
 
 def small(loss=square, net=None, data=None, batch=4, **kw):
@@ -726,72 +1302,109 @@ def small(loss=square, net=None, data=None, batch=4, **kw):
     return Learner(nn.Linear(4, 4) if net is None else net, loss, train, **{**dict(cpu=True), **kw})
 
 
-FIVE = TensorDataset(torch.tensor([[0.], [0.], [0.], [0.], [10.]]))
+FIVE = TensorDataset(torch.tensor([[0.0], [0.0], [0.0], [0.0], [10.0]]))
 
 
-def level(model, batch): return batch[0].mean() + 0*model(batch[0].repeat(1, 4)).sum()
+def level(model, batch):
+    return batch[0].mean() + 0 * model(batch[0].repeat(1, 4)).sum()
 
 
-@pytest.mark.parametrize('metric', [lambda m, b: b[0][:, 0], lambda m, b: b[0].mean(), lambda m, b: float(b[0].mean()),
-                                    lambda m, b: b[0].mean().numpy()], ids=['values', 'scalar', 'float', 'numpy'])
+@pytest.mark.parametrize(
+    'metric',
+    [
+        lambda m, b: b[0][:, 0],
+        lambda m, b: b[0].mean(),
+        lambda m, b: float(b[0].mean()),
+        lambda m, b: b[0].mean().numpy(),
+    ],
+    ids=['values', 'scalar', 'float', 'numpy'],
+)
 def test_validation_weighs_items_not_batches(metric):
     "Four items of 0 and one of 10 in batches of four: 2, not 5."
     got = small(level, valid=DataLoader(FIVE, 4), cbs=[Metrics(v=metric)]).validate()
     assert got == {'valid_loss': pytest.approx(2), 'v': pytest.approx(2)}
 
 
-@pytest.mark.parametrize('pack', [lambda x: x, lambda x: (x, 1), lambda x: dict(a=x), lambda x: dict(t=torch.tensor(3), a=(x, x))],
-                         ids=['tensor', 'tuple', 'dict', 'nested'])
+@pytest.mark.parametrize(
+    'pack',
+    [
+        lambda x: x,
+        lambda x: (x, 1),
+        lambda x: dict(a=x),
+        lambda x: dict(t=torch.tensor(3), a=(x, x)),
+    ],
+    ids=['tensor', 'tuple', 'dict', 'nested'],
+)
 def test_items_are_counted_in_every_kind_of_batch(pack):
     whole, one = pack(torch.zeros(7, 4)), pack(torch.ones(1, 4))
+
     def first(b):
-        if isinstance(b, dict): b = b['a']
+        if isinstance(b, dict):
+            b = b['a']
         return b[0] if isinstance(b, tuple) else b
-    def loss(model, batch): return first(batch).mean() + 0*model(first(batch)).sum()
-    assert small(loss, valid=[whole, one]).validate()['valid_loss'] == pytest.approx(1/8)
+
+    def loss(model, batch):
+        return first(batch).mean() + 0 * model(first(batch)).sum()
+
+    assert small(loss, valid=[whole, one]).validate()['valid_loss'] == pytest.approx(1 / 8)
 
 
 def test_more_values_than_items_count_each():
-    got = small(level, valid=DataLoader(FIVE, 4), cbs=[Metrics(two=lambda m, b: b[0].repeat(1, 2))]).validate()
+    got = small(
+        level, valid=DataLoader(FIVE, 4), cbs=[Metrics(two=lambda m, b: b[0].repeat(1, 2))]
+    ).validate()
     assert got['two'] == pytest.approx(2)
 
 
 def test_batches_without_tensors_weigh_the_same():
-    def loss(model, batch): return model(torch.full((1, 4), float(batch))).sum()*0 + batch
+    def loss(model, batch):
+        return model(torch.full((1, 4), float(batch))).sum() * 0 + batch
+
     assert small(loss, valid=[1, 2, 6]).validate()['valid_loss'] == pytest.approx(3)
 
 
 def test_history_means_all_batches_of_a_step():
     "Accumulating two batches, the history has the mean of both, not the last one's."
-    data = TensorDataset(torch.tensor([0., 10.]).repeat_interleave(4)[:, None].repeat(2, 1))
+    data = TensorDataset(torch.tensor([0.0, 10.0]).repeat_interleave(4)[:, None].repeat(2, 1))
     learn = small(level, data=data, accumulate=2).fit(2)
     assert [r['loss'] for r in learn.history] == pytest.approx([5, 5])
 
 
 def test_validation_leaves_the_batches_alone():
     "A model that writes into its input changes neither the caller's tensors nor what the next metric sees."
-    x = torch.full((3, 4), -1.)
-    learn = small(lambda m, b: m(b).square().mean(), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), valid=[x],
-                  cbs=[Metrics(seen=lambda m, b: b[:, 0])])
+    x = torch.full((3, 4), -1.0)
+    learn = small(
+        lambda m, b: m(b).square().mean(),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)),
+        valid=[x],
+        cbs=[Metrics(seen=lambda m, b: b[:, 0])],
+    )
     assert learn.validate()['seen'] == -1 and (x == -1).all()
 
 
-@pytest.mark.parametrize('valid, error', [([], 'valid holds no batch'), ((), 'valid holds no batch')])
+@pytest.mark.parametrize(
+    'valid, error', [([], 'valid holds no batch'), ((), 'valid holds no batch')]
+)
 def test_no_validation_batch_is_said_at_once(valid, error):
-    with pytest.raises(ValueError, match=error): small(valid=valid)
+    with pytest.raises(ValueError, match=error):
+        small(valid=valid)
     learn = small()
     learn.valid = valid
     before = weights(learn)
-    with pytest.raises(ValueError, match=error): learn.fit(2)
+    with pytest.raises(ValueError, match=error):
+        learn.fit(2)
     assert learn.step == 0 and same(before, weights(learn))
 
 
 def test_validation_without_figures_is_an_error():
-    with pytest.raises(ValueError, match='valid is None'): small().validate()
+    with pytest.raises(ValueError, match='valid is None'):
+        small().validate()
     learn = small(valid=iter([(torch.rand(2, 4),)]))
     learn.validate()
-    with pytest.raises(ValueError, match='valid gave no batch'): learn.validate()
-    with pytest.raises(ValueError, match=r'valid\[1\] is an empty batch'): small(valid=[(torch.rand(2, 4),), (torch.rand(0, 4),)]).validate()
+    with pytest.raises(ValueError, match='valid gave no batch'):
+        learn.validate()
+    with pytest.raises(ValueError, match=r'valid\[1\] is an empty batch'):
+        small(valid=[(torch.rand(2, 4),), (torch.rand(0, 4),)]).validate()
     with pytest.raises(ValueError, match='metric v gave no value'):
         small(valid=[(torch.rand(2, 4),)], cbs=[Metrics(v=lambda m, b: b[0][:0])]).validate()
     with pytest.raises(TypeError, match='metric v gave NoneType'):
@@ -803,20 +1416,31 @@ def test_metrics_of_one_name_are_refused():
     batch = [(torch.rand(2, 4),)]
     one = lambda m, b: b[0][:, 0]
     learn = small(valid=batch, cbs=[Metrics(a=one), Metrics(a=one)])
-    with pytest.raises(ValueError, match="two metrics are called 'a'"): learn.fit(1)
+    with pytest.raises(ValueError, match="two metrics are called 'a'"):
+        learn.fit(1)
     assert learn.step == 0
-    with pytest.raises(ValueError, match="called 'valid_loss'"): small(valid=batch, cbs=[Metrics(valid_loss=one)]).validate()
-    with pytest.raises(ValueError, match="called 'step'"): Metrics(step=one)
-    with pytest.raises(ValueError, match="called 'seconds'"): small(lambda m, b: dict(seconds=square(m, b))).fit(1)
-    with pytest.raises(TypeError, match='v is int'): Metrics(v=3)
+    with pytest.raises(ValueError, match="called 'valid_loss'"):
+        small(valid=batch, cbs=[Metrics(valid_loss=one)]).validate()
+    with pytest.raises(ValueError, match="called 'step'"):
+        Metrics(step=one)
+    with pytest.raises(ValueError, match="called 'seconds'"):
+        small(lambda m, b: dict(seconds=square(m, b))).fit(1)
+    with pytest.raises(TypeError, match='v is int'):
+        Metrics(v=3)
 
 
 def test_one_item_batches():
-    learn = small(batch=1, valid=DataLoader(FIVE, 1), loss=lambda m, b: m(b[0].expand(-1, 4)).square().mean(), cbs=[Metrics(v=lambda m, b: b[0][:, 0])])
+    learn = small(
+        batch=1,
+        valid=DataLoader(FIVE, 1),
+        loss=lambda m, b: m(b[0].expand(-1, 4)).square().mean(),
+        cbs=[Metrics(v=lambda m, b: b[0][:, 0])],
+    )
     assert learn.fit(3).metrics['v'] == pytest.approx(2)
 
 
 # precision
+
 
 def dtypes_inside(net, work):
     "The dtypes that the net's linear layer computes in while `work` runs."
@@ -859,7 +1483,7 @@ def test_a_model_is_itself_after_a_bf16_run():
 
 def test_a_forward_of_ones_own_survives():
     net = nn.Linear(4, 4)
-    net.forward = lambda x: nn.functional.linear(x, net.weight)*0 + net.weight.sum()
+    net.forward = lambda x: nn.functional.linear(x, net.weight) * 0 + net.weight.sum()
     own = net.forward
     learn = small(net=net, precision='bf16').fit(2)
     assert net.forward is own and torch.isfinite(learn.trained()(torch.rand(1, 4))).all()
@@ -874,17 +1498,26 @@ from restore_lib.learner import Learner
 data = torch.utils.data.DataLoader(torch.rand(8, 4), 4)
 learn = Learner(torch.nn.Linear(4, 4), lambda m, b: m(b).square().mean(), data, cpu=True).fit(2)
 print(mine.mixed_precision, learn.acc.mixed_precision)'''
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
     assert done.stdout.split() == ['bf16', 'no'], done.stderr[-2000:]
 
 
 def test_the_device_is_each_learners_own():
     "accelerate keeps the first device of a process: a second Learner must be asked where it goes."
     from accelerate.state import PartialState
+
     a = small()
     before = dict(PartialState._shared_state)
-    PartialState._shared_state.update(device=torch.device('meta'), _cpu=False)       # as a GPU run would leave it
-    try: assert small().acc.device.type == 'cpu' and a.acc.device.type == 'cpu'
+    PartialState._shared_state.update(
+        device=torch.device('meta'), _cpu=False
+    )  # as a GPU run would leave it
+    try:
+        assert small().acc.device.type == 'cpu' and a.acc.device.type == 'cpu'
     finally:
         PartialState._shared_state.clear()
         PartialState._shared_state.update(before)
@@ -892,7 +1525,7 @@ def test_the_device_is_each_learners_own():
 
 def test_several_learners_in_two_processes(tmp_path):
     "Under accelerate launch: own precision on one model, and a validation that weighs items over uneven shares."
-    out, script = tmp_path/'out.json', tmp_path/'script.py'
+    out, script = tmp_path / 'out.json', tmp_path / 'script.py'
     script.write_text(f'''
 import json, os, sys, torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -916,61 +1549,105 @@ if a.acc.is_main_process: open({str(out)!r}, 'w').write(json.dumps([a.acc.num_pr
 a.acc.wait_for_everyone()
 sys.stdout.flush(), os._exit(0)
 ''')
-    launcher = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
-                '--dynamo_backend', 'no', '--main_process_port', '0']
-    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    launcher = [
+        '-m',
+        'accelerate.commands.launch',
+        '--multi_gpu',
+        '--num_processes',
+        '2',
+        '--num_machines',
+        '1',
+        '--mixed_precision',
+        'no',
+        '--dynamo_backend',
+        'no',
+        '--main_process_port',
+        '0',
+    ]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     processes, got = json.loads(out.read_text())
     assert processes == 2
-    for row, (precision, dtype) in zip(got, [('no', 'float32'), ('bf16', 'bfloat16'), ('no', 'float32')], strict=True):
+    for row, (precision, dtype) in zip(
+        got, [('no', 'float32'), ('bf16', 'bfloat16'), ('no', 'float32')], strict=True
+    ):
         assert row[:2] == [precision, [f'torch.{dtype}']] and row[2:4] == pytest.approx([2, 2])
-        assert row[4] == pytest.approx(1.5)           # items 0 to 3 of the first step, in both processes
+        assert row[4] == pytest.approx(1.5)  # items 0 to 3 of the first step, in both processes
 
 
 def test_fp16_on_a_cpu_is_refused():
     "It would train in float32 without a word."
-    with pytest.raises(ValueError, match="precision is 'fp16' on a CPU"): small(precision='fp16')
-    with pytest.raises(ValueError, match="precision is 'half'"): small(precision='half')
-    with pytest.raises(ValueError, match="precision is 'fp8'"): small(precision='fp8')
+    with pytest.raises(ValueError, match="precision is 'fp16' on a CPU"):
+        small(precision='fp16')
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        small(precision='half')
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        small(precision='fp8')
 
 
 # the caller's random state
 
-def three(): return torch.rand(1).item(), np.random.rand(), random.random()
+
+def three():
+    return torch.rand(1).item(), np.random.rand(), random.random()
 
 
 class Random(torch.utils.data.Dataset):
     "Items with randomness of all three kinds."
-    def __len__(self): return 20
-    def __getitem__(self, i): return torch.rand(4) + np.random.rand() + random.random()
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.rand(4) + np.random.rand() + random.random()
 
 
-def random_loss(model, batch): return (model(batch) - batch*torch.rand(4)*random.random()*np.random.rand()).square().mean()
+def random_loss(model, batch):
+    return (
+        (model(batch) - batch * torch.rand(4) * random.random() * np.random.rand()).square().mean()
+    )
 
 
-def loaders(workers=0): return DataLoader(Random(), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(3))
+def loaders(workers=0):
+    return DataLoader(
+        Random(), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(3)
+    )
 
 
 def broken(learn):
-    learn.loss_fn = lambda m, b: 1/0
-    with pytest.raises(ZeroDivisionError): learn.fit(learn.step + 2)
+    learn.loss_fn = lambda m, b: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(learn.step + 2)
 
 
 WORK = dict(
-    make=lambda: small(random_loss, data=loaders()), fit=lambda: small(random_loss, data=loaders()).fit(7),
-    workers=lambda: small(random_loss, data=loaders(1)).fit(2), step=lambda: (lambda v: v.one_step(iter(v.train)))(small(random_loss, data=loaders())),
-    validate=lambda: small(random_loss, data=loaders(), valid=loaders()).validate(), raises=lambda: broken(small(random_loss, data=loaders())),
-    trained=lambda: small(random_loss, data=loaders(), cbs=[EMA(.9)]).fit(1).trained(),
-    loader=lambda: next(iter(positioned(loaders()))), loader_two=lambda: [b for b, _ in zip(positioned(loaders()), range(12))])
+    make=lambda: small(random_loss, data=loaders()),
+    fit=lambda: small(random_loss, data=loaders()).fit(7),
+    workers=lambda: small(random_loss, data=loaders(1)).fit(2),
+    step=lambda: (lambda v: v.one_step(iter(v.train)))(small(random_loss, data=loaders())),
+    validate=lambda: small(random_loss, data=loaders(), valid=loaders()).validate(),
+    raises=lambda: broken(small(random_loss, data=loaders())),
+    trained=lambda: small(random_loss, data=loaders(), cbs=[EMA(0.9)]).fit(1).trained(),
+    loader=lambda: next(iter(positioned(loaders()))),
+    loader_two=lambda: [b for b, _ in zip(positioned(loaders()), range(12))],
+)
 
 
 @pytest.mark.parametrize('name', WORK)
 def test_the_callers_random_state_is_as_it_was(name):
     def seeded():
-        np.random.seed(5), random.seed(5)
-        torch.manual_seed(7)             # as `small` does before it makes its net
+        np.random.seed(5)
+        random.seed(5)
+        torch.manual_seed(7)  # as `small` does before it makes its net
+
     seeded()
-    if 'load' not in name: nn.Linear(4, 4)
+    if 'load' not in name:
+        nn.Linear(4, 4)
     want = three()
     seeded()
     WORK[name]()
@@ -979,12 +1656,18 @@ def test_the_callers_random_state_is_as_it_was(name):
 
 def test_keeping_the_random_state_changes_no_training():
     "Losses of the library before the caller's state was kept."
-    learn = small(random_loss, data=loaders(), valid=[torch.full((3, 4), .5)]).fit(4)
+    learn = small(random_loss, data=loaders(), valid=[torch.full((3, 4), 0.5)]).fit(4)
     assert [r['loss'] for r in learn.history if 'loss' in r] == pytest.approx(BEFORE[:4], rel=1e-4)
     assert learn.metrics['valid_loss'] == pytest.approx(BEFORE[4], rel=1e-4)
 
 
-BEFORE = [2.2925658226013184, 1.5226318836212158, 1.7036759853363037, 1.5553827285766602, 0.4231015145778656]
+BEFORE = [
+    2.2925658226013184,
+    1.5226318836212158,
+    1.7036759853363037,
+    1.5553827285766602,
+    0.4231015145778656,
+]
 
 
 def test_the_callers_generator_is_as_it_was():
@@ -1002,22 +1685,39 @@ def test_the_callers_generator_is_as_it_was():
 
 def test_order_with_a_generator_is_the_seeds():
     "The order of round k is that of a generator seeded with seed + k, as it always was."
-    data = TensorDataset(torch.arange(8.))
-    got = [b[0].tolist() for b, _ in zip(positioned(DataLoader(data, 4, shuffle=True, generator=torch.Generator()), seed=np.int64(3)), range(4))]
-    orders = [torch.randperm(8, generator=torch.Generator().manual_seed(3 + k)).float().tolist() for k in (0, 1)]
+    data = TensorDataset(torch.arange(8.0))
+    got = [
+        b[0].tolist()
+        for b, _ in zip(
+            positioned(
+                DataLoader(data, 4, shuffle=True, generator=torch.Generator()), seed=np.int64(3)
+            ),
+            range(4),
+        )
+    ]
+    orders = [
+        torch.randperm(8, generator=torch.Generator().manual_seed(3 + k)).float().tolist()
+        for k in (0, 1)
+    ]
     assert [got[0] + got[1], got[2] + got[3]] == orders
 
 
 def test_random_kept_nests_and_survives_an_error():
     from restore_lib.metrics import random_kept
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
     want = three()
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
     with pytest.raises(ZeroDivisionError):
         with random_kept():
-            with random_kept(): seed_all(3)
+            with random_kept():
+                seed_all(3)
             three()
-            1/0
+            1 / 0
     assert three() == want
 
 
@@ -1025,56 +1725,95 @@ def test_numpy_seeds_are_seeds():
     def after(*keys):
         seed_all(*keys)
         return three()
-    assert after(np.int64(3)) == after(3) == after(torch.tensor(3)) and after('a', (np.int32(2), np.float32(.5))) == after('a', (2, .5))
+
+    assert after(np.int64(3)) == after(3) == after(torch.tensor(3)) and after(
+        'a', (np.int32(2), np.float32(0.5))
+    ) == after('a', (2, 0.5))
     assert after(3) != after(4) and after(3) != after('3')
     assert same(weights(toy.learner(seed=np.int64(3)).fit(3)), weights(toy.learner(seed=3).fit(3)))
 
 
 # positioned: what the caller's loader was told
 
-def say_hello(worker): print('hello', worker)
+
+def say_hello(worker):
+    print('hello', worker)
 
 
 def test_loader_options_are_kept():
-    loader = DataLoader(Random(), 4, num_workers=1, worker_init_fn=say_hello, timeout=77, persistent_workers=True, prefetch_factor=5,
-                        multiprocessing_context='spawn', pin_memory=False)
+    loader = DataLoader(
+        Random(),
+        4,
+        num_workers=1,
+        worker_init_fn=say_hello,
+        timeout=77,
+        persistent_workers=True,
+        prefetch_factor=5,
+        multiprocessing_context='spawn',
+        pin_memory=False,
+    )
     stream = positioned(loader)
-    for name in ('num_workers', 'worker_init_fn', 'timeout', 'persistent_workers', 'prefetch_factor', 'collate_fn', 'pin_memory', 'pin_memory_device'):
+    for name in (
+        'num_workers',
+        'worker_init_fn',
+        'timeout',
+        'persistent_workers',
+        'prefetch_factor',
+        'collate_fn',
+        'pin_memory',
+        'pin_memory_device',
+    ):
         assert getattr(stream, name) == getattr(loader, name), name
     assert stream.multiprocessing_context.get_start_method() == 'spawn'
 
 
-def mark(worker): torch.utils.data.get_worker_info().dataset.dataset.mark = worker + 5
+def mark(worker):
+    torch.utils.data.get_worker_info().dataset.dataset.mark = worker + 5
 
 
 class Marked(torch.utils.data.Dataset):
     mark = 0
-    def __len__(self): return 8
-    def __getitem__(self, i): return torch.tensor(float(self.mark))
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return torch.tensor(float(self.mark))
 
 
 def test_worker_init_fn_is_called():
-    assert next(iter(positioned(DataLoader(Marked(), 4, num_workers=1, worker_init_fn=mark)))).tolist() == [5]*4
+    assert (
+        next(iter(positioned(DataLoader(Marked(), 4, num_workers=1, worker_init_fn=mark)))).tolist()
+        == [5] * 4
+    )
 
 
 def test_persistent_workers_start_anywhere():
-    stream = positioned(DataLoader(TensorDataset(torch.arange(16.)), 4, num_workers=1, persistent_workers=True))
+    stream = positioned(
+        DataLoader(TensorDataset(torch.arange(16.0)), 4, num_workers=1, persistent_workers=True)
+    )
     for start in (0, 2, 1):
         stream.batch_sampler.start = start
         batches = iter(stream)
-        assert next(batches)[0].tolist() == [4*start + k for k in range(4)]
+        assert next(batches)[0].tolist() == [4 * start + k for k in range(4)]
 
 
 def test_foreign_generators_are_refused():
     class Sampler(torch.utils.data.Sampler):
         generator = np.random.default_rng(0)
-        def __len__(self): return 8
-        def __iter__(self): return iter(self.generator.permutation(8).tolist())
+
+        def __len__(self):
+            return 8
+
+        def __iter__(self):
+            return iter(self.generator.permutation(8).tolist())
+
     with pytest.raises(TypeError, match='draws from a Generator; expected a torch Generator'):
         positioned(DataLoader(TensorDataset(torch.rand(8)), 4, sampler=Sampler()))
 
 
 # rates
+
 
 def test_a_passed_optimizer_has_its_rate_back():
     net = nn.Linear(4, 4)
@@ -1084,7 +1823,8 @@ def test_a_passed_optimizer_has_its_rate_back():
     learn.fit(8)
     assert learn.step == 8 and opt.param_groups[0]['lr'] == 0.5
     learn.cbs.append(Stop(9))
-    with pytest.raises(KeyboardInterrupt): learn.fit(10)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(10)
     assert opt.param_groups[0]['lr'] == 0.5
 
 
@@ -1092,10 +1832,17 @@ def test_resume_of_a_passed_optimizer_is_bit_for_bit(tmp_path):
     def make():
         torch.manual_seed(7)
         net = nn.Linear(4, 4)
-        return small(net=net, opt=torch.optim.AdamW(net.parameters(), lr=0.1), sched=warmup_cosine(0), cbs=[EMA(.9)])
+        return small(
+            net=net,
+            opt=torch.optim.AdamW(net.parameters(), lr=0.1),
+            sched=warmup_cosine(0),
+            cbs=[EMA(0.9)],
+        )
+
     whole, first = make().fit(12), make()
     first.cbs.append(Stop(5))
-    with pytest.raises(KeyboardInterrupt): first.fit(12)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(12)
     first.cbs.pop()
     first.save(tmp_path)
     assert same(weights(whole), weights(make().load(tmp_path).fit(12)))
@@ -1104,120 +1851,182 @@ def test_resume_of_a_passed_optimizer_is_bit_for_bit(tmp_path):
 def test_numpy_numbers_make_the_same_run():
     def run(n, f):
         net = toy.net()
-        opt = torch.optim.AdamW(param_groups(net, f(.25), {'0.': f(.5)}, f(.125)))
-        learn = toy.learner(model=net, opt=opt, sched=lambda s, steps: warmup_cosine(f(.25), f(.125))(s, steps)*f(1), accumulate=n(2), clip=f(1),
-                            seed=n(1), cbs=[EMA(f(.5))]).fit(n(6), valid_every=n(3))
-        assert all(type(g['lr']) is float for g in learn.opt.param_groups) and type(learn.step) is int
+        opt = torch.optim.AdamW(param_groups(net, f(0.25), {'0.': f(0.5)}, f(0.125)))
+        learn = toy.learner(
+            model=net,
+            opt=opt,
+            sched=lambda s, steps: warmup_cosine(f(0.25), f(0.125))(s, steps) * f(1),
+            accumulate=n(2),
+            clip=f(1),
+            seed=n(1),
+            cbs=[EMA(f(0.5))],
+        ).fit(n(6), valid_every=n(3))
+        assert (
+            all(type(g['lr']) is float for g in learn.opt.param_groups) and type(learn.step) is int
+        )
         return weights(learn)
+
     want = run(int, float)
     assert same(want, run(np.int64, np.float32)) and same(want, run(np.int32, np.float64))
     y = torch.rand(1, 1, 6, 6)
-    assert ResidualCNN(np.int64(1), np.int64(4), np.int64(3), np.int64(2), np.int64(2))(y).shape == (1, 1, 12, 12)
+    assert ResidualCNN(np.int64(1), np.int64(4), np.int64(3), np.int64(2), np.int64(2))(
+        y
+    ).shape == (1, 1, 12, 12)
 
 
 # modes and threads
 
+
 def test_overlapping_validations_leave_the_modes_alone():
     "The first one out must not switch the second to training mode, the last one out must restore what was before the first."
     import threading
+
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
     learn = small(net=net, valid=[(torch.rand(2, 4),)])
-    net.train(), net[1].eval()
+    net.train()
+    net[1].eval()
     inside, leave, modes = threading.Barrier(2, timeout=2), threading.Event(), []
+
     def wait(model, batch):
-        try: inside.wait()                      # both threads are inside at once, where that is allowed
-        except threading.BrokenBarrierError: pass
+        try:
+            inside.wait()  # both threads are inside at once, where that is allowed
+        except threading.BrokenBarrierError:
+            pass
         modes.append(any(m.training for m in model.modules()))
         return batch[0][:, 0]
+
     learn.cbs.append(Metrics(v=wait))
     threads = [threading.Thread(target=learn.validate) for _ in range(2)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert modes == [False, False]
-    assert [net.training, net[0].training, net[1].training, net[2].training] == [True, True, False, True]
+    assert [net.training, net[0].training, net[1].training, net[2].training] == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_overlapping_evaluation_modes():
     from restore_lib.metrics import evaluating
+
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout()))
-    net.train(), net[1].eval()
+    net.train()
+    net[1].eval()
     first, part, second = evaluating(net), evaluating(net[0]), evaluating(net)
-    first.__enter__(), part.__enter__(), second.__enter__()
+    first.__enter__()
+    part.__enter__()
+    second.__enter__()
     first.__exit__(None, None, None)
     assert not net.training and not net[0].training
     second.__exit__(None, None, None)
-    assert net.training and not net[0].training           # the part is still in use
+    assert net.training and not net[0].training  # the part is still in use
     part.__exit__(None, None, None)
     assert net[0].training and not net[1].training
     with pytest.raises(ZeroDivisionError):
-        with evaluating(net): 1/0
+        with evaluating(net):
+            1 / 0
     assert net.training and not net[1].training
-    with evaluating(len) as f: assert f is len            # a function has no modes
+    with evaluating(len) as f:
+        assert f is len  # a function has no modes
 
 
 def test_ema_weights_are_swapped_once_when_uses_nest():
     seen = []
+
     def trained_inside(model, batch):
         seen.append(learn.trained()[0].weight.clone())
         return batch[0][:, 0]
-    learn = toy.learner(toy.plain_loss, cbs=[EMA(.5), Metrics(v=trained_inside)])
+
+    learn = toy.learner(toy.plain_loss, cbs=[EMA(0.5), Metrics(v=trained_inside)])
     learn.fit(5)
-    assert torch.equal(seen[-1], learn.cbs[0].shadow['0.weight']) and not torch.equal(seen[-1], learn.bare[0].weight)
+    assert torch.equal(seen[-1], learn.cbs[0].shadow['0.weight']) and not torch.equal(
+        seen[-1], learn.bare[0].weight
+    )
 
 
 def test_two_threads_get_the_average_and_leave_the_weights():
     import threading
-    learn = toy.learner(toy.plain_loss, cbs=[EMA(.5)]).fit(5)
+
+    learn = toy.learner(toy.plain_loss, cbs=[EMA(0.5)]).fit(5)
     raw, ema, got = learn.bare[0].weight.clone(), learn.cbs[0].shadow['0.weight'].clone(), []
     ready = threading.Event()
+
     def first():
         with learn.deployed() as model:
             ready.set()
-            time.sleep(.2)
+            time.sleep(0.2)
             got.append(model[0].weight.detach().clone())
+
     def second():
         ready.wait()
         got.append(learn.trained()[0].weight)
+
     threads = [threading.Thread(target=f) for f in (first, second)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert len(got) == 2 and all(torch.equal(w, ema) for w in got) and torch.equal(learn.bare[0].weight, raw)
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert (
+        len(got) == 2
+        and all(torch.equal(w, ema) for w in got)
+        and torch.equal(learn.bare[0].weight, raw)
+    )
 
 
 def test_validation_and_copies_before_fit_use_the_models_own_weights():
-    learn = toy.learner(toy.plain_loss, cbs=[EMA(.5)])
+    learn = toy.learner(toy.plain_loss, cbs=[EMA(0.5)])
     own = weights(learn)
     figures = learn.validate()
-    assert same(learn.trained().state_dict(), own) and same(weights(learn), own) and learn.cbs[0].shadow is None
+    assert (
+        same(learn.trained().state_dict(), own)
+        and same(weights(learn), own)
+        and learn.cbs[0].shadow is None
+    )
     assert figures == toy.learner(toy.plain_loss, cbs=[]).validate()
     assert same(weights(learn.fit(3)), weights(toy.learner(toy.plain_loss).fit(3)))
 
 
 # copies
 
+
 def normed(kind):
     torch.manual_seed(3)
-    norms = dict(weight_norm=nn.utils.weight_norm, spectral_norm=nn.utils.spectral_norm, weight=nn.utils.parametrizations.weight_norm,
-                 spectral=nn.utils.parametrizations.spectral_norm, orthogonal=nn.utils.parametrizations.orthogonal)
+    norms = dict(
+        weight_norm=nn.utils.weight_norm,
+        spectral_norm=nn.utils.spectral_norm,
+        weight=nn.utils.parametrizations.weight_norm,
+        spectral=nn.utils.parametrizations.spectral_norm,
+        orthogonal=nn.utils.parametrizations.orthogonal,
+    )
     return nn.Sequential(norms[kind](nn.Linear(4, 4)), nn.Linear(4, 4))
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.parametrize('ema', [False, True])
-@pytest.mark.parametrize('kind', ['weight_norm', 'spectral_norm', 'weight', 'spectral', 'orthogonal'])
+@pytest.mark.parametrize(
+    'kind', ['weight_norm', 'spectral_norm', 'weight', 'spectral', 'orthogonal']
+)
 def test_trained_copies_normed_layers(kind, ema):
     "The copy is the model in evaluation mode, with the average's weights where there is one, and independent of it."
-    learn = small(net=normed(kind), cbs=[EMA(.5)]*ema).fit(3)
+    learn = small(net=normed(kind), cbs=[EMA(0.5)] * ema).fit(3)
     copy, x = learn.trained(), torch.rand(5, 4)
     weight = copy[0].weight.detach().clone()
-    with learn.deployed() as model: want = model(x)
-    assert torch.allclose(copy(x), want, atol=1e-6) and torch.allclose(copy[0].weight, weight, atol=1e-6)
+    with learn.deployed() as model:
+        want = model(x)
+    assert torch.allclose(copy(x), want, atol=1e-6) and torch.allclose(
+        copy[0].weight, weight, atol=1e-6
+    )
     assert not copy.training and learn.bare.training
     before = weights(learn)
-    for p in copy.parameters(): p.data.zero_()
+    for p in copy.parameters():
+        p.data.zero_()
     assert same(before, weights(learn))
     copy = learn.trained()
-    small(net=copy).fit(2)                                # and can be trained on
+    small(net=copy).fit(2)  # and can be trained on
     assert not same(copy.state_dict(), weights(learn)) and same(before, weights(learn))
 
 
@@ -1226,130 +2035,222 @@ def test_trained_copies_models_that_remember_tensors():
         def __init__(self):
             super().__init__()
             self.net, self.last = nn.Linear(4, 4), {}
+
         def forward(self, x):
             self.last = dict(z=[self.net(x)])
             return self.last['z'][0]
+
     learn = small(net=Remembers()).fit(2)
     copy = learn.trained()
-    assert torch.equal(copy.last['z'][0], learn.bare.last['z'][0]) and torch.equal(copy.net.weight, learn.bare.net.weight)
+    assert torch.equal(copy.last['z'][0], learn.bare.last['z'][0]) and torch.equal(
+        copy.net.weight, learn.bare.net.weight
+    )
     assert learn.bare.last['z'][0].grad_fn is not None and copy.last['z'][0].grad_fn is None
 
 
 def test_what_cannot_be_copied_is_named():
     import threading
+
     net = nn.Sequential(nn.Linear(4, 4))
     net.lock = threading.Lock()
     learn = small(net=net).fit(1)
-    with pytest.raises(TypeError, match='model is Sequential, which cannot be copied'): learn.trained()
+    with pytest.raises(TypeError, match='model is Sequential, which cannot be copied'):
+        learn.trained()
     assert learn.bare.training
 
 
 # named errors
 
 BAD = dict(
-    clip=(dict(clip=-1), ValueError, 'clip is -1'), clip_zero=(dict(clip=0), ValueError, 'clip is 0'), clip_nan=(dict(clip=float('nan')), ValueError, 'clip is nan'),
-    clip_text=(dict(clip='1'), TypeError, "clip is '1'"), accumulate=(dict(accumulate=0), ValueError, 'accumulate is 0'),
-    accumulate_half=(dict(accumulate=1.5), ValueError, 'accumulate is 1.5'), seed=(dict(seed=.5), ValueError, 'seed is 0.5'),
-    seed_text=(dict(seed='a'), TypeError, "seed is 'a'"), sched=(dict(sched=.1), TypeError, 'sched is float'), opt=(dict(opt='adam'), TypeError, 'opt is str'),
-    opt_gives=(dict(opt=list), TypeError, 'opt gave list'), cb=(dict(cbs=[3]), TypeError, 'cbs holds int'), cbs=(dict(cbs=EMA(.9)), TypeError, 'cbs is EMA'),
-    cb_class=(dict(cbs=[EMA]), TypeError, r'such as EMA\(\)'), loss=(dict(loss='mse'), TypeError, 'loss_fn is str'), net=(dict(net=len), TypeError, 'model is builtin'),
-    valid=(dict(valid=3), TypeError, 'valid is int'))
+    clip=(dict(clip=-1), ValueError, 'clip is -1'),
+    clip_zero=(dict(clip=0), ValueError, 'clip is 0'),
+    clip_nan=(dict(clip=float('nan')), ValueError, 'clip is nan'),
+    clip_text=(dict(clip='1'), TypeError, "clip is '1'"),
+    accumulate=(dict(accumulate=0), ValueError, 'accumulate is 0'),
+    accumulate_half=(dict(accumulate=1.5), ValueError, 'accumulate is 1.5'),
+    seed=(dict(seed=0.5), ValueError, 'seed is 0.5'),
+    seed_text=(dict(seed='a'), TypeError, "seed is 'a'"),
+    sched=(dict(sched=0.1), TypeError, 'sched is float'),
+    opt=(dict(opt='adam'), TypeError, 'opt is str'),
+    opt_gives=(dict(opt=list), TypeError, 'opt gave list'),
+    cb=(dict(cbs=[3]), TypeError, 'cbs holds int'),
+    cbs=(dict(cbs=EMA(0.9)), TypeError, 'cbs is EMA'),
+    cb_class=(dict(cbs=[EMA]), TypeError, r'such as EMA\(\)'),
+    loss=(dict(loss='mse'), TypeError, 'loss_fn is str'),
+    net=(dict(net=len), TypeError, 'model is builtin'),
+    valid=(dict(valid=3), TypeError, 'valid is int'),
+)
 
 
 @pytest.mark.parametrize('kw, error, text', BAD.values(), ids=list(BAD))
 def test_bad_arguments_are_named_and_touch_nothing(kw, error, text):
     net = kw.get('net', nn.Linear(4, 4))
     before = dict(vars(net)) if isinstance(net, nn.Module) else {}
-    with pytest.raises(error, match=text): small(**{**dict(net=net), **kw})
+    with pytest.raises(error, match=text):
+        small(**{**dict(net=net), **kw})
     assert not isinstance(net, nn.Module) or dict(vars(net)) == before
 
 
 LOSSES = dict(
-    vector=(lambda m, b: (m(b[0]) - b[0]).square().mean(1), ValueError, r'loss of loss_fn has shape \(4,\)'), number=(lambda m, b: 1.0, TypeError, 'loss of loss_fn is float'),
-    none=(lambda m, b: None, TypeError, 'loss of loss_fn is NoneType'), empty=(lambda m, b: {}, ValueError, 'empty dict'),
-    inside=(lambda m, b: dict(a=square(m, b), b=m(b[0])), ValueError, r'b of loss_fn has shape \(4, 4\)'), text=(lambda m, b: dict(a=square(m, b), b='x'), TypeError, 'b of loss_fn is str'),
-    whole=(lambda m, b: dict(a=square(m, b), b=torch.tensor(3)), TypeError, 'b of loss_fn is torch.int64'), pair=(lambda m, b: (square(m, b), m), TypeError, 'loss of loss_fn is tuple'))
+    vector=(
+        lambda m, b: (m(b[0]) - b[0]).square().mean(1),
+        ValueError,
+        r'loss of loss_fn has shape \(4,\)',
+    ),
+    number=(lambda m, b: 1.0, TypeError, 'loss of loss_fn is float'),
+    none=(lambda m, b: None, TypeError, 'loss of loss_fn is NoneType'),
+    empty=(lambda m, b: {}, ValueError, 'empty dict'),
+    inside=(
+        lambda m, b: dict(a=square(m, b), b=m(b[0])),
+        ValueError,
+        r'b of loss_fn has shape \(4, 4\)',
+    ),
+    text=(lambda m, b: dict(a=square(m, b), b='x'), TypeError, 'b of loss_fn is str'),
+    whole=(
+        lambda m, b: dict(a=square(m, b), b=torch.tensor(3)),
+        TypeError,
+        'b of loss_fn is torch.int64',
+    ),
+    pair=(lambda m, b: (square(m, b), m), TypeError, 'loss of loss_fn is tuple'),
+)
 
 
 @pytest.mark.parametrize('loss, error, text', LOSSES.values(), ids=list(LOSSES))
 def test_bad_losses_are_named_before_they_do_harm(loss, error, text):
     learn = small(loss, valid=[(torch.rand(4, 4),)])
     before = weights(learn)
-    with pytest.raises(error, match=text): learn.fit(2)
+    with pytest.raises(error, match=text):
+        learn.fit(2)
     assert learn.step == 0 and same(before, weights(learn))
-    with pytest.raises(error, match=text): learn.validate()
+    with pytest.raises(error, match=text):
+        learn.validate()
 
 
 @pytest.mark.parametrize('steps', [0, -1, 1.5, True, float('nan')])
 def test_bad_steps(steps):
-    with pytest.raises(ValueError, match='steps is'): small().fit(steps)
+    with pytest.raises(ValueError, match='steps is'):
+        small().fit(steps)
 
 
 @pytest.mark.parametrize('name', ['valid_every', 'save_every'])
-@pytest.mark.parametrize('every', [0, -1, .5])
+@pytest.mark.parametrize('every', [0, -1, 0.5])
 def test_bad_intervals(name, every, tmp_path):
-    with pytest.raises(ValueError, match=f'{name} is {every}'): small(valid=[(torch.rand(2, 4),)]).fit(2, folder=tmp_path, **{name: every})
-    with pytest.raises(ValueError, match='folder is None'): small().fit(2, save_every=1)
+    with pytest.raises(ValueError, match=f'{name} is {every}'):
+        small(valid=[(torch.rand(2, 4),)]).fit(2, folder=tmp_path, **{name: every})
+    with pytest.raises(ValueError, match='folder is None'):
+        small().fit(2, save_every=1)
 
 
-@pytest.mark.parametrize('factor', [-1., float('nan'), float('inf')])
+@pytest.mark.parametrize('factor', [-1.0, float('nan'), float('inf')])
 def test_a_schedule_that_would_spoil_the_weights_is_stopped(factor):
     learn = small(sched=lambda step, steps: factor if step == 1 else 1.0)
-    with pytest.raises(ValueError, match=r'sched\(1, 3\) is'): learn.fit(3)
-    assert learn.step == 1 and all(torch.isfinite(p).all() for p in learn.bare.parameters()) and learn.opt.param_groups[0]['lr'] == 1e-3
+    with pytest.raises(ValueError, match=r'sched\(1, 3\) is'):
+        learn.fit(3)
+    assert (
+        learn.step == 1
+        and all(torch.isfinite(p).all() for p in learn.bare.parameters())
+        and learn.opt.param_groups[0]['lr'] == 1e-3
+    )
 
 
-@pytest.mark.parametrize('make, text', [
-    (lambda: EMA(1.), 'decay is 1'), (lambda: EMA(-.1), 'decay is -0.1'), (lambda: EMA(float('nan')), 'decay is nan'), (lambda: EMA(2), 'decay is 2'),
-    (lambda: warmup_cosine(-.1), 'warmup is -0.1'), (lambda: warmup_cosine(1.5), 'warmup is 1.5'), (lambda: warmup_cosine(0, float('nan')), 'floor is nan'),
-    (lambda: warmup_cosine(0, -1), 'floor is -1'), (lambda: param_groups(nn.Linear(2, 2), -1), 'lr is -1'), (lambda: param_groups(nn.Linear(2, 2), 1, {'w': -1}), r"rates\['w'\] is -1"),
-    (lambda: param_groups(nn.Linear(2, 2), 1, None, -1), 'weight_decay is -1'), (lambda: ResidualCNN(0), 'channels is 0'), (lambda: ResidualCNN(width=0), 'width is 0'),
-    (lambda: ResidualCNN(depth=1), 'depth is 1'), (lambda: ResidualCNN(down=0), 'down is 0'), (lambda: ResidualCNN(up=1.5), 'up is 1.5'),
-    (lambda: positioned(DataLoader(Random(), 4), seed=.5), 'seed is 0.5'), (lambda: positioned(DataLoader(Random(), 4), rank=2, world=2), 'rank is 2')])
+@pytest.mark.parametrize(
+    'make, text',
+    [
+        (lambda: EMA(1.0), 'decay is 1'),
+        (lambda: EMA(-0.1), 'decay is -0.1'),
+        (lambda: EMA(float('nan')), 'decay is nan'),
+        (lambda: EMA(2), 'decay is 2'),
+        (lambda: warmup_cosine(-0.1), 'warmup is -0.1'),
+        (lambda: warmup_cosine(1.5), 'warmup is 1.5'),
+        (lambda: warmup_cosine(0, float('nan')), 'floor is nan'),
+        (lambda: warmup_cosine(0, -1), 'floor is -1'),
+        (lambda: param_groups(nn.Linear(2, 2), -1), 'lr is -1'),
+        (lambda: param_groups(nn.Linear(2, 2), 1, {'w': -1}), r"rates\['w'\] is -1"),
+        (lambda: param_groups(nn.Linear(2, 2), 1, None, -1), 'weight_decay is -1'),
+        (lambda: ResidualCNN(0), 'channels is 0'),
+        (lambda: ResidualCNN(width=0), 'width is 0'),
+        (lambda: ResidualCNN(depth=1), 'depth is 1'),
+        (lambda: ResidualCNN(down=0), 'down is 0'),
+        (lambda: ResidualCNN(up=1.5), 'up is 1.5'),
+        (lambda: positioned(DataLoader(Random(), 4), seed=0.5), 'seed is 0.5'),
+        (lambda: positioned(DataLoader(Random(), 4), rank=2, world=2), 'rank is 2'),
+    ],
+)
 def test_bad_numbers(make, text):
-    with pytest.raises(ValueError, match=text): make()
+    with pytest.raises(ValueError, match=text):
+        make()
 
 
 def test_live_curve_and_an_empty_history(recwarn):
     import matplotlib
     from restore_lib.learner import LiveCurve, plot_history
+
     matplotlib.use('agg')
     fig = plot_history([])
-    assert len(fig.axes) == 1 and not fig.axes[0].lines and not [w for w in recwarn if 'legend' in str(w.message).lower()]
-    with pytest.raises(ValueError, match='every is -1'): LiveCurve(-1)
+    assert (
+        len(fig.axes) == 1
+        and not fig.axes[0].lines
+        and not [w for w in recwarn if 'legend' in str(w.message).lower()]
+    )
+    with pytest.raises(ValueError, match='every is -1'):
+        LiveCurve(-1)
 
 
 def test_making_a_learner_changes_no_setting_of_torch():
     def settings():
-        return (torch.get_num_threads(), torch.get_num_interop_threads(), torch.is_grad_enabled(), torch.get_default_dtype(), torch.backends.cudnn.benchmark,
-                torch.backends.cudnn.deterministic, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
-                torch.is_autocast_enabled('cpu'), torch.get_float32_matmul_precision())
+        return (
+            torch.get_num_threads(),
+            torch.get_num_interop_threads(),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.deterministic,
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_autocast_enabled('cpu'),
+            torch.get_float32_matmul_precision(),
+        )
+
     before = settings()
-    small(precision='bf16', valid=[(torch.rand(2, 4),)], cbs=[EMA(.9)]).fit(2).trained()
+    small(precision='bf16', valid=[(torch.rand(2, 4),)], cbs=[EMA(0.9)]).fit(2).trained()
     assert settings() == before
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
-@pytest.mark.parametrize('wrap', [lambda m: torch.compile(m, backend='eager'), torch.jit.script, nn.DataParallel], ids=['compiled', 'scripted', 'parallel'])
+@pytest.mark.parametrize(
+    'wrap',
+    [lambda m: torch.compile(m, backend='eager'), torch.jit.script, nn.DataParallel],
+    ids=['compiled', 'scripted', 'parallel'],
+)
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 def test_wrapped_models(wrap, precision):
-    learn = small(net=wrap(nn.Linear(4, 4)), precision=precision, valid=[(torch.rand(3, 4),)], cbs=[EMA(.5)]).fit(3)
+    learn = small(
+        net=wrap(nn.Linear(4, 4)), precision=precision, valid=[(torch.rand(3, 4),)], cbs=[EMA(0.5)]
+    ).fit(3)
     copy, x = learn.trained(), torch.rand(2, 4)
-    with learn.deployed() as model: want = model(x)
+    with learn.deployed() as model:
+        want = model(x)
     assert torch.allclose(copy(x), want, atol=1e-2)
-    for p in copy.parameters(): p.data.zero_()
+    for p in copy.parameters():
+        p.data.zero_()
     assert copy(x).abs().max() == 0 and learn.bare(x).abs().max() > 0
 
 
 def test_an_optimizer_that_draws_is_seeded():
     "What an optimizer draws in its step is a function of the seed, whether `fit` or `one_step` is called."
+
     class Noisy(torch.optim.SGD):
         def step(self, closure=None):
             super().step(closure)
             for g in self.param_groups:
-                for p in g['params']: p.data.add_(torch.randn_like(p), alpha=.1)
-    def make(): return small(opt=lambda ps: Noisy(ps, lr=.1))
+                for p in g['params']:
+                    p.data.add_(torch.randn_like(p), alpha=0.1)
+
+    def make():
+        return small(opt=lambda ps: Noisy(ps, lr=0.1))
+
     a, b = make().fit(3), make()
     batches = iter(b.train)
-    for _ in range(3): b.one_step(batches)
+    for _ in range(3):
+        b.one_step(batches)
     assert same(weights(a), weights(b))

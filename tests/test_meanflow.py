@@ -1,6 +1,7 @@
 """What lesson 20 does not teach: derivatives against finite differences and hand-made formulas, the exact shares of time pairs, guidance, precision,
 several processes, the five ways to restore on networks with known answers, bad input."""
-import copy, json, math, os, subprocess, sys
+
+import copy, math, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -13,129 +14,233 @@ from restore_lib.audit import leak_probe
 from restore_lib.diffusion import ResidualShift
 from restore_lib.dit import DiT, FlowUNet
 from restore_lib.learner import EMA, Learner
-from restore_lib.meanflow import (BRIDGES, Bridge, FlowMatching, FlowStep, Folded, MeanFlow, RawError, Regression, Restorer, ShiftFlow, adaptive_weight, diversity,
-                                  draw_times, flow_learner, grey_share, hole_psnr, straight_path)
+from restore_lib.meanflow import (
+    BRIDGES,
+    Bridge,
+    FlowMatching,
+    FlowStep,
+    Folded,
+    MeanFlow,
+    RawError,
+    Regression,
+    Restorer,
+    ShiftFlow,
+    adaptive_weight,
+    diversity,
+    draw_times,
+    flow_learner,
+    grey_share,
+    hole_psnr,
+    straight_path,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures('seed')
 
 
-def gen(s=0): return torch.Generator().manual_seed(s)
-def close(a, b, atol=1e-5, rtol=1e-4): return torch.allclose(a, b, atol=atol, rtol=rtol)
+def gen(s=0):
+    return torch.Generator().manual_seed(s)
 
-def stirred(net, by=.1, s=5):
+
+def close(a, b, atol=1e-5, rtol=1e-4):
+    return torch.allclose(a, b, atol=atol, rtol=rtol)
+
+
+def stirred(net, by=0.1, s=5):
     "The network as if it were trained: nothing of it is zero."
     g = gen(s)
     with torch.no_grad():
-        for p in net.parameters(): p.add_(by*torch.randn(p.shape, generator=g).to(p))
+        for p in net.parameters():
+            p.add_(by * torch.randn(p.shape, generator=g).to(p))
     return net
 
-def unet(**kw): return stirred(Folded(FlowUNet(4, **dict(base=8, mults=(1, 2), waves=16, scale=.3) | kw)))
-def dit(**kw): return stirred(DiT(8, 4, 16, 2, 2, **kw))
+
+def unet(**kw):
+    return stirred(Folded(FlowUNet(4, **dict(base=8, mults=(1, 2), waves=16, scale=0.3) | kw)))
+
+
+def dit(**kw):
+    return stirred(DiT(8, 4, 16, 2, 2, **kw))
+
+
 NETS = dict(unet=unet, dit=dit)
+
 
 class Told(nn.Module):
     "A formula in a network's place: f(z, t, r, label, cond); remembers its calls."
+
     def __init__(self, f, classes=None):
         super().__init__()
         self.f, self.classes, self.scale, self.calls = f, classes, nn.Parameter(torch.ones(())), []
-    def drop_labels(self, label, generator=None): return label
+
+    def drop_labels(self, label, generator=None):
+        return label
+
     def forward(self, z, t, r=None, label=None, cond=None):
         self.calls.append(dict(z=z, t=t, r=r, label=label, cond=cond))
-        return self.scale*self.f(z, t, t if r is None else r, label, cond)
+        return self.scale * self.f(z, t, t if r is None else r, label, cond)
 
-def wide(t): return t[:, None, None, None]
+
+def wide(t):
+    return t[:, None, None, None]
+
+
 def pair(b=4, side=8, s=0, dtype=torch.float32):
     g = gen(s)
-    return (2*torch.rand(b, 1, side, side, generator=g) - 1).to(dtype), torch.randn(b, 1, side, side, generator=g).to(dtype)
+    return (2 * torch.rand(b, 1, side, side, generator=g) - 1).to(dtype), torch.randn(
+        b, 1, side, side, generator=g
+    ).to(dtype)
 
 
 # the path and the times ------------------------------------------------------------------------------------------------
 
+
 def test_path_goes_from_target_to_source_at_constant_speed():
     x, e = pair()
-    assert torch.equal(straight_path(x, e, torch.zeros(4))[0], x) and close(straight_path(x, e, torch.ones(4))[0], e)
-    z, v = straight_path(x, e, torch.full((4,), .3))
-    assert close(z, .7*x + .3*e) and torch.equal(v, e - x) and straight_path(x[:, 0, 0, :2], e[:, 0, 0, :2], torch.rand(4))[0].shape == (4, 2)
+    assert torch.equal(straight_path(x, e, torch.zeros(4))[0], x) and close(
+        straight_path(x, e, torch.ones(4))[0], e
+    )
+    z, v = straight_path(x, e, torch.full((4,), 0.3))
+    assert (
+        close(z, 0.7 * x + 0.3 * e)
+        and torch.equal(v, e - x)
+        and straight_path(x[:, 0, 0, :2], e[:, 0, 0, :2], torch.rand(4))[0].shape == (4, 2)
+    )
 
-@pytest.mark.parametrize('b, equal, start', [(32, .5, 0), (32, .25, .25), (64, .75, .5), (8, 0, 0), (8, 1, 1), (16, 1, .5)])
+
+@pytest.mark.parametrize(
+    'b, equal, start',
+    [(32, 0.5, 0), (32, 0.25, 0.25), (64, 0.75, 0.5), (8, 0, 0), (8, 1, 1), (16, 1, 0.5)],
+)
 def test_whole_shares_are_exact_in_every_batch(b, equal, start):
     for s in range(30):
         t, r = draw_times(b, equal, start, generator=gen(s))
-        assert (t == r).sum() == equal*b and (t == 1).sum() == start*b and (r <= t).all() and (r >= 0).all() and (t <= 1).all()
+        assert (
+            (t == r).sum() == equal * b
+            and (t == 1).sum() == start * b
+            and (r <= t).all()
+            and (r >= 0).all()
+            and (t <= 1).all()
+        )
 
-@pytest.mark.parametrize('b, share', [(10, .25), (3, .5), (1, .3)])
+
+@pytest.mark.parametrize('b, share', [(10, 0.25), (3, 0.5), (1, 0.3)])
 def test_other_shares_are_right_on_average_and_off_by_less_than_one(b, share):
-    n = torch.tensor([(lambda t, r: (t == r).sum())(*draw_times(b, share, generator=gen(s))) for s in range(2000)]).double()
-    assert (n - share*b).abs().max() < 1 and n.mean() == pytest.approx(share*b, abs=4*n.std().item()/2000**.5 + 1e-9)
+    n = torch.tensor(
+        [
+            (lambda t, r: (t == r).sum())(*draw_times(b, share, generator=gen(s)))
+            for s in range(2000)
+        ]
+    ).double()
+    assert (n - share * b).abs().max() < 1 and n.mean() == pytest.approx(
+        share * b, abs=4 * n.std().item() / 2000**0.5 + 1e-9
+    )
+
 
 def test_equal_and_start_are_independent_and_half_of_the_starts_reach_zero():
-    t, r = (torch.cat(v) for v in zip(*(draw_times(64, .5, .25, generator=gen(s)) for s in range(400))))
+    t, r = (
+        torch.cat(v)
+        for v in zip(*(draw_times(64, 0.5, 0.25, generator=gen(s)) for s in range(400)))
+    )
     at_start = t == 1
-    assert ((t == r) & at_start).float().mean() == pytest.approx(.125, abs=.01)
-    assert (r[at_start & (r < t)] == 0).float().mean() == pytest.approx(.5, abs=.02) and not (r[~at_start] == 0).any()
-    assert (t == r)[::2].float().mean() == pytest.approx(.5, abs=.02)                       # any place of the batch may have it
+    assert ((t == r) & at_start).float().mean() == pytest.approx(0.125, abs=0.01)
+    assert (r[at_start & (r < t)] == 0).float().mean() == pytest.approx(0.5, abs=0.02) and not (
+        r[~at_start] == 0
+    ).any()
+    assert (t == r)[::2].float().mean() == pytest.approx(
+        0.5, abs=0.02
+    )  # any place of the batch may have it
+
 
 def test_times_are_ordered_logit_normals():
-    t, r = draw_times(200_000, 0., 0., -.4, 1., gen())
-    u = torch.sigmoid(-.4 + torch.randn(2, 200_000, generator=gen(1)))
+    t, r = draw_times(200_000, 0.0, 0.0, -0.4, 1.0, gen())
+    u = torch.sigmoid(-0.4 + torch.randn(2, 200_000, generator=gen(1)))
     for mine, theirs in ((t, u.amax(0)), (r, u.amin(0))):
-        q = torch.linspace(.05, .95, 10)
-        assert close(mine[:100_000].quantile(q), theirs[:100_000].quantile(q), atol=.01)
-    single = draw_times(100_000, 1., 0., 0., .5, gen(2))[0]
-    assert single.logit().mean() == pytest.approx(.5*1/math.pi**.5, abs=.02)               # the larger of two normals of deviation 0.5
+        q = torch.linspace(0.05, 0.95, 10)
+        assert close(mine[:100_000].quantile(q), theirs[:100_000].quantile(q), atol=0.01)
+    single = draw_times(100_000, 1.0, 0.0, 0.0, 0.5, gen(2))[0]
+    assert single.logit().mean() == pytest.approx(
+        0.5 * 1 / math.pi**0.5, abs=0.02
+    )  # the larger of two normals of deviation 0.5
+
 
 def test_two_permutations_would_miss_the_share():
     "What the public code that this lesson's source used does: r = t of one permutation, of which a second one hides a part."
-    t, r = draw_times(100_000, .5, generator=gen())
-    assert (t == r).float().mean() == .5
+    t, r = draw_times(100_000, 0.5, generator=gen())
+    assert (t == r).float().mean() == 0.5
 
 
 # the derivative --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('way', ['jvp', 'double'])
 @pytest.mark.parametrize('name', NETS)
 def test_derivative_against_finite_differences(name, way):
     flow = MeanFlow(NETS[name]().double(), way=way)
     x, e = pair(dtype=torch.float64)
-    t, r = torch.tensor([.3, .6, .9, .5], dtype=torch.float64), torch.tensor([.1, .6, 0., .2], dtype=torch.float64)
+    t, r = (
+        torch.tensor([0.3, 0.6, 0.9, 0.5], dtype=torch.float64),
+        torch.tensor([0.1, 0.6, 0.0, 0.2], dtype=torch.float64),
+    )
     z, v = straight_path(x, e, t)
     u, du = flow.derivative(z, v, t, r)
-    h = 1e-7                                                                                # DiT's fastest sine turns 1,000 times from t = 0 to 1
-    with torch.no_grad(): numeric = (flow.net(z + h*v, t + h, r) - flow.net(z - h*v, t - h, torch.minimum(r, t - h)))/(2*h)
-    keep = r < t                                                                            # at r = t the numeric one would need r > t
-    assert close(du[keep], numeric[keep], 1e-6, 1e-6) and close(u, flow.net(z, t, r)) and du.abs().max() > 1e-3
+    h = 1e-7  # DiT's fastest sine turns 1,000 times from t = 0 to 1
+    with torch.no_grad():
+        numeric = (
+            flow.net(z + h * v, t + h, r) - flow.net(z - h * v, t - h, torch.minimum(r, t - h))
+        ) / (2 * h)
+    keep = r < t  # at r = t the numeric one would need r > t
+    assert (
+        close(du[keep], numeric[keep], 1e-6, 1e-6)
+        and close(u, flow.net(z, t, r))
+        and du.abs().max() > 1e-3
+    )
+
 
 def test_both_ways_give_the_same_loss_and_gradient():
     nets = [unet(), None]
     nets[1] = copy.deepcopy(nets[0])
     x, e = pair()
-    t, r = draw_times(4, .5, generator=gen())
+    t, r = draw_times(4, 0.5, generator=gen())
     losses = [MeanFlow(n, way=w)(x, e, t=t, r=r) for n, w in zip(nets, ('jvp', 'double'))]
-    for loss in losses: loss.mean.backward()
+    for loss in losses:
+        loss.mean.backward()
     assert close(losses[0].mean, losses[1].mean) and close(losses[0].raw, losses[1].raw)
-    assert all(close(p.grad, q.grad, 1e-6) for p, q in zip(nets[0].parameters(), nets[1].parameters()))
+    assert all(
+        close(p.grad, q.grad, 1e-6) for p, q in zip(nets[0].parameters(), nets[1].parameters())
+    )
+
 
 def test_only_times_with_r_below_t_are_differentiated():
-    net, (x, e) = Told(lambda z, t, r, *_: z.square() + wide(t)*3), pair()
-    t, r = torch.tensor([.3, .6, .9, 1.]), torch.tensor([.3, .6, .2, 1.])
+    net, (x, e) = Told(lambda z, t, r, *_: z.square() + wide(t) * 3), pair()
+    t, r = torch.tensor([0.3, 0.6, 0.9, 1.0]), torch.tensor([0.3, 0.6, 0.2, 1.0])
     z, v = straight_path(x, e, t)
     got = MeanFlow(net).target(z, v, t, r)
-    assert [len(c['t']) for c in net.calls] == [1] and torch.equal(got[[0, 1, 3]], v[[0, 1, 3]]) and close(got, MeanFlow(net, way='double').target(z, v, t, r))
+    assert (
+        [len(c['t']) for c in net.calls] == [1]
+        and torch.equal(got[[0, 1, 3]], v[[0, 1, 3]])
+        and close(got, MeanFlow(net, way='double').target(z, v, t, r))
+    )
     net.calls.clear()
     assert torch.equal(MeanFlow(net).target(z, v, t, t), v) and not net.calls
 
+
 def test_target_picks_the_labels_and_conditions_of_its_times():
-    net = Told(lambda z, t, r, label, cond: wide(t*label)*z + cond*wide(t), classes=3)
+    net = Told(lambda z, t, r, label, cond: wide(t * label) * z + cond * wide(t), classes=3)
     (x, e), label, cond = pair(), torch.tensor([0, 1, 2, 3]), torch.rand(4, 1, 8, 8)
-    t, r = torch.tensor([.3, .6, .9, 1.]), torch.tensor([.3, .1, .9, 0.])
+    t, r = torch.tensor([0.3, 0.6, 0.9, 1.0]), torch.tensor([0.3, 0.1, 0.9, 0.0])
     z, v = straight_path(x, e, t)
-    want = v - wide(t - r)*(wide(t*label)*v + wide(label)*z + cond)
+    want = v - wide(t - r) * (wide(t * label) * v + wide(label) * z + cond)
     assert close(MeanFlow(net).target(z, v, t, r, label, cond), want)
 
+
 def test_printing_tells_the_knobs_that_decide_a_run():
-    text = str(Restorer(MeanFlow(unet(), equal=.25, omega=1.5, c=.3), Bridge('jitter', .7)))
-    assert all(part in text for part in ('equal=0.25', 'omega=1.5', 'c=0.3', "way='jvp'", "reduce='sum'", 'sigma=0.7'))
+    text = str(Restorer(MeanFlow(unet(), equal=0.25, omega=1.5, c=0.3), Bridge('jitter', 0.7)))
+    assert all(
+        part in text
+        for part in ('equal=0.25', 'omega=1.5', 'c=0.3', "way='jvp'", "reduce='sum'", 'sigma=0.7')
+    )
+
 
 def test_flow_step_makes_from_noise_or_degrades():
     net = Told(lambda z, t, r, *_: torch.zeros_like(z), classes=10)
@@ -144,136 +249,214 @@ def test_flow_step_makes_from_noise_or_degrades():
     loss = step(Regression(net), (x, torch.arange(4)))
     torch.manual_seed(3)
     e = torch.randn(4, 1, 8, 8)
-    assert close(loss, (e - 2*x + 1).square().mean()) and torch.equal(net.calls[0]['label'], torch.arange(4)) and close(step.last.raw.mean(), loss)
-    with_mask, without = (FlowStep(f)(Restorer(Regression(net), Bridge('straight')), [x]) for f in (lambda x: (x/2, None), lambda x: x/2))
-    assert close(with_mask, without) and close(without, x.square().mean())                  # 2 (x - x/2) squared
+    assert (
+        close(loss, (e - 2 * x + 1).square().mean())
+        and torch.equal(net.calls[0]['label'], torch.arange(4))
+        and close(step.last.raw.mean(), loss)
+    )
+    with_mask, without = (
+        FlowStep(f)(Restorer(Regression(net), Bridge('straight')), [x])
+        for f in (lambda x: (x / 2, None), lambda x: x / 2)
+    )
+    assert close(with_mask, without) and close(without, x.square().mean())  # 2 (x - x/2) squared
+
 
 def test_target_is_the_formula_and_has_no_gradient():
-    net = Told(lambda z, t, r, *_: z.square() + wide(t)*3 + wide(r)**2)
+    net = Told(lambda z, t, r, *_: z.square() + wide(t) * 3 + wide(r) ** 2)
     x, e = pair()
-    t, r = torch.tensor([.3, .6, .9, 1.]), torch.tensor([.1, .6, .2, 0.])
+    t, r = torch.tensor([0.3, 0.6, 0.9, 1.0]), torch.tensor([0.1, 0.6, 0.2, 0.0])
     z, v = straight_path(x, e, t)
     target = MeanFlow(net).target(z, v, t, r)
-    assert close(target, v - wide(t - r)*(2*z*v + 3)) and not target.requires_grad
+    assert close(target, v - wide(t - r) * (2 * z * v + 3)) and not target.requires_grad
     assert close(MeanFlow(net, way='double').target(z, v, t, r), target)
     assert torch.equal(FlowMatching(net).target(z, v, t, t), v)
 
+
 def test_average_velocity_of_a_known_field_has_no_error():
     "x is one point c: v = (z - c)/t, the average over any r, too, is (z - c)/t: the identity must give raw error 0."
-    net = Told(lambda z, t, r, *_: (z - .3)/wide(t))
-    x, e = torch.full((6, 1, 4, 4), .3), pair(6, 4)[1]
-    t, r = draw_times(6, .5, .3, generator=gen())
+    net = Told(lambda z, t, r, *_: (z - 0.3) / wide(t))
+    x, e = torch.full((6, 1, 4, 4), 0.3), pair(6, 4)[1]
+    t, r = draw_times(6, 0.5, 0.3, generator=gen())
     loss = MeanFlow(net)(x, e, t=t, r=r)
-    assert loss.raw.max() < 1e-8 and close(MeanFlow(net).sample(e, 1), x) and close(MeanFlow(net).sample(e, 3), x)
+    assert (
+        loss.raw.max() < 1e-8
+        and close(MeanFlow(net).sample(e, 1), x)
+        and close(MeanFlow(net).sample(e, 3), x)
+    )
+
 
 def test_average_velocity_of_a_curved_field():
     "Two normals: x of deviation s, e of deviation 1, independent. The flow multiplies by q(t) = sqrt((1-t)^2 s^2 + t^2); its average velocity solves the identity, the velocity itself does not."
-    s = .2
-    q = lambda t: ((1 - t)**2*s*s + t*t).sqrt()
-    speed = lambda t: (t - (1 - t)*s*s)/q(t)**2
-    average = Told(lambda z, t, r, *_: torch.where(wide(t - r) > 1e-6, z*wide((1 - q(r)/q(t))/(t - r).clamp(min=1e-6)), z*wide(speed(t)))).double()
+    s = 0.2
+    q = lambda t: ((1 - t) ** 2 * s * s + t * t).sqrt()
+    speed = lambda t: (t - (1 - t) * s * s) / q(t) ** 2
+    average = Told(
+        lambda z, t, r, *_: torch.where(
+            wide(t - r) > 1e-6,
+            z * wide((1 - q(r) / q(t)) / (t - r).clamp(min=1e-6)),
+            z * wide(speed(t)),
+        )
+    ).double()
     e = torch.randn(2000, 1, 1, 1, generator=gen()).double()
-    assert MeanFlow(average).sample(e, 1).std() == pytest.approx(s, rel=.05) and close(MeanFlow(average).sample(e, 1), MeanFlow(average).sample(e, 5))
-    instant = Told(lambda z, t, r, *_: z*wide(speed(t))).double()
-    assert FlowMatching(instant).sample(e, 1).abs().max() < 1e-6 and FlowMatching(instant).sample(e, 400).std() == pytest.approx(s, rel=.05)
-    t, r = torch.full((2000,), .8).double(), torch.full((2000,), .3).double()
-    z = q(t)[0]*e
-    flow_v = z*wide(speed(t))                                                               # along the flow itself, not towards one x
+    assert MeanFlow(average).sample(e, 1).std() == pytest.approx(s, rel=0.05) and close(
+        MeanFlow(average).sample(e, 1), MeanFlow(average).sample(e, 5)
+    )
+    instant = Told(lambda z, t, r, *_: z * wide(speed(t))).double()
+    assert FlowMatching(instant).sample(e, 1).abs().max() < 1e-6 and FlowMatching(instant).sample(
+        e, 400
+    ).std() == pytest.approx(s, rel=0.05)
+    t, r = torch.full((2000,), 0.8).double(), torch.full((2000,), 0.3).double()
+    z = q(t)[0] * e
+    flow_v = z * wide(speed(t))  # along the flow itself, not towards one x
     for net, right in ((average, True), (instant, False)):
         off = (MeanFlow(net).target(z, flow_v, t, r) - net(z, t, r)).abs().mean()
-        assert (off < 1e-6) == right and (right or off > .01)
+        assert (off < 1e-6) == right and (right or off > 0.01)
 
 
 # losses ----------------------------------------------------------------------------------------------------------------
 
+
 def test_weights_and_reductions():
-    error = torch.tensor([0., .5, 40.])
-    assert close(adaptive_weight(error, 1., .01)*error, error/(error + .01)) and torch.equal(adaptive_weight(error, 0.), torch.ones(3))
-    assert not adaptive_weight(error.requires_grad_(), .5).requires_grad
-    net, (x, e), times = unet(), pair(), dict(t=torch.full((4,), .7), r=torch.full((4,), .2))
+    error = torch.tensor([0.0, 0.5, 40.0])
+    assert close(adaptive_weight(error, 1.0, 0.01) * error, error / (error + 0.01)) and torch.equal(
+        adaptive_weight(error, 0.0), torch.ones(3)
+    )
+    assert not adaptive_weight(error.requires_grad_(), 0.5).requires_grad
+    net, (x, e), times = unet(), pair(), dict(t=torch.full((4,), 0.7), r=torch.full((4,), 0.2))
     n = x[0].numel()
-    by_sum, by_mean = MeanFlow(net, c=.01, reduce='sum')(x, e, **times), MeanFlow(net, c=.01/n, reduce='mean')(x, e, **times)
-    assert close(by_sum.mean, by_mean.mean) and torch.equal(by_sum.raw, by_mean.raw)        # with p = 1, c/n for means is c for sums
-    assert MeanFlow(net, c=.01, reduce='mean')(x, e, **times).mean < by_sum.mean - 1e-3*by_sum.mean
+    by_sum, by_mean = (
+        MeanFlow(net, c=0.01, reduce='sum')(x, e, **times),
+        MeanFlow(net, c=0.01 / n, reduce='mean')(x, e, **times),
+    )
+    assert close(by_sum.mean, by_mean.mean) and torch.equal(
+        by_sum.raw, by_mean.raw
+    )  # with p = 1, c/n for means is c for sums
+    assert (
+        MeanFlow(net, c=0.01, reduce='mean')(x, e, **times).mean < by_sum.mean - 1e-3 * by_sum.mean
+    )
     plain = MeanFlow(net, power=0, reduce='mean')(x, e, **times)
     assert close(plain.mean, plain.raw.mean())
-    half = MeanFlow(net, power=.5, c=.1, reduce='sum')(x, e, **times)
-    assert close(half.mean, (n*half.raw/(n*half.raw + .1).sqrt()).mean())
+    half = MeanFlow(net, power=0.5, c=0.1, reduce='sum')(x, e, **times)
+    assert close(half.mean, (n * half.raw / (n * half.raw + 0.1).sqrt()).mean())
+
 
 def test_weighted_loss_sits_at_one_and_raw_does_not():
     x, e = pair()
-    losses = [MeanFlow(stirred(unet(), by))(x, e, t=torch.full((4,), .9), r=torch.zeros(4)) for by in (0., .3)]
-    assert all(l.mean.item() == pytest.approx(1, abs=1e-3) for l in losses) and losses[1].raw.mean() > 3*losses[0].raw.mean()
+    losses = [
+        MeanFlow(stirred(unet(), by))(x, e, t=torch.full((4,), 0.9), r=torch.zeros(4))
+        for by in (0.0, 0.3)
+    ]
+    assert (
+        all(l.mean.item() == pytest.approx(1, abs=1e-3) for l in losses)
+        and losses[1].raw.mean() > 3 * losses[0].raw.mean()
+    )
+
 
 @pytest.mark.parametrize('make', [FlowMatching, MeanFlow, Regression])
 def test_overfits_one_batch(make):
-    flow = make(unet(), **({} if make is Regression else dict(start=.25)))
-    x = torch.stack([torch.full((1, 8, 8), v) for v in (-1., 1.)])
-    e = torch.stack([torch.full((1, 8, 8), v) for v in (-.4, .4)])
+    flow = make(unet(), **({} if make is Regression else dict(start=0.25)))
+    x = torch.stack([torch.full((1, 8, 8), v) for v in (-1.0, 1.0)])
+    e = torch.stack([torch.full((1, 8, 8), v) for v in (-0.4, 0.4)])
     opt = torch.optim.Adam(flow.parameters(), 5e-3)
     for k in range(120):
-        opt.zero_grad(), flow(x.repeat(8, 1, 1, 1), e.repeat(8, 1, 1, 1), generator=gen(k)).mean.backward(), opt.step()
+        opt.zero_grad()
+        flow(x.repeat(8, 1, 1, 1), e.repeat(8, 1, 1, 1), generator=gen(k)).mean.backward()
+        opt.step()
     steps = {FlowMatching: 8}.get(make, 1)
-    assert (flow.sample(e, steps) - x).abs().mean() < .2 < (e - x).abs().mean()
+    assert (flow.sample(e, steps) - x).abs().mean() < 0.2 < (e - x).abs().mean()
+
 
 def test_regression_asks_at_the_start_only():
     net = Told(lambda z, t, r, *_: z)
     x, e = pair()
     loss = Regression(net)(x, e)
-    assert (net.calls[0]['t'] == 1).all() and (net.calls[0]['r'] == 0).all() and torch.equal(net.calls[0]['z'], e)
-    assert close(loss.raw, x.square().flatten(1).mean(1)) and torch.equal(Regression(net).sample(e, 16), e - e)
+    assert (
+        (net.calls[0]['t'] == 1).all()
+        and (net.calls[0]['r'] == 0).all()
+        and torch.equal(net.calls[0]['z'], e)
+    )
+    assert close(loss.raw, x.square().flatten(1).mean(1)) and torch.equal(
+        Regression(net).sample(e, 16), e - e
+    )
+
 
 def test_flow_matching_tells_r_equal_to_t_and_meanflow_the_end_of_the_step():
-    for make, r in ((FlowMatching, [1., .75, .5, .25]), (MeanFlow, [.75, .5, .25, 0.])):
+    for make, r in ((FlowMatching, [1.0, 0.75, 0.5, 0.25]), (MeanFlow, [0.75, 0.5, 0.25, 0.0])):
         net = Told(lambda z, t, r, *_: torch.ones_like(z))
         out = make(net).sample(pair()[1], 4)
-        assert [c['t'][0].item() for c in net.calls] == [1., .75, .5, .25] and [c['r'][0].item() for c in net.calls] == r
-        assert close(out, pair()[1] - 1) and net.training                                   # and the mode is put back
+        assert [c['t'][0].item() for c in net.calls] == [1.0, 0.75, 0.5, 0.25] and [
+            c['r'][0].item() for c in net.calls
+        ] == r
+        assert close(out, pair()[1] - 1) and net.training  # and the mode is put back
+
 
 def test_walk_gives_every_step():
-    points = list(FlowMatching(Told(lambda z, t, r, *_: torch.ones_like(z))).walk(torch.zeros(2, 3), 4))
-    assert [t for t, _ in points] == [.75, .5, .25, 0.] and close(torch.stack([z[0, 0] for _, z in points]), torch.tensor([-.25, -.5, -.75, -1.]))
+    points = list(
+        FlowMatching(Told(lambda z, t, r, *_: torch.ones_like(z))).walk(torch.zeros(2, 3), 4)
+    )
+    assert [t for t, _ in points] == [0.75, 0.5, 0.25, 0.0] and close(
+        torch.stack([z[0, 0] for _, z in points]), torch.tensor([-0.25, -0.5, -0.75, -1.0])
+    )
 
 
 # labels and guidance ---------------------------------------------------------------------------------------------------
 
+
 def test_guidance_is_the_formula_and_dropped_labels_keep_the_velocity():
-    base = torch.tensor([2., -1., 5.])                                                      # what it says for class 0, class 1, no label
-    net = Told(lambda z, t, r, label, cond: torch.ones_like(z)*wide(base[torch.full((len(z),), 2) if label is None else label]), classes=2)
+    base = torch.tensor([2.0, -1.0, 5.0])  # what it says for class 0, class 1, no label
+    net = Told(
+        lambda z, t, r, label, cond: (
+            torch.ones_like(z) * wide(base[torch.full((len(z),), 2) if label is None else label])
+        ),
+        classes=2,
+    )
     x, e = pair(3)
-    label, t = torch.tensor([0, 1, 2]), torch.full((3,), .5)
+    label, t = torch.tensor([0, 1, 2]), torch.full((3,), 0.5)
     z, v = straight_path(x, e, t)
-    flow = MeanFlow(net, omega=2., kappa=.5)
-    want = torch.cat([2*v[:1] + (1 - 2 - .5)*5 + .5*2, 2*v[1:2] - 1.5*5 + .5*-1, v[2:]])
-    assert close(flow.guided(z, v, t, label), want) and torch.equal(flow.guided(z, v, t, None), v) and torch.equal(MeanFlow(net).guided(z, v, t, label), v)
+    flow = MeanFlow(net, omega=2.0, kappa=0.5)
+    want = torch.cat(
+        [2 * v[:1] + (1 - 2 - 0.5) * 5 + 0.5 * 2, 2 * v[1:2] - 1.5 * 5 + 0.5 * -1, v[2:]]
+    )
+    assert (
+        close(flow.guided(z, v, t, label), want)
+        and torch.equal(flow.guided(z, v, t, None), v)
+        and torch.equal(MeanFlow(net).guided(z, v, t, label), v)
+    )
+
 
 def test_guided_velocity_is_the_direction_of_the_derivative():
-    net = Told(lambda z, t, r, label, cond: 2*z + wide(label.float()), classes=2)
+    net = Told(lambda z, t, r, label, cond: 2 * z + wide(label.float()), classes=2)
     x, e = pair(2)
-    label, t, r = torch.tensor([0, 1]), torch.full((2,), .8), torch.full((2,), .3)
+    label, t, r = torch.tensor([0, 1]), torch.full((2,), 0.8), torch.full((2,), 0.3)
     z, v = straight_path(x, e, t)
-    flow = MeanFlow(net, omega=3.)
-    v_g = 3*v - 2*(2*z + 2)
-    assert close(flow.guided(z, v, t, label), v_g) and close(flow.target(z, v, t, r, label), v_g - .5*2*v_g, 1e-4)
+    flow = MeanFlow(net, omega=3.0)
+    v_g = 3 * v - 2 * (2 * z + 2)
+    assert close(flow.guided(z, v, t, label), v_g) and close(
+        flow.target(z, v, t, r, label), v_g - 0.5 * 2 * v_g, 1e-4
+    )
+
 
 def test_labels_are_dropped_in_training_only():
-    net = unet(classes=10, label_drop=1.)
+    net = unet(classes=10, label_drop=1.0)
     x, e = pair()
-    label, times, seen = torch.arange(4), dict(t=torch.full((4,), .5), r=torch.full((4,), .2)), []
+    label, times, seen = torch.arange(4), dict(t=torch.full((4,), 0.5), r=torch.full((4,), 0.2)), []
     net.net.register_forward_pre_hook(lambda m, args: seen.append(args[3]))
     flow = MeanFlow(net)
     flow(x, e, label, **times)
     assert all((s == 10).all() for s in seen)
-    seen.clear(), flow.eval(), flow(x, e, label, **times)
+    seen.clear()
+    flow.eval()
+    flow(x, e, label, **times)
     assert all(torch.equal(s, label) for s in seen)
 
 
 # precision -------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize('name', NETS)
 def test_bf16_keeps_the_derivative_in_float32(name):
     net, (x, e) = NETS[name](), pair()
-    flow, times = MeanFlow(net), dict(t=torch.full((4,), .9), r=torch.full((4,), .1))
+    flow, times = MeanFlow(net), dict(t=torch.full((4,), 0.9), r=torch.full((4,), 0.1))
     exact = flow(x, e, **times)
     z, v = straight_path(x, e, times['t'])
     want = flow.target(z, v, **times)
@@ -281,28 +464,88 @@ def test_bf16_keeps_the_derivative_in_float32(name):
         got, loss = flow.target(z, v, **times), flow(x, e, **times)
         assert torch.equal(got, want) and got.dtype == torch.float32
     loss.mean.backward()
-    assert loss.raw.dtype == torch.float32 and close(loss.raw, exact.raw, 0, .05) and all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters() if p.requires_grad)
+    assert (
+        loss.raw.dtype == torch.float32
+        and close(loss.raw, exact.raw, 0, 0.05)
+        and all(
+            p.grad is not None and torch.isfinite(p.grad).all()
+            for p in net.parameters()
+            if p.requires_grad
+        )
+    )
+
 
 def test_learner_in_bf16_with_ema():
     x = torch.rand(32, 1, 8, 8, generator=gen())
     mask = torch.zeros(32, 1, 8, 8)
     mask[..., 2:6, 2:6] = 1
-    step = FlowStep(lambda x: (x*(1 - mask[:len(x)]) + .5*mask[:len(x)], mask[:len(x)]))
-    model = Restorer(MeanFlow(unet(), start=.5), Bridge('jitter'))
-    learn = Learner(model, step, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 8, shuffle=True), cbs=[EMA(.9), RawError(step, .9)], precision='bf16', cpu=True, clip=1.).fit(4)
-    assert all(math.isfinite(r['loss']) and math.isfinite(r['raw error']) and 'raw error, late' in r for r in learn.history) and len(learn.history) == 4
+    step = FlowStep(lambda x: (x * (1 - mask[: len(x)]) + 0.5 * mask[: len(x)], mask[: len(x)]))
+    model = Restorer(MeanFlow(unet(), start=0.5), Bridge('jitter'))
+    learn = Learner(
+        model,
+        step,
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), 8, shuffle=True),
+        cbs=[EMA(0.9), RawError(step, 0.9)],
+        precision='bf16',
+        cpu=True,
+        clip=1.0,
+    ).fit(4)
+    assert (
+        all(
+            math.isfinite(r['loss']) and math.isfinite(r['raw error']) and 'raw error, late' in r
+            for r in learn.history
+        )
+        and len(learn.history) == 4
+    )
     trained = learn.trained()
     assert trained(x[:2], mask=mask[:2], generator=gen()).shape == (2, 1, 8, 8)
     assert not all(torch.equal(p, q) for p, q in zip(trained.parameters(), learn.bare.parameters()))
 
 
 def test_flow_learner():
-    x, hide = torch.rand(32, 1, 8, 8, generator=gen()), lambda x: (x*(torch.arange(8) < 4), (torch.arange(8) >= 4).float().expand(len(x), 1, 8, 8))
-    learn = flow_learner(Restorer(FlowMatching(unet()), Bridge('jitter')), x, hide, batch=8, lr=1e-2, ema=.9, cpu=True, seed=3).fit(6)
-    again = flow_learner(Restorer(FlowMatching(unet()), Bridge('jitter')), x, hide, batch=8, lr=1e-2, ema=0, cpu=True, seed=3, clip=None, sched=None)
-    assert all({'loss', 'raw error'} <= set(row) for row in learn.history) and learn.clip == 1. and learn.sched is not None
-    assert [type(cb) for cb in again.cbs] == [RawError] and again.clip is None and again.sched is None
-    labelled = flow_learner(MeanFlow(unet(classes=3)), torch.utils.data.TensorDataset(x, torch.arange(32) % 3), batch=8, cpu=True).fit(2)
+    x, hide = (
+        torch.rand(32, 1, 8, 8, generator=gen()),
+        lambda x: (
+            x * (torch.arange(8) < 4),
+            (torch.arange(8) >= 4).float().expand(len(x), 1, 8, 8),
+        ),
+    )
+    learn = flow_learner(
+        Restorer(FlowMatching(unet()), Bridge('jitter')),
+        x,
+        hide,
+        batch=8,
+        lr=1e-2,
+        ema=0.9,
+        cpu=True,
+        seed=3,
+    ).fit(6)
+    again = flow_learner(
+        Restorer(FlowMatching(unet()), Bridge('jitter')),
+        x,
+        hide,
+        batch=8,
+        lr=1e-2,
+        ema=0,
+        cpu=True,
+        seed=3,
+        clip=None,
+        sched=None,
+    )
+    assert (
+        all({'loss', 'raw error'} <= set(row) for row in learn.history)
+        and learn.clip == 1.0
+        and learn.sched is not None
+    )
+    assert (
+        [type(cb) for cb in again.cbs] == [RawError] and again.clip is None and again.sched is None
+    )
+    labelled = flow_learner(
+        MeanFlow(unet(classes=3)),
+        torch.utils.data.TensorDataset(x, torch.arange(32) % 3),
+        batch=8,
+        cpu=True,
+    ).fit(2)
     assert math.isfinite(labelled.history[-1]['raw error'])
 
 
@@ -345,139 +588,283 @@ torch.distributed.barrier()
 sys.stdout.flush(), os._exit(0)
 '''
 
+
 def test_two_processes_share_their_gradients_and_a_jvp_of_the_bare_network_does_not(tmp_path):
     """The loss in forward gives the gradient of one process with the whole batch. torch.func.jvp of the wrapper is refused aloud where buffers are shared (and in sync, in this torch,
     where they are not); the way out that suggests itself, the network inside, silently leaves each process its own gradient."""
-    (tmp_path/'two.py').write_text(TWO)
+    (tmp_path / 'two.py').write_text(TWO)
     found = {}
     for world in (1, 2):
-        (tmp_path/'store').unlink(missing_ok=True)
-        jobs = [subprocess.Popen([sys.executable, '-W', 'ignore', str(tmp_path/'two.py'), str(k), str(tmp_path), str(world), str(ROOT)], stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1')) for k in range(world)]
+        (tmp_path / 'store').unlink(missing_ok=True)
+        jobs = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    '-W',
+                    'ignore',
+                    str(tmp_path / 'two.py'),
+                    str(k),
+                    str(tmp_path),
+                    str(world),
+                    str(ROOT),
+                ],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=dict(os.environ, OMP_NUM_THREADS='1'),
+            )
+            for k in range(world)
+        ]
         errors = [job.communicate(timeout=120)[1] for job in jobs]
         assert not any(job.returncode for job in jobs), errors[0][-3000:]
-        found[world] = [torch.load(tmp_path/f'{world}_{k}.pt', weights_only=True) for k in range(world)]
+        found[world] = [
+            torch.load(tmp_path / f'{world}_{k}.pt', weights_only=True) for k in range(world)
+        ]
     whole, (a, b) = found[1][0], found[2]
     gap = lambda p, q: max((u - v).abs().max().item() for u, v in zip(p, q))
     size = max(g.abs().max().item() for g in whole['ours'])
-    assert gap(a['ours'], b['ours']) == 0 and gap(a['ours'], whole['ours']) < 1e-4*size
-    assert gap(whole['trap'], whole['ours']) < 1e-4*size                                    # alone, there is nothing to notice
-    assert gap(a['trap'], b['trap']) > .01*size                                             # the trap
-    assert gap(a['wrapper'], b['wrapper']) < 1e-4*size and 'in-place' in a['refused']
-    mean = [(u + v)/2 for u, v in zip(a['trap'], b['trap'])]
-    assert gap(mean, whole['ours']) < 1e-4*size
+    assert gap(a['ours'], b['ours']) == 0 and gap(a['ours'], whole['ours']) < 1e-4 * size
+    assert gap(whole['trap'], whole['ours']) < 1e-4 * size  # alone, there is nothing to notice
+    assert gap(a['trap'], b['trap']) > 0.01 * size  # the trap
+    assert gap(a['wrapper'], b['wrapper']) < 1e-4 * size and 'in-place' in a['refused']
+    mean = [(u + v) / 2 for u, v in zip(a['trap'], b['trap'])]
+    assert gap(mean, whole['ours']) < 1e-4 * size
 
 
 # restoring -------------------------------------------------------------------------------------------------------------
 
+
 def holed(b=6, side=8):
     x, mask = torch.rand(b, 1, side, side, generator=gen(3)), torch.zeros(b, 1, side, side)
     mask[..., 2:6, 3:7] = 1
-    return x, x*(1 - mask) + .5*mask, mask
+    return x, x * (1 - mask) + 0.5 * mask, mask
+
 
 def test_bridges():
     x, y, mask = holed()
     e, cond = Bridge('straight')(y, mask)
-    assert close(e, 2*y - 1) and cond is None and torch.equal(Bridge('straight', told=True)(y)[1], 2*y - 1)
-    e, cond = Bridge('jitter', .7)(y, mask, gen())
-    assert close(e*(1 - mask), (2*y - 1)*(1 - mask)) and e[mask > 0].std() == pytest.approx(.7, rel=.2) and abs(e[mask > 0].mean()) < .25 and cond is None
-    assert (Bridge('jitter')(y, None, gen())[0] - (2*y - 1)).std() == pytest.approx(1, rel=.1)
-    e, cond = Bridge('noise', 2.)(y, mask, gen())
-    assert e.std() == pytest.approx(2, rel=.1) and torch.equal(cond, 2*y - 1) and abs(torch.corrcoef(torch.stack([e.flatten(), y.flatten()]))[0, 1]) < .15
+    assert (
+        close(e, 2 * y - 1)
+        and cond is None
+        and torch.equal(Bridge('straight', told=True)(y)[1], 2 * y - 1)
+    )
+    e, cond = Bridge('jitter', 0.7)(y, mask, gen())
+    assert (
+        close(e * (1 - mask), (2 * y - 1) * (1 - mask))
+        and e[mask > 0].std() == pytest.approx(0.7, rel=0.2)
+        and abs(e[mask > 0].mean()) < 0.25
+        and cond is None
+    )
+    assert (Bridge('jitter')(y, None, gen())[0] - (2 * y - 1)).std() == pytest.approx(1, rel=0.1)
+    e, cond = Bridge('noise', 2.0)(y, mask, gen())
+    assert (
+        e.std() == pytest.approx(2, rel=0.1)
+        and torch.equal(cond, 2 * y - 1)
+        and abs(torch.corrcoef(torch.stack([e.flatten(), y.flatten()]))[0, 1]) < 0.15
+    )
     assert torch.equal(Bridge('noise')(y, mask, gen())[0], Bridge('noise')(y, mask, gen())[0])
+
 
 @pytest.mark.parametrize('kind', BRIDGES)
 def test_training_and_sampling_use_the_same_source(kind):
     x, y, mask = holed()
     net = Told(lambda z, t, r, *_: torch.zeros_like(z))
     model = Restorer(Regression(net), Bridge(kind))
-    model(y, x, mask, generator=gen(1)), model(y, mask=mask, generator=gen(1))
+    model(y, x, mask, generator=gen(1))
+    model(y, mask=mask, generator=gen(1))
     trained, sampled = net.calls
-    assert torch.equal(trained['z'], sampled['z']) and (trained['cond'] is None) == (sampled['cond'] is None) == (kind != 'noise')
+    assert torch.equal(trained['z'], sampled['z']) and (trained['cond'] is None) == (
+        sampled['cond'] is None
+    ) == (kind != 'noise')
+
 
 def test_ranges_are_zero_to_one_outside_and_minus_one_to_one_inside():
     x, y, mask = holed()
-    net = Told(lambda z, t, r, label, cond: z - (2*x - 1))
+    net = Told(lambda z, t, r, label, cond: z - (2 * x - 1))
     out = Restorer(Regression(net), Bridge('straight'))(y, mask=mask)
-    assert close(out, x) and close(Restorer(Regression(net), Bridge('straight'))(y, x, mask).raw, torch.zeros(6))
+    assert close(out, x) and close(
+        Restorer(Regression(net), Bridge('straight'))(y, x, mask).raw, torch.zeros(6)
+    )
+
 
 def test_shift_flow_is_lesson_13s_process():
     x, y, mask = holed()
-    net, process = unet(cond_channels=4), ResidualShift(4, kappa=.5)
+    net, process = unet(cond_channels=4), ResidualShift(4, kappa=0.5)
     model = Restorer(ShiftFlow(net, process), Bridge('straight', told=True))
-    ask = lambda z, t, cond: cond + net(z, (t + 1)/4, None, None, cond)
+    ask = lambda z, t, cond: cond + net(z, (t + 1) / 4, None, None, cond)
     torch.manual_seed(2)
-    want = process.loss(ask, 2*x - 1, 2*y - 1, generator=gen(1), stratified=True)
+    want = process.loss(ask, 2 * x - 1, 2 * y - 1, generator=gen(1), stratified=True)
     got = model(y, x, mask, generator=gen(1))
-    assert close(got.mean, want.mean) and close(got.raw, want.per_sample) and got.t.min() >= .25 and got.t.max() <= 1
-    for steps in (1, 4): assert close(model(y, mask=mask, steps=steps, generator=gen(2)), (process.sample(ask, 2*y - 1, steps, generator=gen(2)) + 1)/2)
+    assert (
+        close(got.mean, want.mean)
+        and close(got.raw, want.per_sample)
+        and got.t.min() >= 0.25
+        and got.t.max() <= 1
+    )
+    for steps in (1, 4):
+        assert close(
+            model(y, mask=mask, steps=steps, generator=gen(2)),
+            (process.sample(ask, 2 * y - 1, steps, generator=gen(2)) + 1) / 2,
+        )
 
-@pytest.mark.parametrize('make', [lambda: Restorer(FlowMatching(unet()), Bridge('jitter')), lambda: Restorer(MeanFlow(unet(cond_channels=4)), Bridge('noise')),
-                                  lambda: Restorer(Regression(unet()), Bridge('straight')), lambda: Restorer(ShiftFlow(unet(cond_channels=4)), Bridge('straight', told=True))])
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: Restorer(FlowMatching(unet()), Bridge('jitter')),
+        lambda: Restorer(MeanFlow(unet(cond_channels=4)), Bridge('noise')),
+        lambda: Restorer(Regression(unet()), Bridge('straight')),
+        lambda: Restorer(ShiftFlow(unet(cond_channels=4)), Bridge('straight', told=True)),
+    ],
+)
 def test_restoring_reads_no_truth_learns_everything_and_can_be_repeated(make):
     x, y, mask = holed()
     model = make()
-    assert torch.equal(model(y, mask=mask, generator=gen(1)), model(y, mask=mask, generator=gen(1))) and not model(y, mask=mask).requires_grad
+    assert (
+        torch.equal(model(y, mask=mask, generator=gen(1)), model(y, mask=mask, generator=gen(1)))
+        and not model(y, mask=mask).requires_grad
+    )
     model(y, x, mask, generator=gen(1)).mean.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     both = model(y, mask=mask, generator=gen(1))
-    if model.bridge.kind == 'straight' and not isinstance(model.flow, ShiftFlow): assert close(model(y[:3], mask=mask[:3]), both[:3])
+    if model.bridge.kind == 'straight' and not isinstance(model.flow, ShiftFlow):
+        assert close(model(y[:3], mask=mask[:3]), both[:3])
+
 
 def test_reader_separates_what_divides_from_what_does_not():
     x, y, mask = holed(32)
-    reads = Told(lambda z, t, r, *_: torch.where(mask > 0, -z/(1 - wide(t)).clamp(min=1e-3), 0.))     # in the hole, v = -x and z = (1 - t) x
-    blind = Told(lambda z, t, r, *_: torch.where(mask > 0, .2, 0.))
+    reads = Told(
+        lambda z, t, r, *_: torch.where(mask > 0, -z / (1 - wide(t)).clamp(min=1e-3), 0.0)
+    )  # in the hole, v = -x and z = (1 - t) x
+    blind = Told(lambda z, t, r, *_: torch.where(mask > 0, 0.2, 0.0))
     for net, sound in ((reads, False), (blind, True)):
         model, source, path = Restorer(FlowMatching(net), Bridge('straight')).reader(y, mask)
-        assert bool(leak_probe(model, 2*x - 1, source, mask, path)) == sound
-    shift = Restorer(ShiftFlow(Told(lambda z, t, r, label, cond: 0*z)), Bridge('straight', told=True))
+        assert bool(leak_probe(model, 2 * x - 1, source, mask, path)) == sound
+    shift = Restorer(
+        ShiftFlow(Told(lambda z, t, r, label, cond: 0 * z)), Bridge('straight', told=True)
+    )
     model, source, path = shift.reader(y, mask, gen())
-    t = torch.full((32,), 1.)
-    assert close(path(2*x - 1, source, t), shift.flow.process.shift(2*x - 1, 2*y - 1, torch.full((32,), 14), (source - (2*y - 1))/.99), 1e-4)
-    assert close(model(source, t), 2*y - 1) and leak_probe(model, 2*x - 1, source, mask, path)
+    t = torch.full((32,), 1.0)
+    assert close(
+        path(2 * x - 1, source, t),
+        shift.flow.process.shift(
+            2 * x - 1, 2 * y - 1, torch.full((32,), 14), (source - (2 * y - 1)) / 0.99
+        ),
+        1e-4,
+    )
+    assert close(model(source, t), 2 * y - 1) and leak_probe(model, 2 * x - 1, source, mask, path)
+
 
 def test_measures():
     x, mask = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     mask[..., :2] = 1
-    x[0, 0, 0, :] = .5
-    assert grey_share(x, mask).tolist() == [.25, 0.] and grey_share(torch.full_like(x, .25), mask).tolist() == [0., 0.]
-    assert hole_psnr(x + .1, x, mask) == pytest.approx(torch.tensor([20., 20.]), abs=1e-4) and hole_psnr(x + (1 - mask), x, mask)[1] == math.inf
-    samples = torch.randn(500, 2, 1, 4, 4, generator=gen())*torch.tensor([.3, 0.])[:, None, None, None]
-    assert diversity(samples, mask) == pytest.approx(torch.tensor([.3, 0.]), rel=.05, abs=1e-6)
+    x[0, 0, 0, :] = 0.5
+    assert grey_share(x, mask).tolist() == [0.25, 0.0] and grey_share(
+        torch.full_like(x, 0.25), mask
+    ).tolist() == [0.0, 0.0]
+    assert (
+        hole_psnr(x + 0.1, x, mask) == pytest.approx(torch.tensor([20.0, 20.0]), abs=1e-4)
+        and hole_psnr(x + (1 - mask), x, mask)[1] == math.inf
+    )
+    samples = (
+        torch.randn(500, 2, 1, 4, 4, generator=gen())
+        * torch.tensor([0.3, 0.0])[:, None, None, None]
+    )
+    assert diversity(samples, mask) == pytest.approx(torch.tensor([0.3, 0.0]), rel=0.05, abs=1e-6)
+
 
 def test_folded_is_the_network_on_folded_pixels():
     net = stirred(FlowUNet(4, base=8, mults=(1, 2), cond_channels=4, classes=3))
     z, t = pair()[0], torch.rand(4)
-    want = F.pixel_shuffle(net(F.pixel_unshuffle(z, 2), t, t/2, torch.arange(4) % 3, F.pixel_unshuffle(-z, 2)), 2)
-    assert torch.equal(Folded(net)(z, t, t/2, torch.arange(4) % 3, -z), want) and Folded(net).classes == 3
+    want = F.pixel_shuffle(
+        net(F.pixel_unshuffle(z, 2), t, t / 2, torch.arange(4) % 3, F.pixel_unshuffle(-z, 2)), 2
+    )
+    assert (
+        torch.equal(Folded(net)(z, t, t / 2, torch.arange(4) % 3, -z), want)
+        and Folded(net).classes == 3
+    )
 
 
 # bad input -------------------------------------------------------------------------------------------------------------
 
 X, E = pair()
-T = torch.full((4,), .5)
-@pytest.mark.parametrize('call, error, says', [
-    (lambda: MeanFlow(unet())(X, E, t=T + .6, r=T), ValueError, 't holds 1.1'), (lambda: MeanFlow(unet())(X, E, t=T - .6, r=T - .6), ValueError, 't holds -0.1'),
-    (lambda: MeanFlow(unet())(X, E, t=T, r=T + .1), ValueError, 'r exceeds t by 0.1'), (lambda: MeanFlow(unet())(X, E, t=T, r=T - .6), ValueError, 'r holds -0.1'),
-    (lambda: MeanFlow(Told(lambda z, *_: z))(X, E, t=T, r=T + .1), ValueError, 'r exceeds t'), (lambda: FlowMatching(unet())(X, E, t=T[:2]), ValueError, r't has shape \(2,\)'),
-    (lambda: FlowMatching(unet(classes=10))(X, E, torch.full((4,), 11)), ValueError, '0 to 9'), (lambda: FlowMatching(unet())(X, E, torch.zeros(4).long()), (ValueError), 'classes'),
-    (lambda: FlowMatching(unet())(X, E[:3]), ValueError, 'e has'), (lambda: FlowMatching(unet())(X, E/0*0), ValueError, 'e holds 256 values that are NaN'),
-    (lambda: FlowMatching(unet())(X.long(), E), TypeError, 'x is torch.int64'), (lambda: FlowMatching(unet())(X[..., :7], E[..., :7]), ValueError, 'fold=2'),
-    (lambda: MeanFlow(dit())(torch.rand(4, 1, 6, 6), torch.rand(4, 1, 6, 6)), ValueError, 'patch'), (lambda: FlowMatching(unet()).sample(E, 0), ValueError, 'steps is 0'),
-    (lambda: FlowMatching(unet()).sample(E, 1.5), ValueError, 'steps is 1.5'), (lambda: draw_times(8, 1.2), ValueError, 'equal is 1.2'), (lambda: draw_times(0), ValueError, 'b is 0'),
-    (lambda: draw_times(8, start=-1), ValueError, 'start is -1'), (lambda: MeanFlow(unet(), equal=2), ValueError, 'equal is 2'), (lambda: MeanFlow(unet(), way='vjp'), ValueError, 'way is'),
-    (lambda: MeanFlow(unet(), omega=-1), ValueError, 'omega is -1'), (lambda: MeanFlow(unet(), kappa=math.nan), ValueError, 'kappa is nan'), (lambda: MeanFlow(unet(), power=-1), ValueError, 'power is -1'),
-    (lambda: MeanFlow(unet(), reduce='max'), ValueError, 'reduce is'), (lambda: FlowMatching(unet(), start=1.5), ValueError, 'start is 1.5'), (lambda: Bridge('bent'), ValueError, 'kind is'),
-    (lambda: Bridge('noise', told=False), ValueError, 'must be told'), (lambda: Bridge(sigma=0), ValueError, 'sigma is 0'), (lambda: Bridge('jitter')(torch.rand(2, 1, 8, 8), torch.zeros(2, 8, 8)), ValueError, 'mask has shape'),
-    (lambda: Restorer(ShiftFlow(unet()), Bridge('jitter')), ValueError, 'its own noise'), (lambda: Restorer(FlowMatching(unet()), Bridge('straight'))(255*torch.rand(2, 1, 8, 8)), ValueError, '0 to 255'),
-    (lambda: Restorer(FlowMatching(unet()), Bridge('noise'))(torch.rand(2, 1, 8, 8)), ValueError, 'cond is given'), (lambda: grey_share(torch.rand(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)), ValueError, 'mask is empty'),
-    (lambda: hole_psnr(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.zeros(2, 8, 8)), ValueError, 'mask has shape'), (lambda: straight_path(X, E, T + 1), ValueError, r'times in \[0, 1\]')])
+T = torch.full((4,), 0.5)
+
+
+@pytest.mark.parametrize(
+    'call, error, says',
+    [
+        (lambda: MeanFlow(unet())(X, E, t=T + 0.6, r=T), ValueError, 't holds 1.1'),
+        (lambda: MeanFlow(unet())(X, E, t=T - 0.6, r=T - 0.6), ValueError, 't holds -0.1'),
+        (lambda: MeanFlow(unet())(X, E, t=T, r=T + 0.1), ValueError, 'r exceeds t by 0.1'),
+        (lambda: MeanFlow(unet())(X, E, t=T, r=T - 0.6), ValueError, 'r holds -0.1'),
+        (lambda: MeanFlow(Told(lambda z, *_: z))(X, E, t=T, r=T + 0.1), ValueError, 'r exceeds t'),
+        (lambda: FlowMatching(unet())(X, E, t=T[:2]), ValueError, r't has shape \(2,\)'),
+        (lambda: FlowMatching(unet(classes=10))(X, E, torch.full((4,), 11)), ValueError, '0 to 9'),
+        (lambda: FlowMatching(unet())(X, E, torch.zeros(4).long()), (ValueError), 'classes'),
+        (lambda: FlowMatching(unet())(X, E[:3]), ValueError, 'e has'),
+        (lambda: FlowMatching(unet())(X, E / 0 * 0), ValueError, 'e holds 256 values that are NaN'),
+        (lambda: FlowMatching(unet())(X.long(), E), TypeError, 'x is torch.int64'),
+        (lambda: FlowMatching(unet())(X[..., :7], E[..., :7]), ValueError, 'fold=2'),
+        (
+            lambda: MeanFlow(dit())(torch.rand(4, 1, 6, 6), torch.rand(4, 1, 6, 6)),
+            ValueError,
+            'patch',
+        ),
+        (lambda: FlowMatching(unet()).sample(E, 0), ValueError, 'steps is 0'),
+        (lambda: FlowMatching(unet()).sample(E, 1.5), ValueError, 'steps is 1.5'),
+        (lambda: draw_times(8, 1.2), ValueError, 'equal is 1.2'),
+        (lambda: draw_times(0), ValueError, 'b is 0'),
+        (lambda: draw_times(8, start=-1), ValueError, 'start is -1'),
+        (lambda: MeanFlow(unet(), equal=2), ValueError, 'equal is 2'),
+        (lambda: MeanFlow(unet(), way='vjp'), ValueError, 'way is'),
+        (lambda: MeanFlow(unet(), omega=-1), ValueError, 'omega is -1'),
+        (lambda: MeanFlow(unet(), kappa=math.nan), ValueError, 'kappa is nan'),
+        (lambda: MeanFlow(unet(), power=-1), ValueError, 'power is -1'),
+        (lambda: MeanFlow(unet(), reduce='max'), ValueError, 'reduce is'),
+        (lambda: FlowMatching(unet(), start=1.5), ValueError, 'start is 1.5'),
+        (lambda: Bridge('bent'), ValueError, 'kind is'),
+        (lambda: Bridge('noise', told=False), ValueError, 'must be told'),
+        (lambda: Bridge(sigma=0), ValueError, 'sigma is 0'),
+        (
+            lambda: Bridge('jitter')(torch.rand(2, 1, 8, 8), torch.zeros(2, 8, 8)),
+            ValueError,
+            'mask has shape',
+        ),
+        (lambda: Restorer(ShiftFlow(unet()), Bridge('jitter')), ValueError, 'its own noise'),
+        (
+            lambda: Restorer(FlowMatching(unet()), Bridge('straight'))(
+                255 * torch.rand(2, 1, 8, 8)
+            ),
+            ValueError,
+            '0 to 255',
+        ),
+        (
+            lambda: Restorer(FlowMatching(unet()), Bridge('noise'))(torch.rand(2, 1, 8, 8)),
+            ValueError,
+            'cond is given',
+        ),
+        (
+            lambda: grey_share(torch.rand(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)),
+            ValueError,
+            'mask is empty',
+        ),
+        (
+            lambda: hole_psnr(torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 8), torch.zeros(2, 8, 8)),
+            ValueError,
+            'mask has shape',
+        ),
+        (lambda: straight_path(X, E, T + 1), ValueError, r'times in \[0, 1\]'),
+    ],
+)
 def test_bad_input_is_named(call, error, says):
-    with pytest.raises(error, match=says): call()
+    with pytest.raises(error, match=says):
+        call()
 
 
 # fused attention, times, weights, states, numbers of NumPy ---------------------------------------------------------------------
 
 PICTURES = torch.rand(2, 1, 8, 8, generator=gen(11))
+
 
 @pytest.mark.parametrize('way', ['jvp', 'double'])
 @pytest.mark.parametrize('label', [False, True])
@@ -485,117 +872,262 @@ def test_fused_attention_is_named_before_any_work(way, label):
     net = dit(fused=True, classes=3 if label else None)
     calls = []
     net.register_forward_pre_hook(lambda *_: calls.append(1))
-    flow = MeanFlow(net, way=way, omega=2.)
-    with pytest.raises(ValueError, match=r'net has fused attention \(blocks.0.attn\).*fused=False'): flow(X, E, torch.zeros(4).long() if label else None, t=T, r=T/2)
-    assert not calls and flow.sample(E).shape == E.shape                                   # to sample it is of use
-    with pytest.raises(ValueError, match='fused=False'): MeanFlow(dit(fused=True), way=way).derivative(X, E, T, T/2)
-    with pytest.raises(ValueError, match='fused=False'): MeanFlow(Folded(DiT(4, 2, 16, 1, 2, channels=4, fused=True)), way=way)(X, E, t=T, r=T/2)
+    flow = MeanFlow(net, way=way, omega=2.0)
+    with pytest.raises(ValueError, match=r'net has fused attention \(blocks.0.attn\).*fused=False'):
+        flow(X, E, torch.zeros(4).long() if label else None, t=T, r=T / 2)
+    assert not calls and flow.sample(E).shape == E.shape  # to sample it is of use
+    with pytest.raises(ValueError, match='fused=False'):
+        MeanFlow(dit(fused=True), way=way).derivative(X, E, T, T / 2)
+    with pytest.raises(ValueError, match='fused=False'):
+        MeanFlow(Folded(DiT(4, 2, 16, 1, 2, channels=4, fused=True)), way=way)(X, E, t=T, r=T / 2)
+
 
 def test_fused_attention_that_needs_no_derivative_works_as_the_plain_one():
-    a, b = (MeanFlow(dit(fused=f), equal=1.) for f in (True, False))
-    assert close(a(X, E, t=T).mean, b(X, E, t=T).mean) and FlowMatching(dit(fused=True))(X, E).mean.isfinite()
+    a, b = (MeanFlow(dit(fused=f), equal=1.0) for f in (True, False))
+    assert (
+        close(a(X, E, t=T).mean, b(X, E, t=T).mean)
+        and FlowMatching(dit(fused=True))(X, E).mean.isfinite()
+    )
+
 
 class Foreign(nn.Module):
     "A network that knows nothing of this library, with torch's own kernel inside."
+
     def __init__(self):
         super().__init__()
         self.lin = nn.Linear(8, 8)
+
     def forward(self, z, t, r=None, label=None, cond=None):
         q = self.lin(z) + wide(t) - wide(r)
         return F.scaled_dot_product_attention(q, q, q)
 
+
 @pytest.mark.parametrize('way', ['jvp', 'double'])
 def test_a_foreign_kernel_without_a_derivative_is_named_with_its_cause(way):
-    with pytest.raises(NotImplementedError, match=rf"way='{way}' needs: .*fused=False") as told: MeanFlow(Foreign(), way=way)(X, E, t=T, r=T/2)
-    assert isinstance(told.value.__cause__, (NotImplementedError, RuntimeError)) and 'scaled_dot_product' in str(told.value.__cause__)
+    with pytest.raises(NotImplementedError, match=rf"way='{way}' needs: .*fused=False") as told:
+        MeanFlow(Foreign(), way=way)(X, E, t=T, r=T / 2)
+    assert isinstance(
+        told.value.__cause__, (NotImplementedError, RuntimeError)
+    ) and 'scaled_dot_product' in str(told.value.__cause__)
+
 
 def test_other_errors_of_a_network_stay_what_they_are():
-    def broken(*_): raise RuntimeError('out of memory')
-    with pytest.raises(RuntimeError, match='^out of memory$'): MeanFlow(Told(broken))(X, E, t=T, r=T/2)
+    def broken(*_):
+        raise RuntimeError('out of memory')
+
+    with pytest.raises(RuntimeError, match='^out of memory$'):
+        MeanFlow(Told(broken))(X, E, t=T, r=T / 2)
+
 
 @pytest.mark.parametrize('make', [FlowMatching, MeanFlow, Regression])
 def test_r_without_t_is_refused(make):
-    with pytest.raises(ValueError, match='r is given, t is not'): make(unet())(X, E, r=T)
-    loss = make(unet())(X, E, t=T, r=T/2)
-    assert torch.equal(loss.t, T) and torch.equal(loss.r, T/2)
+    with pytest.raises(ValueError, match='r is given, t is not'):
+        make(unet())(X, E, r=T)
+    loss = make(unet())(X, E, t=T, r=T / 2)
+    assert torch.equal(loss.t, T) and torch.equal(loss.r, T / 2)
+
 
 def test_residual_shifting_has_no_r():
-    with pytest.raises(ValueError, match='r is given; residual shifting has one time'): ShiftFlow(unet(cond_channels=4))(X, E, cond=E, r=T)
+    with pytest.raises(ValueError, match='r is given; residual shifting has one time'):
+        ShiftFlow(unet(cond_channels=4))(X, E, cond=E, r=T)
+
 
 def test_c_of_zero():
     z = torch.zeros(2)
-    assert torch.equal(adaptive_weight(z, 0, 0), torch.ones(2)) and (adaptive_weight(z, .5, 1e-6)*z).tolist() == [0., 0.]
-    with pytest.raises(ValueError, match='c is 0, power is 1; expected c above 0'): adaptive_weight(z, 1, 0)
+    assert torch.equal(adaptive_weight(z, 0, 0), torch.ones(2)) and (
+        adaptive_weight(z, 0.5, 1e-6) * z
+    ).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match='c is 0, power is 1; expected c above 0'):
+        adaptive_weight(z, 1, 0)
     for make in (FlowMatching, MeanFlow):
-        with pytest.raises(ValueError, match='c is 0, power is 0.5'): make(unet(), power=.5, c=0)
-    assert FlowMatching(Told(lambda z, *_: 0*z), power=0, c=0)(X, X).mean.isfinite()
+        with pytest.raises(ValueError, match='c is 0, power is 0.5'):
+            make(unet(), power=0.5, c=0)
+    assert FlowMatching(Told(lambda z, *_: 0 * z), power=0, c=0)(X, X).mean.isfinite()
 
-@pytest.mark.parametrize('bad', [math.nan, -.5, -math.inf, math.inf])
+
+@pytest.mark.parametrize('bad', [math.nan, -0.5, -math.inf, math.inf])
 @pytest.mark.parametrize('knob', ['power', 'c', 'std', 'start', 'equal', 'omega', 'kappa', 'mean'])
 def test_knobs_of_a_flow(knob, bad):
-    if knob == 'mean' and bad == -.5: return
-    with pytest.raises(ValueError, match=f'{knob} is {bad}'): MeanFlow(unet(), **{knob: bad})
+    if knob == 'mean' and bad == -0.5:
+        return
+    with pytest.raises(ValueError, match=f'{knob} is {bad}'):
+        MeanFlow(unet(), **{knob: bad})
     if knob in ('power', 'c'):
-        with pytest.raises(ValueError, match=f'{knob} is'): adaptive_weight(torch.ones(2), **{knob: bad})
+        with pytest.raises(ValueError, match=f'{knob} is'):
+            adaptive_weight(torch.ones(2), **{knob: bad})
     if knob in ('std', 'start', 'equal', 'mean'):
-        with pytest.raises(ValueError, match=f'{knob} is'): draw_times(8, **{knob: bad})
+        with pytest.raises(ValueError, match=f'{knob} is'):
+            draw_times(8, **{knob: bad})
 
-@pytest.mark.parametrize('call, error, says', [
-    (lambda: draw_times(8, std=0), ValueError, 'std is 0'), (lambda: draw_times(8, mean='0'), TypeError, "mean is '0'"), (lambda: draw_times(-1), ValueError, 'b is -1'), (lambda: draw_times(2.), ValueError, 'b is 2.0'),
-    (lambda: FlowMatching(unet(), std=True), ValueError, 'std is True'), (lambda: Regression(unet()).sample(E, 0), ValueError, 'steps is 0'), (lambda: Regression(unet()).sample(E, math.nan), ValueError, 'steps is nan'),
-    (lambda: FlowMatching(unet()).sample(E[:0]), ValueError, r'e has shape \(0, 1, 8, 8\); expected \(b, ...\), none of them 0'), (lambda: FlowMatching(Told(lambda z, *_: z)).sample(E*math.nan), ValueError, 'e holds 256'),
-    (lambda: FlowMatching(unet())(X[:0], E[:0]), ValueError, 'none of them 0'), (lambda: FlowMatching(unet()).sample(E.long()), TypeError, 'e is torch.int64'),
-    (lambda: Bridge(sigma=math.nan), ValueError, 'sigma is nan'), (lambda: Bridge(sigma=-1), ValueError, 'sigma is -1'), (lambda: Bridge(sigma='1'), TypeError, "sigma is '1'"),
-    (lambda: Bridge('jitter')(PICTURES, torch.full((2, 1, 8, 8), math.nan)), ValueError, 'mask holds NaN'), (lambda: Bridge('jitter')(PICTURES, torch.full((2, 1, 8, 8), 2.)), ValueError, r'outside \[0, 1\]'),
-    (lambda: grey_share(PICTURES, -torch.ones(2, 1, 8, 8)), ValueError, 'mask holds'), (lambda: grey_share(PICTURES, None), ValueError, 'mask has shape'),
-    (lambda: hole_psnr(PICTURES, PICTURES[:1], torch.ones(2, 1, 8, 8)), ValueError, 'a has shape'), (lambda: diversity(PICTURES[None], torch.ones(2, 1, 8, 8)), ValueError, 'two or more samples'),
-    (lambda: diversity(PICTURES, torch.ones(2, 1, 8, 8)), ValueError, r'expected \(n, b, c, h, w\)'), (lambda: diversity(PICTURES.expand(3, 2, 1, 8, 8)*math.nan, torch.ones(2, 1, 8, 8)), ValueError, 'samples holds'),
-    (lambda: Folded(unet().net, 0), ValueError, 'fold is 0'), (lambda: RawError(FlowStep(), late=math.nan), ValueError, 'late is nan'), (lambda: RawError(FlowStep(), late=1.5), ValueError, 'late is 1.5'),
-    (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=0), ValueError, 'batch is 0'), (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=3), ValueError, 'data holds 2 items; expected at least batch=3'),
-    (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, lr=-1), ValueError, 'lr is -1'), (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, ema=5), ValueError, 'ema is 5'),
-    (lambda: Restorer(unet(), Bridge()), TypeError, 'flow is Folded'), (lambda: Restorer(FlowMatching(unet()), 'straight'), TypeError, 'bridge is str'),
-    (lambda: Restorer(FlowMatching(unet()), Bridge())(PICTURES[:0]), ValueError, 'at least one image')])
+
+@pytest.mark.parametrize(
+    'call, error, says',
+    [
+        (lambda: draw_times(8, std=0), ValueError, 'std is 0'),
+        (lambda: draw_times(8, mean='0'), TypeError, "mean is '0'"),
+        (lambda: draw_times(-1), ValueError, 'b is -1'),
+        (lambda: draw_times(2.0), ValueError, 'b is 2.0'),
+        (lambda: FlowMatching(unet(), std=True), ValueError, 'std is True'),
+        (lambda: Regression(unet()).sample(E, 0), ValueError, 'steps is 0'),
+        (lambda: Regression(unet()).sample(E, math.nan), ValueError, 'steps is nan'),
+        (
+            lambda: FlowMatching(unet()).sample(E[:0]),
+            ValueError,
+            r'e has shape \(0, 1, 8, 8\); expected \(b, ...\), none of them 0',
+        ),
+        (
+            lambda: FlowMatching(Told(lambda z, *_: z)).sample(E * math.nan),
+            ValueError,
+            'e holds 256',
+        ),
+        (lambda: FlowMatching(unet())(X[:0], E[:0]), ValueError, 'none of them 0'),
+        (lambda: FlowMatching(unet()).sample(E.long()), TypeError, 'e is torch.int64'),
+        (lambda: Bridge(sigma=math.nan), ValueError, 'sigma is nan'),
+        (lambda: Bridge(sigma=-1), ValueError, 'sigma is -1'),
+        (lambda: Bridge(sigma='1'), TypeError, "sigma is '1'"),
+        (
+            lambda: Bridge('jitter')(PICTURES, torch.full((2, 1, 8, 8), math.nan)),
+            ValueError,
+            'mask holds NaN',
+        ),
+        (
+            lambda: Bridge('jitter')(PICTURES, torch.full((2, 1, 8, 8), 2.0)),
+            ValueError,
+            r'outside \[0, 1\]',
+        ),
+        (lambda: grey_share(PICTURES, -torch.ones(2, 1, 8, 8)), ValueError, 'mask holds'),
+        (lambda: grey_share(PICTURES, None), ValueError, 'mask has shape'),
+        (
+            lambda: hole_psnr(PICTURES, PICTURES[:1], torch.ones(2, 1, 8, 8)),
+            ValueError,
+            'a has shape',
+        ),
+        (
+            lambda: diversity(PICTURES[None], torch.ones(2, 1, 8, 8)),
+            ValueError,
+            'two or more samples',
+        ),
+        (
+            lambda: diversity(PICTURES, torch.ones(2, 1, 8, 8)),
+            ValueError,
+            r'expected \(n, b, c, h, w\)',
+        ),
+        (
+            lambda: diversity(PICTURES.expand(3, 2, 1, 8, 8) * math.nan, torch.ones(2, 1, 8, 8)),
+            ValueError,
+            'samples holds',
+        ),
+        (lambda: Folded(unet().net, 0), ValueError, 'fold is 0'),
+        (lambda: RawError(FlowStep(), late=math.nan), ValueError, 'late is nan'),
+        (lambda: RawError(FlowStep(), late=1.5), ValueError, 'late is 1.5'),
+        (lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=0), ValueError, 'batch is 0'),
+        (
+            lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=3),
+            ValueError,
+            'data holds 2 items; expected at least batch=3',
+        ),
+        (
+            lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, lr=-1),
+            ValueError,
+            'lr is -1',
+        ),
+        (
+            lambda: flow_learner(FlowMatching(unet()), PICTURES, batch=2, ema=5),
+            ValueError,
+            'ema is 5',
+        ),
+        (lambda: Restorer(unet(), Bridge()), TypeError, 'flow is Folded'),
+        (lambda: Restorer(FlowMatching(unet()), 'straight'), TypeError, 'bridge is str'),
+        (
+            lambda: Restorer(FlowMatching(unet()), Bridge())(PICTURES[:0]),
+            ValueError,
+            'at least one image',
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(call, error, says):
-    with pytest.raises(error, match=says): call()
+    with pytest.raises(error, match=says):
+        call()
+
 
 def saved(model, path):
     "The state as a file gives it back."
     torch.save(model.state_dict(), path)
     return torch.load(path, weights_only=True)
 
+
 FLOW = lambda **kw: FlowMatching(FlowUNet(1, base=8, mults=(1, 2), waves=8))
 TOLD = lambda **kw: ShiftFlow(FlowUNet(1, base=8, mults=(1, 2), waves=8, cond_channels=1), **kw)
-@pytest.mark.parametrize('one, other, says', [
-    (FLOW, lambda: MeanFlow(FLOW().net), "kind='FlowMatching', but it is 'MeanFlow' here"), (FLOW, lambda: Regression(FLOW().net), 'Regression'),
-    (lambda: Restorer(FLOW(), Bridge('jitter', .5)), lambda: Restorer(FLOW(), Bridge('jitter', .25)), r"bridge=\['jitter', 0.5, False\]"),
-    (TOLD, lambda: TOLD(process=ResidualShift(15, kappa=2.)), r'kappa=\[1.0\], but it is \[2.0\] here'), (TOLD, lambda: TOLD(process=ResidualShift(4, kappa=1.)), 'sqrt_etas='),
-    (lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 2), lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 4), 'fold=2, but it is 4 here')])
+
+
+@pytest.mark.parametrize(
+    'one, other, says',
+    [
+        (FLOW, lambda: MeanFlow(FLOW().net), "kind='FlowMatching', but it is 'MeanFlow' here"),
+        (FLOW, lambda: Regression(FLOW().net), 'Regression'),
+        (
+            lambda: Restorer(FLOW(), Bridge('jitter', 0.5)),
+            lambda: Restorer(FLOW(), Bridge('jitter', 0.25)),
+            r"bridge=\['jitter', 0.5, False\]",
+        ),
+        (
+            TOLD,
+            lambda: TOLD(process=ResidualShift(15, kappa=2.0)),
+            r'kappa=\[1.0\], but it is \[2.0\] here',
+        ),
+        (TOLD, lambda: TOLD(process=ResidualShift(4, kappa=1.0)), 'sqrt_etas='),
+        (
+            lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 2),
+            lambda: Folded(FlowUNet(16, base=8, mults=(1, 2)), 4),
+            'fold=2, but it is 4 here',
+        ),
+    ],
+)
 def test_the_state_of_another_flow_is_refused(one, other, says, tmp_path):
     a, b = one(), other()
-    for state in (a.state_dict(), saved(a, tmp_path/'w.pt')):
-        with pytest.raises(RuntimeError, match=says): b.load_state_dict(state)
+    for state in (a.state_dict(), saved(a, tmp_path / 'w.pt')):
+        with pytest.raises(RuntimeError, match=says):
+            b.load_state_dict(state)
         one().load_state_dict(state)
 
+
 def test_knobs_of_training_alone_are_no_obstacle(tmp_path):
-    a, b = MeanFlow(unet(), power=.5, omega=2., equal=.25), MeanFlow(unet())
+    a, b = MeanFlow(unet(), power=0.5, omega=2.0, equal=0.25), MeanFlow(unet())
     with torch.no_grad():
-        for p in a.parameters(): p.mul_(1.5)
-    b.load_state_dict(saved(a, tmp_path/'w.pt'))
+        for p in a.parameters():
+            p.mul_(1.5)
+    b.load_state_dict(saved(a, tmp_path / 'w.pt'))
     assert torch.equal(a.sample(E, 2), b.sample(E, 2))
+
 
 def test_numbers_of_numpy():
     f, i, net = np.float32, np.int64, unet()
-    a, b = MeanFlow(net, f(.25), f(1.5), f(.5), 'jvp', f(.25), f(-.5), f(.75), f(.5), f(.125)), MeanFlow(net, .25, 1.5, .5, 'jvp', .25, -.5, .75, .5, .125)
-    assert torch.equal(a(X, E, generator=gen()).mean, b(X, E, generator=gen()).mean) and repr(a) == repr(b)
-    assert torch.equal(a.sample(E, i(3)), b.sample(E, 3)) and torch.equal(draw_times(i(8), f(.5), generator=gen())[0], draw_times(8, .5, generator=gen())[0])
-    assert repr(Bridge('jitter', f(.5))) == repr(Bridge('jitter', .5)) and Folded(unet().net, i(2)).fold == 2
-    flow_learner(FlowMatching(unet()), torch.rand(8, 1, 8, 8), batch=i(4), lr=f(1e-3), ema=f(.5)).fit(1)
+    a, b = (
+        MeanFlow(net, f(0.25), f(1.5), f(0.5), 'jvp', f(0.25), f(-0.5), f(0.75), f(0.5), f(0.125)),
+        MeanFlow(net, 0.25, 1.5, 0.5, 'jvp', 0.25, -0.5, 0.75, 0.5, 0.125),
+    )
+    assert torch.equal(a(X, E, generator=gen()).mean, b(X, E, generator=gen()).mean) and repr(
+        a
+    ) == repr(b)
+    assert torch.equal(a.sample(E, i(3)), b.sample(E, 3)) and torch.equal(
+        draw_times(i(8), f(0.5), generator=gen())[0], draw_times(8, 0.5, generator=gen())[0]
+    )
+    assert (
+        repr(Bridge('jitter', f(0.5))) == repr(Bridge('jitter', 0.5))
+        and Folded(unet().net, i(2)).fold == 2
+    )
+    flow_learner(
+        FlowMatching(unet()), torch.rand(8, 1, 8, 8), batch=i(4), lr=f(1e-3), ema=f(0.5)
+    ).fit(1)
+
 
 def test_given_generators_leave_the_callers_random_state_and_tensors_alone():
     flow, x, e = MeanFlow(unet(classes=4)), X.clone(), E.clone()
     before = torch.get_rng_state()
-    flow(x, e, torch.arange(4), generator=gen()).mean.backward(), flow.sample(e, 2, torch.arange(4))
+    flow(x, e, torch.arange(4), generator=gen()).mean.backward()
+    flow.sample(e, 2, torch.arange(4))
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(x, X) and torch.equal(e, E)
+
 
 @pytest.mark.parametrize('make', [FlowMatching, MeanFlow, Regression])
 def test_making_a_flow_draws_nothing(make):

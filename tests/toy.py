@@ -1,4 +1,5 @@
 "A small training that the tests share: also run by itself, `python toy.py FOLDER STEPS`, or under `accelerate launch`."
+
 import json, os, sys
 
 import torch
@@ -11,16 +12,21 @@ torch.set_num_threads(1)
 
 class Noisy(torch.utils.data.Dataset):
     "Lines of points with random noise: items draw from the global random state."
-    def __init__(self, n=96): self.n = n
-    def __len__(self): return self.n
+
+    def __init__(self, n=96):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
     def __getitem__(self, i):
-        x = torch.linspace(-1, 1, 8) + i/self.n
-        return x + 0.1*torch.randn(8), x.sin()
+        x = torch.linspace(-1, 1, 8) + i / self.n
+        return x + 0.1 * torch.randn(8), x.sin()
 
 
 def loss_fn(model, batch):
     y, x = batch
-    return (model(y + 0.01*torch.randn_like(y)) - x).square().mean()
+    return (model(y + 0.01 * torch.randn_like(y)) - x).square().mean()
 
 
 def plain_loss(model, batch):
@@ -36,7 +42,16 @@ def net():
 def learner(loss=loss_fn, batch=8, workers=0, model=None, **kw):
     train = torch.utils.data.DataLoader(Noisy(), batch, shuffle=True, num_workers=workers)
     valid = [(torch.linspace(-1, 1, 8)[None], torch.linspace(-1, 1, 8)[None].sin())]
-    kw = dict(opt=lambda p: torch.optim.AdamW(p, lr=1e-2), sched=warmup_cosine(0.1), clip=1.0, cpu=True, cbs=[EMA(0.9)]) | kw
+    kw = (
+        dict(
+            opt=lambda p: torch.optim.AdamW(p, lr=1e-2),
+            sched=warmup_cosine(0.1),
+            clip=1.0,
+            cpu=True,
+            cbs=[EMA(0.9)],
+        )
+        | kw
+    )
     return Learner(model or net(), loss, train, valid, **kw)
 
 
@@ -45,18 +60,32 @@ def train(folder, steps=200, save_every=10, delay=0.0):
     import time
     from pathlib import Path
 
-    class Slow(type(EMA()).__mro__[1]):           # a Callback that leaves time to be killed in
-        def after_step(self, learn): time.sleep(delay)
+    class Slow(type(EMA()).__mro__[1]):  # a Callback that leaves time to be killed in
+        def after_step(self, learn):
+            time.sleep(delay)
+
     learn = learner(cbs=[EMA(0.9), Slow()], accumulate=2)
-    if any(Path(folder).glob('step_?????????')): learn.load(folder)
+    if any(Path(folder).glob('step_?????????')):
+        learn.load(folder)
     return learn.fit(steps, valid_every=20, folder=folder, save_every=save_every)
 
 
-if __name__ == '__main__':        # accelerate launch: the loss curve of plain_loss, effective batch 8
+if __name__ == '__main__':  # accelerate launch: the loss curve of plain_loss, effective batch 8
     out, processes = sys.argv[1], int(sys.argv[2])
     model = net()
     model[2].p = 0.0
-    learn = learner(plain_loss, batch=8//processes, model=model, cbs=[Metrics(error=lambda m, b: (m(b[0]) - b[1]).abs().mean(1))]).fit(30)
-    if learn.acc.is_main_process: open(out, 'w').write(json.dumps(dict(history=learn.history, processes=learn.acc.num_processes)))
+    learn = learner(
+        plain_loss,
+        batch=8 // processes,
+        model=model,
+        cbs=[Metrics(error=lambda m, b: (m(b[0]) - b[1]).abs().mean(1))],
+    ).fit(30)
+    if learn.acc.is_main_process:
+        open(out, 'w').write(
+            json.dumps(dict(history=learn.history, processes=learn.acc.num_processes))
+        )
     learn.acc.wait_for_everyone()
-    sys.stdout.flush(), os._exit(0)      # everything is written; gloo's threads now and then abort a process that is being taken down
+    sys.stdout.flush()
+    os._exit(
+        0
+    )  # everything is written; gloo's threads now and then abort a process that is being taken down
