@@ -9,20 +9,12 @@ import torch
 from torch import nn
 
 import toy
+from restore_lib.checkpoints import load_checkpoint, save_checkpoint
 from restore_lib.learner import (
-    EMA,
-    Callback,
-    Learner,
-    Metrics,
-    Progress,
-    ResidualCNN,
-    load_checkpoint,
-    param_groups,
-    positioned,
-    save_checkpoint,
-    seed_all,
-    warmup_cosine,
+    Callback, EMA, Learner, Metrics, Progress, ResidualCNN, param_groups, warmup_cosine,
 )
+from restore_lib.loaders import positioned
+from restore_lib.states import seed_all
 
 HERE = Path(__file__).parent
 
@@ -1024,7 +1016,7 @@ PAIRS = dict(
 @pytest.mark.parametrize('make, a, b', PAIRS.values(), ids=PAIRS)
 def test_a_fingerprint_sees(make, a, b):
     "Made anew with the same value it is the same, with another it is another; nothing is left unseen, nothing is drawn."
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     torch.manual_seed(3)
     np.random.seed(3)
@@ -1042,7 +1034,8 @@ def test_a_fingerprint_sees(make, a, b):
 
 
 def test_a_fingerprint_does_not_see_order_workers_and_showing():
-    from restore_lib.learner import LiveCurve, fingerprint
+    from restore_lib.fingerprints import fingerprint
+    from restore_lib.learner import LiveCurve
 
     for a, b in (
         ({'a': 1, 'b': 2}, {'b': 2, 'a': 1}),
@@ -1058,7 +1051,7 @@ def test_a_fingerprint_does_not_see_order_workers_and_showing():
 
 
 def test_what_a_fingerprint_cannot_see_is_named():
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     pool = (k for k in range(3))  # a generator: nobody can look into it
     with pytest.warns(UserWarning, match=r'global `device_pool` of .*\(a builtins.generator\)'):
@@ -1076,7 +1069,7 @@ def _imports(m, b):
 
 
 def test_a_fingerprint_follows_imports_and_modules():
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     def reads(m, b):
         return toy.net()  # a module of the user's: followed to what is read from it
@@ -1098,7 +1091,7 @@ def test_a_fingerprint_follows_imports_and_modules():
 
 
 def test_files_behind_paths_and_their_digest(tmp_path):
-    from restore_lib.learner import files_digest, fingerprint
+    from restore_lib.fingerprints import files_digest, fingerprint
 
     (tmp_path / 'a').write_bytes(b'one')
     (tmp_path / 'b').write_bytes(b'two')
@@ -1122,7 +1115,7 @@ def test_files_behind_paths_and_their_digest(tmp_path):
 
 def test_another_process_has_the_same_fingerprint():
     from restore_lib import learner
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     run = 'import toy; from restore_lib.learner import fingerprint; print(fingerprint(toy.learner(), "learn"), fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
     out = subprocess.run(
@@ -1703,7 +1696,7 @@ def test_order_with_a_generator_is_the_seeds():
 
 
 def test_random_kept_nests_and_survives_an_error():
-    from restore_lib.metrics import random_kept
+    from restore_lib.states import random_kept
 
     torch.manual_seed(1)
     np.random.seed(1)
@@ -1911,7 +1904,7 @@ def test_overlapping_validations_leave_the_modes_alone():
 
 
 def test_overlapping_evaluation_modes():
-    from restore_lib.metrics import evaluating
+    from restore_lib.states import evaluating
 
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout()))
     net.train()

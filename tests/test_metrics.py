@@ -11,21 +11,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from restore_lib import metrics as M
-from restore_lib.data import data_home, digits, photos
+from restore_lib.data import digits, photos
+from restore_lib.project import data_home
 from restore_lib.metrics import (
-    Scores,
-    Table,
-    count_macs,
-    count_params,
-    evaluate,
-    human,
-    latency,
-    lpips_distance,
-    peak_memory,
-    psnr,
-    ssim,
-    to_y,
+    Scores, count_macs, count_params, evaluate, human, latency, lpips_distance, peak_memory,
+    psnr, ssim, to_y,
 )
+from restore_lib.tables import Table
 
 DEVICES = [
     'cpu',
@@ -835,7 +827,7 @@ def test_overlapping_evaluations_leave_the_modes(pairs):
 
 
 def test_evaluating_nests_and_lets_go():
-    from restore_lib.metrics import evaluating
+    from restore_lib.states import evaluating
 
     net = nn.Sequential(
         nn.Dropout(), nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout()).eval(), nn.Dropout()
