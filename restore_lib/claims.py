@@ -240,11 +240,12 @@ def claim_cells(
     nbs='../../nbs',  # where the notebooks are, from the page
 ) -> list[str]:     # says, verdict, measured, rule, remark
     "One row of a document's table."
-    lesson = claim['id'].partition('.')[0]
+    names = dict.fromkeys([claim['id'], *claim['figures']])
+    links = [f'[`{name}`]({nbs}/{name.partition(".")[0]}.ipynb)' for name in names]
     quote = f'"{_plain(claim["quote"])}"' if claim['quote'] else ''
     if claim['translation']:
         quote = f'"{_plain(claim["translation"])}" ({quote[1:-1]})'
-    place = f'{_plain(claim["where"])}; lesson [{lesson[:2]}]({nbs}/{lesson}.ipynb)'
+    place = f'{_plain(claim["where"])}; {", ".join(links)}'
     says = '<br>'.join(filter(None, (f'**{_plain(claim["claim"])}**', quote, place)))
     found = [f'{_shown(name)}: {number_text(v)}' for name, v in measured(claim).items()]
     found = '<br>'.join(map(_plain, found))
@@ -298,8 +299,9 @@ def claims_page() -> str:
         'Made by `nbs/appendix/claims.ipynb` from `claims.json` beside this page and from '
         '`data/figures`; not edited by hand.',
         'The course grew out of five documents that others wrote. Their statements are listed '
-        'here with what the lessons measured. Where nothing else is said, figures are of small '
-        'networks that were trained for minutes on two CPU cores.',
+        'here with what the lessons measured: a row names its entry in `data/figures`, such as '
+        '`12_codecs.vae-size`, and links the lesson. Where nothing else is said, figures are of '
+        'small networks that were trained for minutes on two CPU cores.',
         '## The documents',
         '\n'.join(f'- {document_text(d)}' for d in book['documents']),
         '## What a verdict means',
