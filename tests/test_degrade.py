@@ -1,4 +1,5 @@
-"restore_lib.degrade: parity with Pillow and SciPy, adjoints, statistics, devices and types, bad input."
+"""restore_lib.degrade: parity with Pillow and SciPy, adjoints, statistics, devices and types,
+bad input."""
 
 import os, random
 from functools import partial

@@ -1,4 +1,5 @@
-"""What lesson 19 does not teach: parity with timm's block and diffusers' DiT, forward derivatives, vmap, compilation, types, who receives a gradient, labels, sizes, bad input."""
+"""What lesson 19 does not teach: parity with timm's block and diffusers' DiT, forward derivatives,
+vmap, compilation, types, who receives a gradient, labels, sizes, bad input."""
 
 import io
 import math
@@ -66,7 +67,7 @@ def call(b=3, c=1, h=16, w=16, dtype=torch.float64):
     )
 
 
-# parts -------------------------------------------------------------------------------------------------------------------
+# parts --------------------------------------------------------------------------------------------
 
 
 def by_hand(block, x, c, heads):
@@ -144,7 +145,8 @@ def test_block_with_open_gates_is_timms(qk, fused):
 
 
 def diffusers_twin(depth=2, heads=2, dim=16):
-    "Diffusers' DiT with our weights, and ours: LayerNorm, no query-key norm; positions are its own, the condition is ours."
+    """Diffusers' DiT with our weights, and ours: LayerNorm, no query-key norm;
+    positions are its own, the condition is ours."""
     ours = loud(DiT(8, 2, dim, depth, heads, channels=3, norm='layer', qk_norm=False), 0.2)
     peer = DiTTransformer2DModel(
         heads,
@@ -252,7 +254,7 @@ def test_scores_stay_below_the_bound():
     assert (q @ k.mT / 4).abs().max() <= 4 * 2 * (1 + 1e-5)
 
 
-# start ---------------------------------------------------------------------------------------------------------------------
+# start --------------------------------------------------------------------------------------------
 
 
 def test_unet_gives_its_trunk_the_activated_condition():
@@ -302,7 +304,7 @@ def test_who_wakes_when():
     assert seen[3] == {n for n, _ in model.named_parameters()}
 
 
-# positions -----------------------------------------------------------------------------------------------------------------
+# positions ----------------------------------------------------------------------------------------
 
 
 def test_positions_are_the_formulas_and_no_parameter():
@@ -330,7 +332,7 @@ def test_without_positions_patches_can_be_shuffled():
     assert torch.allclose(model(swap(z), t), swap(model(z, t)), atol=1e-12)
 
 
-# times, labels, condition -----------------------------------------------------------------------------------------------------
+# times, labels, condition -------------------------------------------------------------------------
 
 
 def test_sines_are_those_of_lesson_14_in_the_precision_of_t():
@@ -446,7 +448,7 @@ def test_state_dict_round_trip(kind):
     assert torch.equal(a(z, t, r, torch.arange(3)), b(z, t, r, torch.arange(3)))
 
 
-# derivatives and transforms ---------------------------------------------------------------------------------------------------
+# derivatives and transforms -----------------------------------------------------------------------
 
 
 @both
@@ -558,7 +560,7 @@ def test_devices(kind, device):
     assert model(z, t, r, label).device.type == label.device.type == device
 
 
-# sizes ------------------------------------------------------------------------------------------------------------------------
+# sizes --------------------------------------------------------------------------------------------
 
 
 def test_tiny_stays_tiny():
@@ -622,7 +624,7 @@ def test_any_size():
     ).shape == (1, 1, 4, 20)
 
 
-# bad input ----------------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 
 def good(**more):
@@ -706,7 +708,7 @@ def test_bad_networks(match, make):
         make()
 
 
-# states and numbers of NumPy -----------------------------------------------------------------------------------------------
+# states and numbers of NumPy ----------------------------------------------------------------------
 
 
 def saved(model, path):

@@ -1,4 +1,5 @@
-"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files, the certificate's statistics, bad input."""
+"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files,
+the certificate's statistics, bad input."""
 
 import argparse, copy, inspect, math
 
@@ -57,7 +58,7 @@ def pair(b=3, c=3, s=0.25):
     return (x := torch.rand(b, c, 24, 24)), x + s * torch.randn_like(x)
 
 
-# the model -------------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('norm_pix', [False, True])
@@ -208,7 +209,7 @@ def test_half_precision_and_seeds():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu():
-    model, (x, y) = small(), pair()
+    model, (_, y) = small(), pair()
     there = denoise(copy.deepcopy(model).cuda(), y.cuda())
     assert there.is_cuda and torch.allclose(there.cpu(), denoise(model, y), atol=1e-2)
 
@@ -232,7 +233,7 @@ def test_tiny():
     }
 
 
-# pictures --------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 class Perfect(DMAE):
@@ -295,7 +296,7 @@ def test_bad_input(call, error, says):
         call(small(), *pair())
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 class Data(torch.utils.data.Dataset):
@@ -357,7 +358,7 @@ def test_options_are_passed_on():
     )
 
 
-# published files -------------------------------------------------------------------------------------------------------
+# published files ----------------------------------------------------------------------------------
 
 
 def published(norm_pix=True, decoder=True, dim=64, dec=32, side=6, patch=4):
@@ -476,7 +477,7 @@ def test_no_code_is_run_from_a_file(tmp_path, monkeypatch):
         load_dmae(tmp_path / 'none.pth')
 
 
-# consistency -----------------------------------------------------------------------------------------------------------
+# consistency --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('m', [2, 3])
@@ -560,7 +561,7 @@ def test_smoothing_finetune():
     assert certified_accuracy(certify(learn.trained(), x[:6], 0.1, 20, 100), labels[:6]).item() == 1
 
 
-# the certificate -------------------------------------------------------------------------------------------------------
+# the certificate ----------------------------------------------------------------------------------
 
 
 class Plane(nn.Module):
@@ -706,7 +707,7 @@ def test_bad_certify(kw, says):
         certify(Plane(), **(dict(x=flat(0.5), sigma=0.25, n0=5, n=5) | kw))
 
 
-# a saved model comes back as the same function ---------------------------------------------------------------------------
+# a saved model comes back as the same function ----------------------------------------------------
 
 STATS = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
@@ -747,7 +748,7 @@ def test_weights_that_come_with_the_library_still_load():
         )
 
 
-# certificates --------------------------------------------------------------------------------------------------------------
+# certificates -------------------------------------------------------------------------------------
 
 
 class Says(nn.Module):
@@ -901,7 +902,7 @@ def test_numbers_out_of_range(call, says):
         call()
 
 
-# learners ------------------------------------------------------------------------------------------------------------------
+# learners -----------------------------------------------------------------------------------------
 
 
 def clean(n=8, c=3):
