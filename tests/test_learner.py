@@ -138,7 +138,8 @@ class Stop(Callback):
 
 
 def test_ten_kills(tmp_path):
-    "SIGKILL at ten random moments; each time the run is started again; the weights at the end are those of an undisturbed run."
+    """SIGKILL at ten random moments; each time the run is started again;
+    the weights at the end are those of an undisturbed run."""
     mp = multiprocessing.get_context('forkserver')
     mp.set_forkserver_preload(['toy'])
     start = lambda folder, delay: mp.Process(
@@ -175,7 +176,8 @@ def test_ten_kills(tmp_path):
 def test_two_processes_give_the_single_process_curve(tmp_path):
     def launch(n):
         out = tmp_path / f'{n}.json'
-        # --multi_gpu is accelerate's word for several processes; without it, --num_processes 2 on CPU starts a single one
+        # --multi_gpu is accelerate's word for several processes;
+        # without it, --num_processes 2 on CPU starts a single one
         launcher = (
             [
                 '-m',
@@ -429,7 +431,8 @@ def linear(seed=0, **kw):
 
 
 def test_a_run_does_not_displace_another(tmp_path):
-    "A new run in a folder that holds a later step is refused before its first step; both runs would else lose checkpoints."
+    """A new run in a folder that holds a later step is refused before its first step;
+    both runs would else lose checkpoints."""
     linear().fit(50, folder=tmp_path, save_every=25)
     before = sorted(p.name for p in tmp_path.iterdir())
     new = linear(9)
@@ -811,7 +814,8 @@ def runs(capsys):
 
 
 def test_a_run_of_the_library_is_known_by_what_it_captures(tmp_path, monkeypatch, capsys):
-    "Captured by a closure, kept in the model, or bound by a partial: another value is another run, the same value is not."
+    """Captured by a closure, kept in the model, or bound by a partial:
+    another value is another run, the same value is not."""
     from restore_lib.mae import mae_tiny, pretrainer
     from restore_lib.transfer import Classifier, finetune
 
@@ -1023,7 +1027,8 @@ PAIRS = dict(
 
 @pytest.mark.parametrize('make, a, b', PAIRS.values(), ids=PAIRS)
 def test_a_fingerprint_sees(make, a, b):
-    "Made anew with the same value it is the same, with another it is another; nothing is left unseen, nothing is drawn."
+    """Made anew with the same value it is the same, with another it is another;
+    nothing is left unseen, nothing is drawn."""
     from restore_lib.learner import fingerprint
 
     torch.manual_seed(3)
@@ -1124,7 +1129,11 @@ def test_another_process_has_the_same_fingerprint():
     from restore_lib import learner
     from restore_lib.learner import fingerprint
 
-    run = 'import toy; from restore_lib.learner import fingerprint; print(fingerprint(toy.learner(), "learn"), fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
+    run = (
+        'import toy; from restore_lib.learner import fingerprint; '
+        'print(fingerprint(toy.learner(), "learn"), '
+        'fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
+    )
     out = subprocess.run(
         [sys.executable, '-c', run],
         capture_output=True,
@@ -1141,7 +1150,8 @@ def test_another_process_has_the_same_fingerprint():
 
 
 def test_what_decides_a_run_is_in_its_name(tmp_path, monkeypatch, capsys):
-    "The data, the weights at the start, the metrics' functions and the validation set; a learner of a changed loop, too."
+    """The data, the weights at the start, the metrics' functions and the validation set;
+    a learner of a changed loop, too."""
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
 
     class Other(Learner):
@@ -1371,7 +1381,7 @@ def test_history_means_all_batches_of_a_step():
 
 
 def test_validation_leaves_the_batches_alone():
-    "A model that writes into its input changes neither the caller's tensors nor what the next metric sees."
+    "A model that writes into its input changes neither the caller's tensors nor the next metric's."
     x = torch.full((3, 4), -1.0)
     learn = small(
         lambda m, b: m(b).square().mean(),
@@ -1470,7 +1480,8 @@ def test_two_learners_on_one_model_compute_in_their_own_precision(first, second)
 
 
 def test_a_model_is_itself_after_a_bf16_run():
-    "Outside of the run the model computes as before it, also as a part of another model; so do copies."
+    """Outside of the run the model computes as before it, also as a part of another model;
+    so do copies."""
     net = nn.Sequential(nn.Linear(4, 4))
     learn = small(net=net, precision='bf16').fit(2)
     assert 'forward' not in vars(net)
@@ -1524,7 +1535,8 @@ def test_the_device_is_each_learners_own():
 
 
 def test_several_learners_in_two_processes(tmp_path):
-    "Under accelerate launch: own precision on one model, and a validation that weighs items over uneven shares."
+    """Under accelerate launch: own precision on one model,
+    and a validation that weighs items over uneven shares."""
     out, script = tmp_path / 'out.json', tmp_path / 'script.py'
     script.write_text(f'''
 import json, os, sys, torch
@@ -1537,14 +1549,18 @@ seen = set()
 net[0].register_forward_hook(lambda m, a, o: seen.add(str(o.dtype)))
 def loss(m, b): return b[0].mean() + 0*m(b[0]).sum()
 five = TensorDataset(torch.tensor([[0.], [0.], [0.], [0.], [10.]]))
-def make(p): return Learner(net, loss, DataLoader(TensorDataset(torch.arange(8.)[:, None]), 2), DataLoader(five, 4), precision=p,
-                            cbs=[Metrics(v=lambda m, b: b[0][:, 0])], cpu=True)
+eight = TensorDataset(torch.arange(8.)[:, None])
+def make(p):
+    cbs = [Metrics(v=lambda m, b: b[0][:, 0])]
+    train, valid = DataLoader(eight, 2), DataLoader(five, 4)
+    return Learner(net, loss, train, valid, precision=p, cbs=cbs, cpu=True)
 a, c = make('no'), make('bf16')
 got = []
 for learn in (a, c, a):
     seen.clear()
     learn.fit(learn.step + 2)
-    got.append([learn.acc.mixed_precision, sorted(seen), learn.metrics['v'], learn.metrics['valid_loss'], learn.history[0]['loss']])
+    v, valid = learn.metrics['v'], learn.metrics['valid_loss']
+    got.append([learn.acc.mixed_precision, sorted(seen), v, valid, learn.history[0]['loss']])
 if a.acc.is_main_process: open({str(out)!r}, 'w').write(json.dumps([a.acc.num_processes, got]))
 a.acc.wait_for_everyone()
 sys.stdout.flush(), os._exit(0)
@@ -1717,7 +1733,7 @@ def test_random_kept_nests_and_survives_an_error():
             with random_kept():
                 seed_all(3)
             three()
-            1 / 0
+            raise ZeroDivisionError
     assert three() == want
 
 
@@ -1878,14 +1894,15 @@ def test_numpy_numbers_make_the_same_run():
 
 
 def test_overlapping_validations_leave_the_modes_alone():
-    "The first one out must not switch the second to training mode, the last one out must restore what was before the first."
+    """The first one out must not switch the second to training mode;
+    the last one out must restore what was before the first."""
     import threading
 
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
     learn = small(net=net, valid=[(torch.rand(2, 4),)])
     net.train()
     net[1].eval()
-    inside, leave, modes = threading.Barrier(2, timeout=2), threading.Event(), []
+    inside, modes = threading.Barrier(2, timeout=2), []
 
     def wait(model, batch):
         try:
@@ -1928,7 +1945,7 @@ def test_overlapping_evaluation_modes():
     assert net[0].training and not net[1].training
     with pytest.raises(ZeroDivisionError):
         with evaluating(net):
-            1 / 0
+            raise ZeroDivisionError
     assert net.training and not net[1].training
     with evaluating(len) as f:
         assert f is len  # a function has no modes
@@ -2011,7 +2028,8 @@ def normed(kind):
     'kind', ['weight_norm', 'spectral_norm', 'weight', 'spectral', 'orthogonal']
 )
 def test_trained_copies_normed_layers(kind, ema):
-    "The copy is the model in evaluation mode, with the average's weights where there is one, and independent of it."
+    """The copy is the model in evaluation mode, with the average's weights where there is one,
+    and independent of it."""
     learn = small(net=normed(kind), cbs=[EMA(0.5)] * ema).fit(3)
     copy, x = learn.trained(), torch.rand(5, 4)
     weight = copy[0].weight.detach().clone()
@@ -2237,7 +2255,8 @@ def test_wrapped_models(wrap, precision):
 
 
 def test_an_optimizer_that_draws_is_seeded():
-    "What an optimizer draws in its step is a function of the seed, whether `fit` or `one_step` is called."
+    """What an optimizer draws in its step is a function of the seed,
+    whether `fit` or `one_step` is called."""
 
     class Noisy(torch.optim.SGD):
         def step(self, closure=None):

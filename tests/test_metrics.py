@@ -1,4 +1,5 @@
-"""What lesson 02 does not teach: parity with the reference libraries, hand counts, devices and dtypes, bad input."""
+"""What lesson 02 does not teach: parity with the reference libraries, hand counts, devices, dtypes,
+bad input."""
 
 import gc, math, random, threading, urllib.error, warnings, weakref
 from hashlib import sha256
@@ -56,7 +57,7 @@ def sk_ssim(a, b, data_range=1):
     )
 
 
-# PSNR and SSIM ---------------------------------------------------------------------------------------------------------
+# PSNR and SSIM ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 5])
@@ -233,7 +234,7 @@ def test_half_normalised_perfect_restoration_on_mnist():
         assert abs(-10 * (2 * z - 1 - z).square().mean().log10().item() - db) < 0.03
 
 
-# Y channel -------------------------------------------------------------------------------------------------------------
+# Y channel ----------------------------------------------------------------------------------------
 
 
 def test_to_y_equals_skimage(photo):
@@ -248,7 +249,7 @@ def test_to_y_equals_skimage(photo):
         to_y(photo[:, :1])
 
 
-# LPIPS -----------------------------------------------------------------------------------------------------------------
+# LPIPS --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -364,7 +365,8 @@ def test_damaged_trunk(hub):
 
 
 def test_pretrained_trunk_is_the_file(hub, monkeypatch, photo):
-    "A stand-in file with the right name: its weights, and no others, are in every layer of the trunk."
+    """A stand-in file with the right name: its weights, and no others, are in every layer
+    of the trunk."""
     from torchvision import models
 
     reference = models.squeezenet1_1(weights=None).eval()
@@ -385,7 +387,7 @@ def test_pretrained_trunk_is_the_file(hub, monkeypatch, photo):
     assert torch.equal(m.model.net(photo)[-1], reference.features(photo))
 
 
-# counting --------------------------------------------------------------------------------------------------------------
+# counting -----------------------------------------------------------------------------------------
 
 
 def test_count_params():
@@ -555,7 +557,7 @@ def test_peak_memory_on_cuda():
     assert 4 * x.numel() <= peak_memory(lambda x: x + 1, x) < 4 * x.numel() + 2**20
 
 
-# tables ----------------------------------------------------------------------------------------------------------------
+# tables -------------------------------------------------------------------------------------------
 
 
 def test_table():
@@ -699,7 +701,11 @@ def test_evaluate_bad_input(pairs):
 def test_import_is_light():
     import subprocess, sys
 
-    code = 'import sys, restore_lib.metrics; print([m for m in ("lpips", "torchvision", "matplotlib", "skimage", "accelerate") if m in sys.modules])'
+    code = (
+        'import sys, restore_lib.metrics; '
+        'heavy = "lpips torchvision matplotlib skimage accelerate".split(); '
+        'print([m for m in heavy if m in sys.modules])'
+    )
     assert (
         subprocess.run(
             [sys.executable, '-c', code], capture_output=True, text=True, check=True
@@ -708,7 +714,7 @@ def test_import_is_light():
     )
 
 
-# what once was wrong without a word --------------------------------------------------------------------------------------
+# what once was wrong without a word ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize('value', [0.01, 0.5, 0.91, 1.0])
