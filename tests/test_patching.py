@@ -1,4 +1,5 @@
-"""What lesson 05 does not teach: parity with timm and with formulas written anew, adjoints, exact counts, dtypes and devices, bad input."""
+"""What lesson 05 does not teach: parity with timm and with formulas written anew, adjoints,
+exact counts, dtypes and devices, bad input."""
 
 import json, math
 from decimal import Decimal
@@ -51,7 +52,7 @@ def gen(s=0, device='cpu'):
     return torch.Generator(device).manual_seed(s)
 
 
-# patches ---------------------------------------------------------------------------------------------------------------
+# patches ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_bad_patches(call, error, says):
         call()
 
 
-# positions -------------------------------------------------------------------------------------------------------------
+# positions ----------------------------------------------------------------------------------------
 
 
 def positions_by_formula(dim, h, w, cls):
@@ -185,7 +186,7 @@ def test_bad_interpolation(shape, extra):
         interpolate_pos_embed(torch.zeros(shape), (7, 5), 4, extra)
 
 
-# masks -----------------------------------------------------------------------------------------------------------------
+# masks --------------------------------------------------------------------------------------------
 
 
 def test_count_is_exact_for_every_n_and_ratio():
@@ -374,7 +375,7 @@ def test_gradient_of_pixels_through_the_encoder_and_of_the_mask_token():
     assert token.grad.abs().min() > 0
 
 
-# attention and blocks --------------------------------------------------------------------------------------------------
+# attention and blocks -----------------------------------------------------------------------------
 
 
 def timm_block(dim, heads, mlp=4.0):
@@ -468,7 +469,7 @@ def test_bad_heads(dim, heads):
         Attention(dim, heads)
 
 
-# the encoder -----------------------------------------------------------------------------------------------------------
+# the encoder --------------------------------------------------------------------------------------
 
 
 def test_order_counts_only_with_positions():
@@ -603,7 +604,7 @@ def test_bad_encoder_input(call, error, says):
         call()
 
 
-# what comes from NumPy, numbers out of range, states --------------------------------------------------------------------
+# what comes from NumPy, numbers out of range, states ----------------------------------------------
 
 
 def test_sizes_from_numpy_are_python_integers():

@@ -1,4 +1,6 @@
-"""What lesson 16 does not teach: parity with the lpips package, its real weights where they are, ranges, sizes, types, what stays frozen, windows of an encoder, the terms of a loss, resumed runs."""
+"""What lesson 16 does not teach: parity with the lpips package, its real weights where they are,
+ranges, sizes, types, what stays frozen, windows of an encoder, the terms of a loss,
+resumed runs."""
 
 import copy
 import math
@@ -79,7 +81,7 @@ def plain(**kw):
     return PerceptualLoss(Sum(), 'sum', ([0.0], [1.0]), **(dict(channels=1) | kw))
 
 
-# parity --------------------------------------------------------------------------------------------------------------
+# parity -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('c', [1, 3])
@@ -197,7 +199,7 @@ def test_formula_by_hand():
     )
 
 
-# what every distance must do -------------------------------------------------------------------------------------------
+# what every distance must do ----------------------------------------------------------------------
 
 
 @lru_cache
@@ -288,7 +290,8 @@ def test_gradients_of_flat_and_equal_pictures_are_finite(fn):
 
 
 def test_features_that_are_all_zero():
-    "A vector of zeros has no unit length, and no slope of it: the square root of a sum would give NaN."
+    """A vector of zeros has no unit length, and no slope of it:
+    the square root of a sum would give NaN."""
     x = torch.zeros(2, 3, 8, 8)
     x[1] = 0.5
     fn, a = PerceptualLoss(Sum(), 'sum', ([0.0] * 3, [1.0] * 3)), torch.zeros(2, 3, 8, 8)
@@ -325,7 +328,7 @@ def test_making_one_leaves_the_random_state():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-# ranges, channels, sizes -----------------------------------------------------------------------------------------------
+# ranges, channels, sizes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -444,7 +447,7 @@ def test_trunk_cuts():
     )  # no layer writes into what a stage gave
 
 
-# encoders ----------------------------------------------------------------------------------------------------------------
+# encoders -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('cls_token', [True, False])
@@ -553,7 +556,7 @@ def test_dmae_features_take_the_models_statistics(monkeypatch):
     assert (fn.mean.item(), fn.std.item()) == pytest.approx((0.3, 0.2))
 
 
-# the loss of a Learner -----------------------------------------------------------------------------------------------------
+# the loss of a Learner ----------------------------------------------------------------------------
 
 
 def scenes(n=4, hw=(48, 64)):
@@ -762,7 +765,7 @@ def test_the_distance_is_no_part_of_what_is_saved():
     assert m.state_dict().keys() == model().state_dict().keys()
 
 
-# the chain -------------------------------------------------------------------------------------------------------------------
+# the chain ----------------------------------------------------------------------------------------
 
 
 def audited(cut):
@@ -824,7 +827,7 @@ def test_on_a_gpu():
         assert torch.allclose(fn.cuda()(a.cuda(), x.cuda()).cpu(), d, rtol=1e-3, atol=1e-5)
 
 
-# dead stages, kinds of numbers, states ---------------------------------------------------------------------------------------
+# dead stages, kinds of numbers, states ------------------------------------------------------------
 
 
 def dead(net='alex', stage=4, scale=0.0, **kw):
