@@ -1,4 +1,5 @@
-"""What lesson 14 does not teach: parity with torchvision's windows, who sees whom position by position, counts, sizes, checkpointing, devices and types, bad input."""
+"""What lesson 14 does not teach: parity with torchvision's windows, who sees whom position by
+position, counts, sizes, checkpointing, devices and types, bad input."""
 
 import copy
 import math
@@ -60,7 +61,7 @@ def call(b=2, c=2, h=16, w=16, k=None, dtype=torch.float64):
     )
 
 
-# windows ---------------------------------------------------------------------------------------------------------------
+# windows ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('h, w, window', [(8, 12, 4), (3, 3, 3), (6, 2, 2), (1, 5, 1)])
@@ -75,7 +76,8 @@ def test_windows_are_where_they_should_be(h, w, window):
 
 
 def allowed(hw, window, shift):
-    "By a loop over positions: the pairs of a map's positions that share a shifted window and lie on the same side of the border."
+    """By a loop over positions: the pairs of a map's positions that share a shifted window
+    and lie on the same side of the border."""
     h, w = hw
     seen = torch.zeros(h * w, h * w, dtype=torch.bool)
     where = lambda i, s: (
@@ -193,7 +195,7 @@ def test_mask_made_in_inference_mode_serves_training():
     assert a.bias.grad.abs().sum() > 0
 
 
-# counts ----------------------------------------------------------------------------------------------------------------
+# counts -------------------------------------------------------------------------------------------
 
 
 def macs(model, c, s, k=None):
@@ -232,7 +234,7 @@ def test_tiny_is_tiny():
     assert 400_000 <= count_params(m) <= 600_000 and m.multiple == 16
 
 
-# the network -----------------------------------------------------------------------------------------------------------
+# the network --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -449,7 +451,7 @@ def test_it_learns_a_batch():
     assert sum(losses[-10:]) / 10 < 0.6 * sum(losses[:10]) / 10
 
 
-# two branches ----------------------------------------------------------------------------------------------------------
+# two branches -------------------------------------------------------------------------------------
 
 
 def two(**kw):
@@ -488,7 +490,7 @@ def test_two_branches_exchange():
         m(z[0], t, cond)
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -624,7 +626,7 @@ def test_bad_windows():
     assert SwinLayers(8, 16, 2, 2, 4).blocks[1].attn.shift == 2
 
 
-# states, numbers of NumPy, what callers may write into ---------------------------------------------------------------------
+# states, numbers of NumPy, what callers may write into --------------------------------------------
 
 
 def saved(model, path):

@@ -1,4 +1,6 @@
-"""What lesson 17 does not teach: thirds at every T, levels, devices and kinds of number, bad input, schedules across a kill, formulas of the relatives, gradient noise against a direct computation, the log."""
+"""What lesson 17 does not teach: thirds at every T, levels, devices and kinds of number, bad input,
+schedules across a kill, formulas of the relatives, gradient noise against a direct computation,
+the log."""
 
 import math
 
@@ -477,7 +479,8 @@ def test_noise_of_batches_is_the_direct_one():
 
 
 def test_noise_is_known_where_it_is_planted():
-    "Signal of length 3, noise of length 1.5: the same estimate from few batches as from many, on average."
+    """Signal of length 3, noise of length 1.5:
+    the same estimate from few batches as from many, on average."""
     signal, p = torch.zeros(200).double(), 200
     signal[0] = 3
     found = {

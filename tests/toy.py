@@ -1,4 +1,6 @@
-"A small training that the tests share: also run by itself, `python toy.py FOLDER STEPS`, or under `accelerate launch`."
+"""A small training that the tests share, and the lists of words that start it in processes.
+
+It also runs by itself, under `accelerate launch` too: `python toy.py FILE PROCESSES`."""
 
 import json, os, sys
 
@@ -86,6 +88,5 @@ if __name__ == '__main__':  # accelerate launch: the loss curve of plain_loss, e
         )
     learn.acc.wait_for_everyone()
     sys.stdout.flush()
-    os._exit(
-        0
-    )  # everything is written; gloo's threads now and then abort a process that is being taken down
+    # everything is written; gloo's threads now and then abort a process that is being taken down
+    os._exit(0)
