@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from common import ROOT
 import numpy as np
 import pytest
 import pywt
@@ -14,7 +15,6 @@ from restore_lib.codecs import DCTCodec, LLCodec, PacketCodec
 from restore_lib.data import thermal
 from restore_lib.superres import LatentSR, SRConfig, make_sr, sr_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
 REF, GRID = dict(a=1, b=2), {'a 3': dict(a=3), 'b 5': dict(b=5), 'b 6': dict(b=6)}
 
 

@@ -3,6 +3,7 @@ coverage of the intervals."""
 
 import json, math, random, threading, time
 
+from common import DEVICES
 import numpy as np
 import pytest
 import torch
@@ -26,13 +27,6 @@ from restore_lib.audit import (
     stateless,
 )
 from restore_lib.metrics import evaluate, psnr, ssim
-
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 def rand(*shape, seed=0):

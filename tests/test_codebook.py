@@ -3,6 +3,7 @@ two processes, weights that cannot be had, bad input."""
 
 import io, math, os, subprocess, sys
 
+from common import close, held, same
 import numpy as np
 import pytest
 import torch
@@ -74,18 +75,6 @@ def two(started):
 
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def held(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def close(a, b, tol=1e-5):
-    return torch.allclose(a, b, rtol=tol, atol=tol)
 
 
 def apart(a, b):

@@ -5,6 +5,7 @@ import inspect
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
+from common import DEVICES
 import numpy as np
 import pytest
 import pywt
@@ -40,12 +41,6 @@ WITHOUT_SIDE = ('all', 'learnable', 'packet', 'dct', 'vq')
 LEARNED = ('learnable', 'hybrid', 'vq')
 EVERY = [(name, c) for name in CODECS for c in (1, 3)]
 TINT = torch.tensor([1.0, 0.8, 0.6])[:, None, None]
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(autouse=True)

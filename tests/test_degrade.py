@@ -5,6 +5,7 @@ import os, random
 from functools import partial
 from pathlib import Path
 
+from common import gen
 import numpy as np
 import pytest
 import torch
@@ -29,10 +30,6 @@ from restore_lib.degrade import (
     salt_and_pepper,
     second_order,
 )
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def bytes_of(x):

@@ -1,5 +1,6 @@
 import math
 
+from common import gen
 import numpy as np
 import pytest
 import torch
@@ -26,10 +27,6 @@ GOLDEN = [
     0.9086,
     0.9900,
 ]
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def latents(*shape, seed=0, dtype=torch.float64, scale=1.0):

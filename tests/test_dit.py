@@ -4,6 +4,7 @@ vmap, compilation, types, who receives a gradient, labels, sizes, bad input."""
 import io
 import math
 
+from common import DEVICES, loud, saved
 import numpy as np
 import pytest
 import timm.models.vision_transformer as vit
@@ -29,12 +30,6 @@ from restore_lib.patching import sincos_pos_embed
 from restore_lib.unet import time_embedding
 
 torch.set_num_threads(1)
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 NETS = {
     'dit': lambda **kw: DiT(16, 4, 16, 2, 2, **kw),
     'unet': lambda **kw: FlowUNet(base=8, mults=(1, 2), waves=8, **kw),
@@ -45,14 +40,6 @@ both = pytest.mark.parametrize('kind', NETS)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def loud(model, scale=0.1):
-    "No parameter at zero, so that nothing hides behind a zero start."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return model
 
 
 def small(kind='dit', **kw):
@@ -709,12 +696,6 @@ def test_bad_networks(match, make):
 
 
 # states and numbers of NumPy ----------------------------------------------------------------------
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from common import launcher
 import numpy as np
 import pytest
 import torch
@@ -176,29 +177,9 @@ def test_ten_kills(tmp_path):
 def test_two_processes_give_the_single_process_curve(tmp_path):
     def launch(n):
         out = tmp_path / f'{n}.json'
-        # --multi_gpu is accelerate's word for several processes;
-        # without it, --num_processes 2 on CPU starts a single one
-        launcher = (
-            [
-                '-m',
-                'accelerate.commands.launch',
-                '--multi_gpu',
-                '--num_processes',
-                str(n),
-                '--num_machines',
-                '1',
-                '--mixed_precision',
-                'no',
-                '--dynamo_backend',
-                'no',
-                '--main_process_port',
-                '0',
-            ]
-            if n > 1
-            else []
-        )
+        words = launcher(n) if n > 1 else []
         done = subprocess.run(
-            [sys.executable, *launcher, str(HERE / 'toy.py'), str(out), str(n)],
+            [sys.executable, *words, str(HERE / 'toy.py'), str(out), str(n)],
             capture_output=True,
             text=True,
             env=dict(os.environ, OMP_NUM_THREADS='1'),
@@ -1563,25 +1544,11 @@ for learn in (a, c, a):
     got.append([learn.acc.mixed_precision, sorted(seen), v, valid, learn.history[0]['loss']])
 if a.acc.is_main_process: open({str(out)!r}, 'w').write(json.dumps([a.acc.num_processes, got]))
 a.acc.wait_for_everyone()
-sys.stdout.flush(), os._exit(0)
+sys.stdout.flush()
+os._exit(0)
 ''')
-    launcher = [
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-    ]
     done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
+        [sys.executable, *launcher(2), str(script)],
         capture_output=True,
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS='1'),

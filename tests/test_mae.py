@@ -4,6 +4,7 @@ with transformers, published files, bad input."""
 import argparse, math, pickle
 from functools import partial
 
+from common import gen, shake
 import numpy as np
 import pytest
 import torch
@@ -39,18 +40,6 @@ SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_dep
 
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
-
-
-def shake(model):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
 
 
 def small(**kw):

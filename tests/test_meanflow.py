@@ -3,8 +3,8 @@ the exact shares of time pairs, guidance, precision, several processes,
 the five ways to restore on networks with known answers, bad input."""
 
 import copy, math, os, subprocess, sys
-from pathlib import Path
 
+from common import ROOT, gen, saved
 import numpy as np
 import pytest
 import torch
@@ -35,12 +35,7 @@ from restore_lib.meanflow import (
     straight_path,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def close(a, b, atol=1e-5, rtol=1e-4):
@@ -1062,12 +1057,6 @@ def test_knobs_of_a_flow(knob, bad):
 def test_what_does_not_fit_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
 
 
 FLOW = lambda **kw: FlowMatching(FlowUNet(1, base=8, mults=(1, 2), waves=8))

@@ -4,6 +4,7 @@ bad input."""
 import gc, math, random, threading, urllib.error, warnings, weakref
 from hashlib import sha256
 
+from common import DEVICES
 import numpy as np
 import pytest
 import torch
@@ -27,13 +28,6 @@ from restore_lib.metrics import (
     ssim,
     to_y,
 )
-
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(scope='module')

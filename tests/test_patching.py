@@ -6,6 +6,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 
+from common import DEVICES, shake
 import numpy as np
 import pytest
 import torch
@@ -30,12 +31,6 @@ from restore_lib.patching import (
     unshuffle,
 )
 
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 MASKINGS = {
     'random': random_masking,
     'block': partial(block_masking, hw=(6, 8)),
@@ -382,14 +377,6 @@ def timm_block(dim, heads, mlp=4.0):
     from timm.models.vision_transformer import Block as Theirs
 
     return Theirs(dim, heads, mlp, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-
-
-def shake(model):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
 
 
 @pytest.mark.parametrize('dim, heads, mlp', [(64, 4, 4.0), (48, 1, 2.0), (32, 8, 4.0)])

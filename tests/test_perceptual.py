@@ -6,6 +6,7 @@ import copy
 import math
 from functools import lru_cache
 
+from common import gen, saved
 import numpy as np
 import pytest
 import torch
@@ -33,10 +34,6 @@ NETS = tuple(_TRUNKS)
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def pair(b=2, c=3, hw=(64, 48), s=0.1):
@@ -916,12 +913,6 @@ def test_making_one_leaves_the_callers_random_state_alone(monkeypatch):
     assert state() == before and all(
         torch.equal(p, q) for p, q in zip(fn.parameters(), ours('squeeze', seed=3).parameters())
     )
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize(

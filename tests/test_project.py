@@ -2,12 +2,12 @@ import os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
+from common import ROOT
 import nbformat
 import pytest
 
 import restore_lib
 
-ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 

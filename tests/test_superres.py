@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError, asdict
 from functools import lru_cache
 from pathlib import Path
 
+from common import ROOT, gen, held, launcher, same
 import numpy as np
 import pytest
 import pywt
@@ -43,7 +44,6 @@ from restore_lib.superres import (
 )
 from restore_lib.unet import SwinUNet
 
-ROOT = Path(__file__).resolve().parent.parent
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
 LOSSLESS = [n for n in CODECS if make_codec(n).lossless]
 LEARNS = [n for n in CODECS if hasattr(make_codec(n), 'loss')]
@@ -51,10 +51,6 @@ LEVELS = (1, 2, 3)
 
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def config(**kw):
@@ -94,14 +90,6 @@ def fresh(before=None, **kw):
 
 def awake(before=None, **kw):
     return shake(fresh(before, **kw))
-
-
-def held(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def close(a, b, tol=1e-6):
@@ -686,27 +674,10 @@ os._exit(code)      # gloo's threads now and then abort a process that is being 
 
 def test_two_processes(tmp_path, folder):
     (tmp_path / 'go.py').write_text(LAUNCHED)
-    # --multi_gpu is accelerate's word for several processes;
-    # without it, --num_processes 2 on CPU starts a single one
-    launcher = [
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-    ]
     done = subprocess.run(
         [
             sys.executable,
-            *launcher,
+            *launcher(2),
             str(tmp_path / 'go.py'),
             '--data',
             str(folder),

@@ -3,6 +3,7 @@ what is frozen, devices, bad input."""
 
 import subprocess, sys
 
+from common import DEVICES
 import numpy as np
 import pytest
 import torch
@@ -30,13 +31,6 @@ from restore_lib.transfer import (
     topk_correct,
     weak_augment,
 )
-
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(autouse=True)

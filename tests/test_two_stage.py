@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import ROOT, close, gen, held, same, shake
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,6 @@ from restore_lib.two_stage import (
     windows,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(img_size=16, patch=4, dim=32, depth=1, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
 TASKS = ('denoise', 'salt_pepper', 'block', 'blur', 'rain', 'x4', 'mixed')
 KINDS = ('deployed', 'truth', 'learned', 'input', 'both', 'none', 'other')
@@ -55,18 +55,6 @@ PLACES = ('end', 'branches')
 
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
-
-
-def shake(model, by=0.2):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * by)
-    return model
 
 
 def dmae(**kw):
@@ -87,18 +75,6 @@ def awake(d=None, **kw):
 
 def pair(b=3, c=3, hw=(16, 16), s=0.1):
     return (x := torch.rand(b, c, *hw)), x + s * torch.randn_like(x)
-
-
-def held(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def close(a, b, tol=1e-5):
-    return torch.allclose(a, b, rtol=tol, atol=tol)
 
 
 # modulation ---------------------------------------------------------------------------------------

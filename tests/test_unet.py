@@ -4,6 +4,7 @@ position, counts, sizes, checkpointing, devices and types, bad input."""
 import copy
 import math
 
+from common import DEVICES, loud, saved
 import numpy as np
 import pytest
 import torch
@@ -27,26 +28,12 @@ from restore_lib.unet import (
 )
 
 torch.set_num_threads(1)
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 SMALL = dict(base=8, mults=(1, 2), blocks=1, embed=16, head_channels=8, window=4)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def loud(model, scale=0.1):
-    "No parameter at zero, so that nothing hides behind a zero start."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return model
 
 
 def small(cin=4, cout=2, **kw):
@@ -627,12 +614,6 @@ def test_bad_windows():
 
 
 # states, numbers of NumPy, what callers may write into --------------------------------------------
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize(

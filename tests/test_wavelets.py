@@ -4,6 +4,7 @@ with SciPy, adjoints, energy, dtypes and devices, bad input."""
 import gc, math, os, warnings
 from pathlib import Path
 
+from common import DEVICES
 import numpy as np
 import pytest
 import pywt
@@ -26,12 +27,6 @@ from restore_lib.wavelets import (
 ALL = pywt.wavelist(kind='discrete')
 FEW = ('haar', 'db2', 'db3', 'sym5', 'bior1.3', 'rbio3.1', 'bior2.2', 'coif4')
 TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ the log."""
 
 import math
 
+from common import gen
 import numpy as np
 import pytest
 import torch
@@ -43,10 +44,6 @@ SAMPLE = """
 Iter 1000:  loss=0.0320, mse=0.0050, lpips=0.2800, lpips_w=0.0114, lr=5.00e-05
 Iter 50000: loss=0.0280, mse=0.0050, lpips=0.2800, lpips_w=0.0800, lr=2.50e-05
 """
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def by_hand(t, T, levels=(1, 0.1, 0.001)):

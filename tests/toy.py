@@ -1,4 +1,4 @@
-"""A small training that the tests share, and the lists of words that start it in processes.
+"""A small training that the tests share.
 
 It also runs by itself, under `accelerate launch` too: `python toy.py FILE PROCESSES`."""
 
