@@ -6,13 +6,9 @@ from torch import nn
 from harness import compare
 from restore_lib.dmae import dmae_tiny
 from restore_lib.metrics import peak_memory
+from restore_lib.image_files import windows
 from restore_lib.two_stage import (
-    ConditionalBlock,
-    Degradation,
-    TwoStageDMAE,
-    first_stage_loss,
-    two_stage_loss,
-    windows,
+    ConditionalBlock, Degradation, TwoStageDMAE, first_stage_loss, two_stage_loss,
 )
 
 DIM, HEADS, COND = 128, 4, 64  # of the block

@@ -7,7 +7,7 @@ __all__ = ['sr_pairs', 'unsharp', 'detail_scores', 'LatentSR', 'SRLoss', 'Bucket
            'superresolve', 'save_sr', 'load_sr', 'train_superres', 'superres_image']
 
 # %% ../nbs/15_superres.ipynb #15-002
-import hashlib, json, math, os
+import hashlib, json, os
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,24 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-
-from .audit import _seeded
-from .codecs import (
-    CODECS, SCALES, WaveletPacketCodec, check_options, codec_learner, make_codec)
-from .data import Crops, PairedFolder, as_image, check_images, check_number, check_output
-from .data import check_whole, check_writable, open_image, save_image, whole_file
-from .degrade import bicubic_down, bicubic_up, gaussian_blur, second_order
-from .diffusion import WEIGHTS, Loss, ResidualShift
-from .learner import EMA, Callback, Learner, Metrics, seed_all, warmup_cosine
-from .metrics import _deployed, psnr
-from restore_lib.two_stage import (
-    _opened, as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built,
-    windows)
+from .checks import check_images, check_number, check_whole
+from restore_lib.codecs import (
+    CODECS, SCALES, WaveletPacketCodec, check_options, codec_learner, make_codec,
+)
+from .data import Crops, PairedFolder
+from .degrade import bicubic_down, bicubic_up, gaussian_blur
+from .diffusion import Loss, ResidualShift, WEIGHTS
+from restore_lib.image_files import (
+    as_image, check_output, check_writable, open_image, opened_image, save_image, whole_file,
+    windows,
+)
+from .learner import Callback, EMA, Learner, Metrics, warmup_cosine
+from .metrics import psnr
+from restore_lib.pretrained import (
+    as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built,
+)
+from .realworld import second_order
+from .states import in_deployment, random_seeded, seed_all
 from .unet import SwinUNet
 from .wavelets import dwt2
 
@@ -307,7 +312,7 @@ def make_sr(
 ) -> LatentSR:
     "A model as `config` says; `model.config` keeps it."
     std = 1.0
-    with _seeded(0):
+    with random_seeded(0):
         # the caller's random state stays
         seed_all('superres', config.seed)
         codec = _trained_codec(config, pairs)
@@ -369,7 +374,7 @@ def superresolve(
     grey three times; alpha is enlarged by Pillow. ValueError or TypeError for what is no image; nothing of `image` is changed."""
     seed, batch = check_whole(seed, 'seed'), check_whole(batch, 'batch', 1)
     window, overlap = check_whole(window, 'window', 1), check_whole(overlap, 'overlap', 0)
-    x, back = _opened(image)
+    x, back = opened_image(image)
     return back(_enlarge(model, x.float(), steps, seed, window, overlap, batch, randomness))
 
 class _Noise:
@@ -429,7 +434,7 @@ def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomne
     at_once = max(1, batch*window**2//(rows*columns))
     strip = rows if codec.reach is None else max(1, batch*window**2//columns)
     out = planes.new_empty(len(planes), codec.channels, h*s, w*s)
-    with _deployed(model):
+    with in_deployment(model):
         # a cascade draws the noise of all planes, too
         start = None if model.before is None else model.start(planes)
         for first in range(0, len(planes), at_once):
@@ -484,7 +489,7 @@ def save_sr(
     made = dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec)
     made = json_text(made, 'model')
     info = dict(superres=made, says=json_text(says, 'says'))
-    with _seeded(0): again = _process_of(_sr_of(json.loads(made)), json.loads(made))
+    with random_seeded(0): again = _process_of(_sr_of(json.loads(made)), json.loads(made))
     side, g = 2*model.codec.factor, torch.Generator().manual_seed(0)
     y = torch.rand(1, model.codec.channels, side, side, generator=g).to(model.sees)
     def run(m):

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
            'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
-           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'windows', 'restore', 'constructor_arguments',
-           'check_rebuilt', 'json_text', 'as_half', 'describes', 'load_built', 'save_restorer', 'load_restorer',
+           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore', 'save_restorer', 'load_restorer',
            'restorers', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
-import copy, inspect, json
-from contextlib import contextmanager
+import copy, json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +17,28 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 import restore_lib
-from .audit import _seeded, load_report
-from .data import as_image, check_images, check_interval, check_number, check_output
-from .data import check_whole, open_image, save_image
-from .degrade import Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain, salt_and_pepper
+from .checkpoints import load_report
+from .checks import check_interval, check_number, check_whole
+from restore_lib.degrade import (
+    Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain,
+    salt_and_pepper,
+)
+from restore_lib.image_files import (
+    as_image, check_output, open_image, opened_image, save_image, windows,
+)
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
 from .mae import pretrainer
-from .metrics import _deployed, psnr
+from .metrics import psnr
 from .patching import Block, ViTEncoder, sincos_pos_embed, unpatchify
+from restore_lib.pretrained import (
+    as_half, check_rebuilt, constructor_arguments, json_text, load_built,
+)
+from .states import in_deployment, random_seeded
 
 # %% ../nbs/10_two_stage.ipynb #10-006
 _HOLES, _DOTS, _SOFT, _RAIN = dict(blocks=2, size=(4, 10)), dict(amount=(0.02, 0.2)), dict(sigma=(0.7, 1.8)), dict(density=(0.01, 0.03))
@@ -398,67 +403,7 @@ def two_stage_learner(
     return Learner(model, loss, train, valid, opt=torch.optim.AdamW(groups, betas=(0.9, 0.95)), sched=warmup_cosine(warmup),
                    cbs=[shown, *([adversary] if adversary else []), *cbs], **options)
 
-# %% ../nbs/10_two_stage.ipynb #10-057
-def _ramp(size, overlap):  # pixels -> (size,): 0 at the very edge, rising over the overlap, 1 inside
-    edge = ((torch.arange(size) + 0.5)/max(overlap, 1) - 0.25)/0.5             # the outer quarter of the overlap counts for nothing: there a network guesses
-    return torch.minimum(edge, edge.flip(0)).clamp(0, 1)
-
-def windows(
-    fn,            # (n, c, size, size), and a window of each of `beside` -> like the first
-    y,             # (b, c, h, w), at least `size` pixels a side
-    size,          # side of a window, pixels
-    overlap,       # pixels that neighbours share, fewer than size
-    batch=16,      # windows at a time
-    progress=None, # a function of an iterable, such as tqdm
-    beside=(),     # more tensors (b, ..., h, w), of which `fn` is given the same windows
-):                 # (b, c, h, w); beside it, the windows' own memory does not grow with the image
-    "fn on overlapping windows, blended so that no seam is left: a window's outer pixels count only where the image ends."
-    size, overlap = check_whole(size, 'size', 1), check_whole(overlap, 'overlap')
-    batch = check_whole(batch, 'batch', 1)
-    if not len(y): raise ValueError(f'y has shape {tuple(y.shape)}; expected at least one image')
-    h, w = y.shape[-2:]
-    if any(len(v) != len(y) or v.shape[-2:] != y.shape[-2:] for v in beside):
-        raise ValueError(f'beside has shapes {[tuple(v.shape) for v in beside]}; '
-                         f'expected as many images as y, {tuple(y.shape)}, of the same size')
-    if not 0 <= overlap < size: raise ValueError(f'overlap is {overlap}; expected 0 to {size - 1} for windows of {size} pixels')
-    if min(h, w) < size: raise ValueError(f'y is {h} x {w}; expected at least {size} pixels a side')
-    def starts(n): return sorted({*range(0, n - size, size - overlap), n - size})
-    def weight(t, l):
-        row, col = _ramp(size, overlap) if overlap else torch.ones(size), _ramp(size, overlap) if overlap else torch.ones(size)
-        for line, first, last in ((row, t == 0, t == h - size), (col, l == 0, l == w - size)):
-            if first: line[:size//2] = 1
-            if last: line[size//2:] = 1
-        return (row[:, None]*col).to(y)
-    places, out, total = [(t, l) for t in starts(h) for l in starts(w)], torch.zeros_like(y), y.new_zeros(1, 1, h, w)
-    for k in (progress or iter)(range(0, len(places), batch)):
-        chunk = places[k:k + batch]
-        def cut(v): return torch.cat([v[..., t:t + size, l:l + size] for t, l in chunk])
-        given = [cut(v) for v in (y, *beside)]
-        done = fn(*given)
-        if done.shape != given[0].shape:
-            raise ValueError(f'fn gave shape {tuple(done.shape)} for {tuple(given[0].shape)}; '
-                             'expected the same')
-        for (t, l), one in zip(chunk, done.split(len(y))):
-            g = weight(t, l)
-            out[:, :, t:t + size, l:l + size] += g*one
-            total[:, :, t:t + size, l:l + size] += g
-    return out.div_(total)
-
 # %% ../nbs/10_two_stage.ipynb #10-059
-def _opened(image):
-    "A path, PIL image or tensor as (b, 1 or 3, h, w), and what turns a result into that kind."
-    if isinstance(image, (str, Path, Image.Image)):
-        x, kept = open_image(image)
-        return x, lambda out: as_image(out, kept)
-    if not isinstance(image, torch.Tensor):
-        kind = type(image).__name__
-        raise TypeError(f'image is {kind}; expected a path, a PIL image or a float tensor')
-    if image.ndim not in (2, 3, 4):
-        shape = tuple(image.shape)
-        raise ValueError(f'image has shape {shape}; expected (h, w), (c, h, w) or (b, c, h, w)')
-    x = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3))
-    return x, lambda out: out.to(image).reshape(*image.shape[:-2], *out.shape[-2:])
-
 def restore(
     model,          # a TwoStageDMAE (its refined image is taken), or a module y (b, c, size, size) -> x_hat with .encoder.channels
     image,          # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in the units of [0, 1]
@@ -472,7 +417,7 @@ def restore(
     colours one by one, a colour model sees grey three times. Warns of what is lost at reading
     (16-bit colour). ValueError or TypeError for what is no image; nothing of `image` is changed."""
     size, batch = check_whole(size, 'size', 1), check_whole(batch, 'batch', 1)
-    x, back = _opened(image)
+    x, back = opened_image(image)
     (b, c, h, w), channels, at = x.shape, model.encoder.channels, next(model.parameters())
     planes = x.reshape(-1, 1, h, w) if channels == 1 else x.expand(-1, channels, -1, -1)
     low, wide = (max(size - s, 0) for s in (h, w))
@@ -480,116 +425,9 @@ def restore(
     def fn(y):
         out = model(y)
         return out[1] if isinstance(out, tuple) else out
-    with _deployed(model): out = windows(fn, planes, size, overlap, batch, tqdm if progress else None)[..., :h, :w].to(x)
+    with in_deployment(model): out = windows(fn, planes, size, overlap, batch, tqdm if progress else None)[..., :h, :w].to(x)
     out = out.reshape(b, c, h, w) if channels == 1 or c == 3 else out.mean(1, keepdim=True)
     return back(out)
-
-# %% ../nbs/10_two_stage.ipynb #10-059a
-def constructor_arguments(
-    module,  # an object that keeps each argument of its constructor as an attribute of that name
-) -> dict:   # name -> value
-    """What builds an object like this one by `type(module)(**it)`, as its attributes are now.
-    TypeError names an argument that is kept nowhere."""
-    parameters = inspect.signature(type(module)).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    lost = [k for k in names if not hasattr(module, k)]
-    if lost:
-        raise TypeError(f'{type(module).__name__} does not keep {", ".join(lost)}; '
-                        'expected an attribute for each argument of its constructor')
-    return {k: getattr(module, k) for k in names}
-
-def check_rebuilt(
-    model,   # what is to be saved
-    again,   # the same, built anew from what its file will say
-    run,     # a function of a model -> tensors
-):
-    """ValueError unless `again` computes what `model` computes, once it has its weights:
-    what was changed by hand since it was built would be lost."""
-    for k, v in model.state_dict().items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise ValueError(f'{k} of the model holds values that are NaN or infinite')
-    own, made = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, again))
-    odd = sorted(k for k in own.keys() | made.keys() if own.get(k) != made.get(k))
-    if not odd:
-        again.to(next(v for v in model.state_dict().values() if v.is_floating_point()))
-        again.load_state_dict(model.state_dict())
-        with _deployed(model), _deployed(again): pairs = list(zip(run(model), run(again)))
-        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs):
-            return
-    raise ValueError('model is not what its parts say, so its file would give another one back: '
-                     'it was changed by hand since it was built'
-                     + (f' (see {odd[0]})' if odd else ''))
-
-def json_text(value, name):
-    """`value` as JSON; NumPy's numbers and arrays and tensors become Python's.
-    TypeError names what JSON cannot hold."""
-    def plain(v):
-        if hasattr(v, 'tolist'): return v.tolist()
-        raise TypeError(f'{name} holds {type(v).__name__}, which JSON cannot hold')
-    return json.dumps(value, default=plain)
-
-def as_half(state):  # name -> tensor
-    "The same on the CPU, its floats in half precision; ValueError for numbers beyond its range."
-    out = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    out = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in out.items()}
-    for k, v in out.items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise ValueError(f'{k} holds numbers beyond 65504, or NaN; half precision does not')
-    return out
-
-_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-@contextmanager
-def describes(
-    path,   # of a file
-    maker,  # the function that writes such files
-):
-    "What fails inside is a ValueError that says whose file was expected."
-    try: yield
-    except _UNFIT as error:
-        raise ValueError(f'{path} does not say how its model is built '
-                         f'({type(error).__name__}: {error}); '
-                         f'expected a file by {maker}') from error
-
-def load_built(
-    path,      # of a safetensors file whose metadata has `key` and 'says', both JSON
-    key,       # of what `build` is given
-    build,     # a function of that dict -> a module
-    maker,     # the function that writes such files, for messages
-    given=(),  # names of buffers that `build` fills by itself, where the file does not
-):             # -> the module in evaluation mode; the dict; the dict 'says'
-    """A model from its file, nothing unpickled, the caller's random state left alone.
-    Shapes are compared before memory is asked for.
-    FileNotFoundError or ValueError names what is wrong."""
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is no file')
-    try:
-        with safe_open(path, 'pt') as f:
-            info = f.metadata() or {}
-            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except SafetensorError as error:
-        raise ValueError(f'{path} is no safetensors file: {error}') from error
-    with describes(path, maker):
-        made, says = (json.loads(info[k]) for k in (key, 'says'))
-        for k, v in ((key, made), ('says', says)):
-            if not isinstance(v, dict):
-                raise TypeError(f'{k} is {type(v).__name__}; expected a dict')
-        # shapes without memory
-        with torch.device('meta'): empty = build(made)
-    needed = {k: tuple(v.shape) for k, v in empty.state_dict().items()}
-    shapes = {**{k: needed[k] for k in given}, **shapes}
-    # raises, and says what is missing
-    if any(shapes.get(k) != v for k, v in needed.items()):
-        found = {k: torch.empty(v, device='meta') for k, v in shapes.items()}
-        load_report(empty, found, at_least=1.0)
-    more = [k for k in shapes if k not in needed]
-    if more:
-        raise ValueError(f'{path} holds {more[0]!r}, '
-                         'which the model that it describes does not have')
-    with describes(path, maker), _seeded(0): model = build(made)
-    with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    own = {k: v.clone() for k, v in model.state_dict().items() if k in given}
-    load_report(model, {**own, **state}, at_least=1.0)
-    return model.eval(), made, says
 
 # %% ../nbs/10_two_stage.ipynb #10-060
 def _vit_arguments(encoder):
@@ -659,7 +497,7 @@ def save_restorer(
     and what it is for. ValueError for a model that would not come back."""
     made = json_text(_made_of(model), 'model')
     info = dict(made_of=made, says=json_text(says, 'says'))
-    with _seeded(0): again = _restorer(json.loads(made))
+    with random_seeded(0): again = _restorer(json.loads(made))
     def run(m):
         hw, g = [m.encoder.patch*k for k in m.encoder.grid], torch.Generator().manual_seed(0)
         x, y = torch.rand(2, 2, m.encoder.channels, *hw, generator=g).to(m.mean)

@@ -10,9 +10,10 @@ import pywt
 import torch
 
 from restore_lib import ablations
-from restore_lib.ablations import WaveletPacketCodec, ablate, swap_wavelet
+from restore_lib.ablations import ablate, swap_wavelet
+from restore_lib.codecs import WaveletPacketCodec
 from restore_lib.codecs import DCTCodec, LLCodec, PacketCodec
-from restore_lib.data import thermal
+from restore_lib.thermal import thermal
 from restore_lib.superres import LatentSR, SRConfig, make_sr, sr_pairs
 
 REF, GRID = dict(a=1, b=2), {'a 3': dict(a=3), 'b 5': dict(b=5), 'b 6': dict(b=6)}
@@ -598,7 +599,7 @@ def _closed(rate):
     ],
 )
 def test_a_version_sees_what_is_bound(a, b, tmp_path):
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a)
 

@@ -12,20 +12,10 @@ from torch import nn
 
 from restore_lib import audit
 from restore_lib.audit import (
-    Ladder,
-    claim,
-    claims,
-    claims_page,
-    compare,
-    headroom,
-    identity_check,
-    leak_probe,
-    load_report,
-    oracle_gap,
-    parseval,
-    reads_truth,
-    stateless,
+    Ladder, claim, claims, claims_page, compare, headroom, identity_check, leak_probe,
+    oracle_gap, parseval, reads_truth, stateless,
 )
+from restore_lib.checkpoints import load_report
 from restore_lib.metrics import evaluate, psnr, ssim
 
 

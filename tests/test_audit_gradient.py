@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from restore_lib.audit import audit_gradient
+from restore_lib.tracer import audit_gradient
 from restore_lib.degrade import jpeg
 from restore_lib.learner import EMA, Learner, ResidualCNN
 

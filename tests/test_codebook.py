@@ -4,6 +4,7 @@ two processes, weights that cannot be had, bad input."""
 import io, math, os, subprocess, sys
 
 from common import close, held, same
+from toy import Stop
 import numpy as np
 import pytest
 import torch
@@ -33,7 +34,6 @@ from restore_lib.codebook import (
     vit_codebook_base,
     vit_codebook_tiny,
 )
-from restore_lib.learner import Callback
 from restore_lib.mae import MAE
 from restore_lib.metrics import peak_memory
 from restore_lib.patching import ViTEncoder
@@ -1388,15 +1388,6 @@ def training(codebook=None, cbs=(), valid=None, lr=1e-2, **kw):
         cpu=True,
         **kw,
     )
-
-
-class Stop(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])

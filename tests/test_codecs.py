@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from restore_lib.audit import audit_gradient, parseval, stateless
+from restore_lib.audit import parseval, stateless
+from restore_lib.tracer import audit_gradient
 from restore_lib.codecs import (
     CODECS,
     AllBandsCodec,
@@ -30,7 +31,7 @@ from restore_lib.codecs import (
     codec_learner,
     make_codec,
 )
-from restore_lib.data import thermal
+from restore_lib.thermal import thermal
 from restore_lib.degrade import bicubic_down, bicubic_up
 from restore_lib.metrics import count_params, psnr
 from restore_lib.wavelets import dct2, packet2, wavedec2

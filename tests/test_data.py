@@ -5,23 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
+from restore_lib.checks import check_images
 from restore_lib.data import (
-    FACES,
-    PHOTOS,
-    Crops,
-    ImageFolder,
-    PairedFolder,
-    budget,
-    check_images,
-    cifar10,
-    digits,
-    dihedral,
-    photos,
-    read_image,
-    show_images,
-    thermal,
+    Crops, FACES, ImageFolder, PHOTOS, PairedFolder, cifar10, digits, dihedral, photos,
     undo_dihedral,
 )
+from restore_lib.image_files import read_image
+from restore_lib.plots import show_images
+from restore_lib.project import budget
+from restore_lib.thermal import thermal
 
 
 def save(path, array):

@@ -13,23 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import convolve
 
-from restore_lib.data import photos, read_image
+from restore_lib.data import photos
+from restore_lib.image_files import read_image
 from restore_lib.degrade import (
-    Mixture,
-    Round,
-    bicubic_down,
-    bicubic_up,
-    block_mask,
-    blur,
-    blur_kernel,
-    gaussian,
-    gaussian_blur,
-    jpeg,
-    motion_blur,
-    rain,
-    salt_and_pepper,
-    second_order,
+    Mixture, bicubic_down, bicubic_up, block_mask, blur, blur_kernel, gaussian, gaussian_blur,
+    jpeg, motion_blur, rain, salt_and_pepper,
 )
+from restore_lib.realworld import Round, second_order
 
 
 def bytes_of(x):

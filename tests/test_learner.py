@@ -10,20 +10,13 @@ import torch
 from torch import nn
 
 import toy
+from restore_lib import records
+from restore_lib.checkpoints import load_checkpoint, save_checkpoint
 from restore_lib.learner import (
-    EMA,
-    Callback,
-    Learner,
-    Metrics,
-    Progress,
-    ResidualCNN,
-    load_checkpoint,
-    param_groups,
-    positioned,
-    save_checkpoint,
-    seed_all,
-    warmup_cosine,
+    Callback, EMA, Learner, Metrics, Progress, ResidualCNN, param_groups, warmup_cosine,
 )
+from restore_lib.loaders import positioned
+from restore_lib.states import seed_all
 
 HERE = Path(__file__).parent
 
@@ -91,7 +84,7 @@ def test_resume_is_bit_for_bit(tmp_path, at):
     make = partial(toy.learner, accumulate=2)
     whole = make().fit(30)
     first = make()
-    first.cbs.append(Stop(at))
+    first.cbs.append(toy.Stop(at))
     with pytest.raises(KeyboardInterrupt):
         first.fit(30)
     first.cbs.pop()
@@ -127,15 +120,6 @@ def test_resume_in_channels_last(tmp_path):
         and again.opt.state[p]['exp_avg'].stride() == p.stride()
     )
     assert same(weights(whole), weights(again.fit(10)))
-
-
-class Stop(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
 
 
 def test_ten_kills(tmp_path):
@@ -665,17 +649,15 @@ def test_a_run_is_found_by_a_configuration_with_paths(tmp_path, monkeypatch, cap
     ],
 )
 def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
-    from restore_lib import learner
-
     (tmp_path / 'runs').mkdir()
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path / 'runs'))
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
     monkeypatch.delenv('IN_TEST', raising=False)
-    monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    monkeypatch.setattr(records, 'project_home', lambda: tmp_path)
     for act in (
         lambda: linear().fit_or_load(name, {}, 1),
-        lambda: learner.record_study(name, {}, dict(a=1), 1),
-        lambda: learner.studies(name),
+        lambda: records.record_study(name, {}, dict(a=1), 1),
+        lambda: records.studies(name),
     ):
         with pytest.raises(error, match='name is|lesson is'):
             act()
@@ -683,13 +665,11 @@ def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
 
 
 def test_studies(tmp_path, monkeypatch):
-    from restore_lib import learner
-
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
     monkeypatch.delenv('IN_TEST', raising=False)
-    monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    monkeypatch.setattr(records, 'project_home', lambda: tmp_path)
     for k in range(2):
-        learner.record_study(
+        records.record_study(
             '99',
             dict(size=(32, 16), where=Path('x'), n=np.int64(3)),
             dict(PSNR=np.float32(k), bad=float('nan')),
@@ -698,7 +678,7 @@ def test_studies(tmp_path, monkeypatch):
         )
     path = tmp_path / 'data/studies/99.jsonl'
     path.write_text('\n' + path.read_text() + '  \n\n')  # as an editor may leave it
-    (row,) = learner.studies('99')  # the second replaced the first
+    (row,) = records.studies('99')  # the second replaced the first
     assert (
         row['config'] == dict(size=[32, 16], where='x', n=3)
         and row['figures']['PSNR'] == 1
@@ -706,7 +686,7 @@ def test_studies(tmp_path, monkeypatch):
         and row['minutes'] == 1.0
     )
     with pytest.raises(TypeError, match='JSON cannot hold'):
-        learner.record_study('99', dict(a={1}), {}, 1)
+        records.record_study('99', dict(a={1}), {}, 1)
 
 
 # a checkpoint of another Learner
@@ -1010,7 +990,7 @@ PAIRS = dict(
 def test_a_fingerprint_sees(make, a, b):
     """Made anew with the same value it is the same, with another it is another;
     nothing is left unseen, nothing is drawn."""
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     torch.manual_seed(3)
     np.random.seed(3)
@@ -1028,7 +1008,8 @@ def test_a_fingerprint_sees(make, a, b):
 
 
 def test_a_fingerprint_does_not_see_order_workers_and_showing():
-    from restore_lib.learner import LiveCurve, fingerprint
+    from restore_lib.fingerprints import fingerprint
+    from restore_lib.learner import LiveCurve
 
     for a, b in (
         ({'a': 1, 'b': 2}, {'b': 2, 'a': 1}),
@@ -1044,7 +1025,7 @@ def test_a_fingerprint_does_not_see_order_workers_and_showing():
 
 
 def test_what_a_fingerprint_cannot_see_is_named():
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     pool = (k for k in range(3))  # a generator: nobody can look into it
     with pytest.warns(UserWarning, match=r'global `device_pool` of .*\(a builtins.generator\)'):
@@ -1062,7 +1043,7 @@ def _imports(m, b):
 
 
 def test_a_fingerprint_follows_imports_and_modules():
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     def reads(m, b):
         return toy.net()  # a module of the user's: followed to what is read from it
@@ -1084,7 +1065,7 @@ def test_a_fingerprint_follows_imports_and_modules():
 
 
 def test_files_behind_paths_and_their_digest(tmp_path):
-    from restore_lib.learner import files_digest, fingerprint
+    from restore_lib.fingerprints import files_digest, fingerprint
 
     (tmp_path / 'a').write_bytes(b'one')
     (tmp_path / 'b').write_bytes(b'two')
@@ -1108,10 +1089,10 @@ def test_files_behind_paths_and_their_digest(tmp_path):
 
 def test_another_process_has_the_same_fingerprint():
     from restore_lib import learner
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     run = (
-        'import toy; from restore_lib.learner import fingerprint; '
+        'import toy; from restore_lib.fingerprints import fingerprint; '
         'print(fingerprint(toy.learner(), "learn"), '
         'fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
     )
@@ -1686,7 +1667,7 @@ def test_order_with_a_generator_is_the_seeds():
 
 
 def test_random_kept_nests_and_survives_an_error():
-    from restore_lib.metrics import random_kept
+    from restore_lib.states import random_kept
 
     torch.manual_seed(1)
     np.random.seed(1)
@@ -1805,7 +1786,7 @@ def test_a_passed_optimizer_has_its_rate_back():
     assert learn.history[-1]['lr'] < 0.1 and opt.param_groups[0]['lr'] == 0.5
     learn.fit(8)
     assert learn.step == 8 and opt.param_groups[0]['lr'] == 0.5
-    learn.cbs.append(Stop(9))
+    learn.cbs.append(toy.Stop(9))
     with pytest.raises(KeyboardInterrupt):
         learn.fit(10)
     assert opt.param_groups[0]['lr'] == 0.5
@@ -1823,7 +1804,7 @@ def test_resume_of_a_passed_optimizer_is_bit_for_bit(tmp_path):
         )
 
     whole, first = make().fit(12), make()
-    first.cbs.append(Stop(5))
+    first.cbs.append(toy.Stop(5))
     with pytest.raises(KeyboardInterrupt):
         first.fit(12)
     first.cbs.pop()
@@ -1895,7 +1876,7 @@ def test_overlapping_validations_leave_the_modes_alone():
 
 
 def test_overlapping_evaluation_modes():
-    from restore_lib.metrics import evaluating
+    from restore_lib.states import evaluating
 
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Dropout()))
     net.train()

@@ -1271,7 +1271,7 @@ def test_a_state_without_it_is_refused(key):
 
 
 def test_load_report_carries_them_too():
-    from restore_lib.audit import load_report
+    from restore_lib.checkpoints import load_report
 
     model, other = small(norm_pix_loss=True, **STATS), small(mean=(0, 0, 0), std=(1, 1, 1))
     assert (

@@ -12,22 +12,14 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from restore_lib import metrics as M
-from restore_lib.data import data_home, digits, photos
+from restore_lib import metrics as M, states
+from restore_lib.data import digits, photos
+from restore_lib.project import data_home
 from restore_lib.metrics import (
-    Scores,
-    Table,
-    count_macs,
-    count_params,
-    evaluate,
-    human,
-    latency,
-    lpips_distance,
-    peak_memory,
-    psnr,
-    ssim,
-    to_y,
+    Scores, count_macs, count_params, evaluate, human, latency, lpips_distance, peak_memory,
+    psnr, ssim, to_y,
 )
+from restore_lib.tables import Table
 
 
 @pytest.fixture(scope='module')
@@ -835,7 +827,7 @@ def test_overlapping_evaluations_leave_the_modes(pairs):
 
 
 def test_evaluating_nests_and_lets_go():
-    from restore_lib.metrics import evaluating
+    from restore_lib.states import evaluating
 
     net = nn.Sequential(
         nn.Dropout(), nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout()).eval(), nn.Dropout()
@@ -854,7 +846,7 @@ def test_evaluating_nests_and_lets_go():
         raise KeyError
     with evaluating(lambda y: y), evaluating(None):
         assert torch.is_grad_enabled()
-    assert [m.training for m in net.modules()] == modes and not len(M._EVALUATED)
+    assert [m.training for m in net.modules()] == modes and not len(states._EVALUATED)
     with evaluating(net):
         ref = weakref.ref(net)
     del net, outer, part, inner, c
@@ -935,7 +927,7 @@ def test_two_random_trunks_keep_columns_of_their_own(squeeze):
     )
 
 
-def states():
+def random_states():
     return torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
 
@@ -945,7 +937,7 @@ def equal(a, b):
 
 def test_measuring_leaves_no_trace():
     net = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Dropout(0.5))
-    x, before, start = X - 0.5, {k: v.clone() for k, v in net.state_dict().items()}, states()
+    x, before, start = X - 0.5, {k: v.clone() for k, v in net.state_dict().items()}, random_states()
     kept = x.clone()
 
     def noise(x):
@@ -957,10 +949,11 @@ def test_measuring_leaves_no_trace():
         lambda f: peak_memory(f, x),
     ):
         call(net)
-        assert torch.equal(x, kept) and equal(start, states()) and net.training and net[2].training
+        assert torch.equal(x, kept) and equal(start, random_states())
+        assert net.training and net[2].training
         assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
         call(noise)
-        assert torch.equal(x, kept) and equal(start, states())
+        assert torch.equal(x, kept) and equal(start, random_states())
         net.load_state_dict(before)  # a function's own module is out of sight
     nested = dict(x=[x, (x,)])
     count_macs(lambda d: d['x'][1][0].mul_(0), nested)
@@ -993,9 +986,9 @@ def test_measuring_refuses_what_is_no_count():
 
 
 def test_making_a_random_trunk_leaves_all_random_states():
-    start = states()
+    start = random_states()
     trunk = lpips_distance('alex', 'random', seed=np.int64(3))
-    assert equal(start, states())
+    assert equal(start, random_states())
     weights, again = (
         next(trunk.parameters()),
         next(lpips_distance('alex', 'random', seed=3).parameters()),

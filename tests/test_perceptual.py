@@ -15,7 +15,7 @@ from torch import nn
 
 import lpips
 from restore_lib import perceptual as P
-from restore_lib.audit import audit_gradient
+from restore_lib.tracer import audit_gradient
 from restore_lib.learner import Callback
 from restore_lib.mae import MAE
 from restore_lib.metrics import _TRUNKS, _fill_trunk, _trunk_file, lpips_distance

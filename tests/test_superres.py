@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common import ROOT, gen, held, launcher, same
+from toy import Stop
 import numpy as np
 import pytest
 import pywt
@@ -493,15 +494,6 @@ def test_clipping_counts_the_network_only(name):
     learn.one_step(iter(learn.train))
     norm = lambda ps: torch.stack([p.grad.norm() for p in ps if p.grad is not None]).norm().item()
     assert norm(model.parameters()) == norm(model.net.parameters()) > 0
-
-
-class Stop(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize('name, process', [('packet', {}), ('vq', {}), ('packet', None)])

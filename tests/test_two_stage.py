@@ -19,33 +19,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from restore_lib import two_stage as T
-from restore_lib.audit import audit_gradient, reads_truth
+from restore_lib.audit import reads_truth
+from restore_lib.tracer import audit_gradient
 from restore_lib.dmae import DMAE, denoise
 from restore_lib.learner import Callback
 from restore_lib.metrics import psnr
 from restore_lib.patching import Block, sincos_pos_embed
+from restore_lib.image_files import windows
 from restore_lib.two_stage import (
-    Adversary,
-    ConditionalBlock,
-    ConditionalDecoder,
-    Degradation,
-    FiLM,
-    PatchCritic,
-    ResidualEncoder,
-    ShareSchedule,
-    TwoStageDMAE,
-    adaptive_weight,
-    first_stage_learner,
-    first_stage_loss,
-    fourier_residual,
-    load_restorer,
-    restore,
-    restore_image,
-    restorers,
-    save_restorer,
-    two_stage_learner,
-    two_stage_loss,
-    windows,
+    Adversary, ConditionalBlock, ConditionalDecoder, Degradation, FiLM, PatchCritic,
+    ResidualEncoder, ShareSchedule, TwoStageDMAE, adaptive_weight, first_stage_learner,
+    first_stage_loss, fourier_residual, load_restorer, restore, restore_image, restorers,
+    save_restorer, two_stage_learner, two_stage_loss,
 )
 
 SIZES = dict(img_size=16, patch=4, dim=32, depth=1, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
@@ -974,7 +959,7 @@ def test_a_run_is_found_again(tmp_path, monkeypatch, capsys):
         and len(list(tmp_path.iterdir())) == 1
         and same(held(made[0].bare), held(made[1].bare))
     )
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     assert fingerprint(first[0]) == fingerprint(first[1])
     for learn in (made[0], first[0]):
@@ -1025,7 +1010,7 @@ def test_another_run_is_another(kw):
         base['adversary'], kw['adversary'] = adversary(), adversary(**kw['adversary'])
     if 'cbs' in kw:
         base['cbs'], kw['cbs'] = [ShareSchedule()], [ShareSchedule(kw['cbs'])]
-    from restore_lib.learner import fingerprint
+    from restore_lib.fingerprints import fingerprint
 
     assert fingerprint(learner(d=d, **base)) != fingerprint(learner(d=d, **kw))
 
