@@ -167,10 +167,11 @@ def _named_pairs(pairs, names):
 def _functions(metrics):
     "name -> function: a dict as it came, or of names."
     if metrics is None: metrics = ['PSNR', 'SSIM']
-    if not isinstance(metrics, (list, tuple)): return metrics
+    named = isinstance(metrics, (list, tuple)) and all(isinstance(name, str) for name in metrics)
+    if not named: return metrics
     known = {'PSNR': lambda: psnr, 'SSIM': lambda: ssim, 'ST-LPIPS': st_lpips}
     for name in metrics:
-        if not isinstance(name, str) or name not in known:
+        if name not in known:
             raise ValueError(f'metrics holds {name!r}; expected names out of {", ".join(known)}, '
                              'or a dict name -> function')
     return {name: known[name]() for name in metrics}
