@@ -3,6 +3,7 @@
 `make` copies this file to .venv/etc/jupyter, where JupyterLab of that environment reads it.
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -19,12 +20,21 @@ def project_of(path):
     return None
 
 
+def keep_numbers(nb, path):
+    "A browser writes 2.0 as 2: widgets in which nothing else changed stay as the file has them."
+    if path.exists():
+        old = json.loads(path.read_text(encoding='utf-8')).get('metadata', {}).get('widgets')
+        if old and old == nb['metadata'].get('widgets'):
+            nb['metadata']['widgets'] = old
+
+
 def clean(model, path, contents_manager, **_):
     "Cleans a notebook of this project before it is written."
     nb = model.get('content')
     if model.get('type') != 'notebook' or not nb or nb.get('nbformat') != 4:
         return
-    project = project_of(Path(contents_manager.root_dir).absolute() / path.strip('/'))
+    path = Path(contents_manager.root_dir).absolute() / path.strip('/')
+    project = project_of(path)
     if project is None:
         return
     from nbdev.clean import clean_nb
@@ -43,6 +53,7 @@ def clean(model, path, contents_manager, **_):
     for cell in nb['cells']:
         if cell['cell_type'] != 'code':
             cell['metadata'].pop('trusted', None)
+    keep_numbers(nb, path)
 
 
 warnings.filterwarnings('ignore', 'Overriding existing pre_save_hook')  # there is none but this
