@@ -171,6 +171,17 @@ def test_course_runs_one_notebook_by_number_or_name(course, tmp_path):
     assert done.returncode != 0 and "no notebook 'engin'" in done.stderr
 
 
+def test_course_keeps_the_modules_of_its_start(course, tmp_path):
+    first = '%load_ext autoreload\n%autoreload 2\nfrom pathlib import Path\nimport os'
+    write = 'Path("made.py").write_text("x = 1")\nimport made'
+    again = 'Path("made.py").write_text("x = 2")\nos.utime("made.py", (2**32, 2**32))'
+    lesson(tmp_path, first, write, again, 'made.x')
+    done = course('course')
+    assert done.returncode == 0, done.stderr
+    ran = nbformat.read(tmp_path / '_course/07_try.ipynb', 4).cells
+    assert ran[1].source == first and ran[-1].outputs[0].data['text/plain'] == '1'
+
+
 def test_course_stops_at_a_failing_lesson(course, tmp_path):
     lesson(tmp_path, '1 + 1', 'raise RuntimeError("broken on purpose")')
     done = course('course')

@@ -88,6 +88,9 @@ def execute(path):
     for cell in nb.cells:
         if cell.cell_type == 'code':
             cell.outputs, cell.execution_count = [], None
+    written = [cell.source for cell in nb.cells]
+    for cell in nb.cells:  # a run of hours keeps the modules of its start, whatever is exported
+        cell.source = re.sub(r'^%autoreload 2$', '%autoreload 0', cell.source, flags=re.M)
     client = Client(
         nb,
         timeout=None,
@@ -106,6 +109,8 @@ def execute(path):
         text = re.sub(r'\x1b\[[0-9;]*m', '', getattr(error, 'traceback', str(error)))
         place = f'{path.name}, cell {failed + 1} of {len(nb.cells)}'
         sys.exit(f'\n{place}:\n{nb.cells[failed].source}\n\n{text}')
+    for cell, source in zip(nb.cells, written):
+        cell.source = source
     return nb
 
 
