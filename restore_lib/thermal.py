@@ -7,214 +7,258 @@ __all__ = ['thermal']
 
 # %% ../nbs/appendix/thermal.ipynb #thermal-002
 import math
+
 import torch
 import torch.nn.functional as F
 from .checks import check_whole
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-003
-# A thermal camera's world. Maps are (scenes, h, w), drawn parameters (scenes, 1, 1); lengths in metres, temperatures in kelvin.
-_LAYERS = 5                  # depth layers of objects, each 0.6 times as far as the one behind
-_FARTHEST = 80               # m, distance of the first layer
-_CAMERA = 1.7                # m, height of the camera above the ground
-_FOCAL = 1.6                 # focal length in frame heights (35 degrees vertical field of view)
-_PLANCK = 1438.8             # K, h c / (k_B lambda) at 10 um, the middle of the 8-14 um band
-_PER_KELVIN = _PLANCK / 300**2  # 1/K, relative growth of radiance near 300 K
-_BATCH = 16                  # scenes rendered at once: the maps then fit in the processor's cache
-_DRAWS = 600                 # uniform numbers kept ready for each scene (541 are used)
+# %% ../nbs/appendix/thermal.ipynb #thermal-005
+# Maps are (scenes, h, w), drawn parameters (scenes, 1, 1); lengths are metres, values kelvin.
+_LAYERS = 5                     # depth layers of objects, each 0.6 times as far as the one behind
+_FARTHEST = 80                  # m, distance of the first layer
+_CAMERA = 1.7                   # m, height of the camera above the ground
+_FOCAL = 1.6                    # focal length in frame heights: a field of view of 35 degrees
+_PLANCK = 1438.8                # K, h c / (k_B lambda) at 10 um, the middle of the 8-14 um band
+_PER_KELVIN = _PLANCK/300**2    # 1/K, relative growth of radiance near 300 K
+_BATCH = 16                     # scenes at once: the maps then fit in the processor's cache
+_DRAWS = 600                    # uniform numbers kept ready for each scene (541 are used)
+
 
 class _Dice:
-    "A random generator per scene: dice(lo, hi) is the next uniform number of every scene, as (scenes, 1, 1)."
-
-    def __init__(self, scenes: range, seed: int, h: int, w: int):
-        gens = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in scenes]  # any large prime
-        draws = [torch.rand(_DRAWS, generator=g, dtype=torch.float32) for g in gens]
-        white = [torch.randn(3, h, w, generator=g, dtype=torch.float32) for g in gens]
+    "One random generator a scene: dice(low, high) is the next number of each, (scenes, 1, 1)."
+    def __init__(self, scenes, seed, h, w):
+        # any large prime
+        seeds = [(seed*1_000_003 + i) % 2**32 for i in scenes]
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        draws = [torch.rand(_DRAWS, generator=g, dtype=torch.float32) for g in generators]
+        white = [torch.randn(3, h, w, generator=g, dtype=torch.float32) for g in generators]
         self.numbers = iter(torch.stack(draws, 1)[..., None, None])
-        self.white = torch.stack(white, 1)  # three white noise fields
+        self.white = torch.stack(white, 1)             # three fields of white noise
 
-    def __call__(self, lo: float, hi: float) -> torch.Tensor:
-        return lo + (hi - lo) * next(self.numbers)
+    def __call__(self, low, high):
+        return low + (high - low)*next(self.numbers)
 
 
-def _fractal(white: torch.Tensor, slope: torch.Tensor, stretch: float = 1) -> torch.Tensor:
-    "White noise -> 1/f^slope noise of mean 0 and deviation 1; stretch > 1 makes horizontal streaks."
+def _fractal(white, slope, stretch=1):
+    "White noise -> 1/f^slope noise of mean 0 and deviation 1; stretch > 1 makes streaks."
     h, w = white.shape[-2:]
     rows = torch.fft.fftfreq(h, dtype=torch.float32)[:, None]
-    f = torch.hypot(rows / stretch, torch.fft.rfftfreq(w, dtype=torch.float32) * stretch)
-    f[0, 0] = 1  # the mean goes anyway
-    x = torch.fft.irfft2(torch.fft.rfft2(white) * f**-slope, s=(h, w))
-    return (x - x.mean((-2, -1), keepdim=True)) / x.std((-2, -1), keepdim=True)
+    f = torch.hypot(rows/stretch, torch.fft.rfftfreq(w, dtype=torch.float32)*stretch)
+    f[0, 0] = 1                                        # the mean goes anyway
+    x = torch.fft.irfft2(torch.fft.rfft2(white)*f**-slope, s=(h, w))
+    return (x - x.mean((-2, -1), keepdim=True))/x.std((-2, -1), keepdim=True)
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-004
-def _box(u: torch.Tensor, v: torch.Tensor, cu, cv, hu, hv) -> torch.Tensor:
+# %% ../nbs/appendix/thermal.ipynb #thermal-008
+def _box(u, v, cu, cv, hu, hv):
     "Distance to a box with centre (cu, cv) and half sides (hu, hv)."
     return torch.maximum((u - cu).abs() - hu, (v - cv).abs() - hv)
 
 
-def _rod(u: torch.Tensor, v: torch.Tensor, au, av, bu, bv, r) -> torch.Tensor:
+def _rod(u, v, au, av, bu, bv, r):
     "Distance to a round rod of radius r from (au, av) to (bu, bv); a disc where both ends agree."
     du, dv = bu - au, bv - av
-    t = (((u - au) * du + (v - av) * dv) / (du**2 + dv**2 + 1e-6)).clamp(0, 1)  # place of the nearest axis point
-    return torch.hypot(u - au - t * du, v - av - t * dv) - r
+    nearest = (((u - au)*du + (v - av)*dv)/(du**2 + dv**2 + 1e-6)).clamp(0, 1)
+    return torch.hypot(u - au - nearest*du, v - av - nearest*dv) - r
 
 
-def _paint(kelvin: torch.Tensor, distance: torch.Tensor, value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    "Cover kelvin by value where distance < 0, the edge one pixel wide; scale is pixels per unit of distance."
-    return kelvin + (value - kelvin) * (0.5 - distance * scale).clamp(0, 1)
+def _paint(kelvin, distance, value, scale):
+    "Cover kelvin by value where distance < 0, edges one pixel wide; scale: pixels per unit of it."
+    return kelvin + (value - kelvin)*(0.5 - distance*scale).clamp(0, 1)
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-006
-# The cast. Each yields its parts back to front as (distance in m, kelvin); u, v are metres beside and above its foot,
-# tex is a _fractal texture of deviation 1. Sizes are in metres, temperatures in kelvin.
-
-def _building(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
+# %% ../nbs/appendix/thermal.ipynb #thermal-011
+def _building(u, v, tex, dice):
     "A wall under a flat or gable roof, with rows of framed windows, each at its own temperature."
-    half, top, wall, pitch = dice(3, 12), dice(3, 11), dice(281, 298), dice(-0.4, 0.6).clamp(min=0)
-    wide, tall = dice(1.8, 3.5), dice(2.4, 3.3)  # spacing of the windows
-    column, floor = (u / wide).floor(), (v / tall).floor()
-    pane = _box(u - column * wide, v - floor * tall, wide / 2, tall / 2, wide * dice(0.15, 0.35), tall * dice(0.2, 0.3))
-    pane = torch.maximum(pane, _box(u, v, 0, top / 2, half - 0.3, top / 2 - 0.3))  # no window at the rim of the wall
-    slab = _box(u, v, 0, top + 5, half + 0.4, 5.3)  # from 0.3 m below the top up, cut by the slope of the roof
-    yield torch.maximum(slab, v - top - 0.3 - pitch * (half - u.abs())), wall - dice(-2, 15)
-    yield _box(u, v, 0, top / 2, half, top / 2), wall + 0.4 * tex
+    half, top, wall = dice(3, 12), dice(3, 11), dice(281, 298)
+    pitch = dice(-0.4, 0.6).clamp(min=0)
+    wide, tall = dice(1.8, 3.5), dice(2.4, 3.3)                        # spacing of the windows
+    column, floor = (u/wide).floor(), (v/tall).floor()
+    half_width, half_height = wide*dice(0.15, 0.35), tall*dice(0.2, 0.3)
+    pane = _box(u - column*wide, v - floor*tall, wide/2, tall/2, half_width, half_height)
+    # no window at the rim of the wall
+    pane = torch.maximum(pane, _box(u, v, 0, top/2, half - 0.3, top/2 - 0.3))
+    # the roof: from 0.3 m below the top up, cut by its slope
+    slab = _box(u, v, 0, top + 5, half + 0.4, 5.3)
+    yield torch.maximum(slab, v - top - 0.3 - pitch*(half - u.abs())), wall - dice(-2, 15)
+    yield _box(u, v, 0, top/2, half, top/2), wall + 0.4*tex
     yield pane - 0.12, wall + dice(-6, 6)
-    yield pane, wall + dice(-8, 3) + 4 * torch.sin(12.9 * column + 78.2 * floor + wall)  # a hash of the window's place
+    hashed = torch.sin(12.9*column + 78.2*floor + wall)                # of the window's place
+    yield pane, wall + dice(-8, 3) + 4*hashed
 
 
-def _tree(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
+def _tree(u, v, tex, dice):
     "Trunk, branches (the zero lines of the texture) and ragged foliage with holes."
     tall, air = dice(3, 11), dice(283, 292)
-    crown = torch.hypot((u - dice(-1, 1)) / dice(0.7, 1.3), v - 0.65 * tall) - 0.36 * tall
-    yield torch.maximum(_rod(u, v, 0, 0, dice(-0.5, 0.5), 0.7 * tall, 0.03 * tall), -v), air + dice(-1, 5)
-    yield torch.maximum(crown, 0.25 * tall * (tex.abs() - dice(0.05, 0.25))), air + dice(0, 4)
-    holes = 0.25 * tall * (tex.roll(31, -1) - dice(-0.5, 2.5))
-    yield torch.maximum(crown + 0.12 * tall * tex, holes), air + dice(0.5, 2.5) * tex.roll(17, -2)
+    crown = torch.hypot((u - dice(-1, 1))/dice(0.7, 1.3), v - 0.65*tall) - 0.36*tall
+    trunk = _rod(u, v, 0, 0, dice(-0.5, 0.5), 0.7*tall, 0.03*tall)
+    yield torch.maximum(trunk, -v), air + dice(-1, 5)
+    branches = 0.25*tall*(tex.abs() - dice(0.05, 0.25))
+    yield torch.maximum(crown, branches), air + dice(0, 4)
+    holes = 0.25*tall*(tex.roll(31, -1) - dice(-0.5, 2.5))
+    yield torch.maximum(crown + 0.12*tall*tex, holes), air + dice(0.5, 2.5)*tex.roll(17, -2)
 
-def _pole(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
+
+def _pole(u, v, tex, dice):
     "Sagging wires, a mast with a cross arm and a sign."
     tall, thick, temp = dice(5, 10), dice(0.05, 0.18), dice(280, 300)
     for k in range(3):
-        hang = dice(0.5, 2.5) * ((u / 20)**2 - 1) + dice(-0.06, 0.12) * u  # a parabola over spans of 40 m
-        yield (v - tall - 0.5 * k - hang).abs() - dice(-0.03, 0.05), dice(276, 290)
-    yield _box(u, v, 0, tall / 2, thick, tall / 2), temp
+        # a parabola over spans of 40 m
+        hang = dice(0.5, 2.5)*((u/20)**2 - 1) + dice(-0.06, 0.12)*u
+        yield (v - tall - 0.5*k - hang).abs() - dice(-0.03, 0.05), dice(276, 290)
+    yield _box(u, v, 0, tall/2, thick, tall/2), temp
     yield _box(u, v, dice(-1, 1), tall - 0.6, dice(0.2, 1.4), dice(0.05, 0.2)), temp + dice(-4, 4)
     yield _box(u, v, 0, dice(2, 3.5), dice(0.1, 0.7), dice(0.1, 0.7)), temp + dice(-12, 6)
 
 
-def _fence(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
+def _fence(u, v, tex, dice):
     "A low wall or none, posts and a rail."
     long, tall, gap, temp = dice(2, 12), dice(0.7, 2), dice(0.15, 0.8), dice(283, 297)
-    posts = (u - (u / gap).round() * gap).abs() - gap * dice(0.1, 0.3)
-    yield _box(u, v, 0, 0.25 * tall, long, tall * dice(-0.25, 0.25)), temp + dice(-6, 6) + 0.5 * tex
-    yield torch.maximum(posts, _box(u, v, 0, tall / 2, long, tall / 2)), temp
+    posts = (u - (u/gap).round()*gap).abs() - gap*dice(0.1, 0.3)
+    wall = _box(u, v, 0, 0.25*tall, long, tall*dice(-0.25, 0.25))
+    yield wall, temp + dice(-6, 6) + 0.5*tex
+    yield torch.maximum(posts, _box(u, v, 0, tall/2, long, tall/2)), temp
     yield _box(u, v, 0, tall, long, dice(0.03, 0.1)), temp
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-007
-def _vehicle(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
+# %% ../nbs/appendix/thermal.ipynb #thermal-013
+def _vehicle(u, v, tex, dice):
     "Panes that mirror the cold sky, a body warm at the bonnet, tyres, rims and a hot exhaust."
     half, temp, front = dice(0.9, 2.3), dice(283, 297), dice(-1, 1).sign()
-    yield _box(u, v, 0, 0.1, half * 0.95, 0.16), temp + dice(-8, 10)  # shade or warmth below the floor
-    cabin = torch.maximum(u.abs() - half * (1.25 - 0.4 * v), (v - 1.15).abs() - 0.4)
+    # shade or warmth below the floor
+    yield _box(u, v, 0, 0.1, half*0.95, 0.16), temp + dice(-8, 10)
+    cabin = torch.maximum(u.abs() - half*(1.25 - 0.4*v), (v - 1.15).abs() - 0.4)
     yield cabin - 0.05, temp + dice(-3, 3)
-    yield torch.maximum(cabin + 0.07, 0.05 - (u.abs() - dice(0, 0.3) * half).abs()), temp - dice(0, 18)
-    yield _box(u, v, 0, 0.62, half, 0.35), temp + dice(-1, 8) * front * u / half + 0.3 * tex
-    yield _box(u, v, 0, 0.7, half * dice(0.3, 1), dice(-0.1, 0.06)), temp + dice(-8, 8)  # trim or plate
-    for wheel in (-0.64 * half, 0.64 * half):
+    post = 0.05 - (u.abs() - dice(0, 0.3)*half).abs()
+    yield torch.maximum(cabin + 0.07, post), temp - dice(0, 18)
+    yield _box(u, v, 0, 0.62, half, 0.35), temp + dice(-1, 8)*front*u/half + 0.3*tex
+    # trim or plate
+    yield _box(u, v, 0, 0.7, half*dice(0.3, 1), dice(-0.1, 0.06)), temp + dice(-8, 8)
+    for wheel in (-0.64*half, 0.64*half):
         yield _rod(u, v, wheel, 0.33, wheel, 0.33, 0.34), temp + dice(2, 14)
         yield _rod(u, v, wheel, 0.33, wheel, 0.33, 0.2), temp + dice(-4, 18)
-    yield _box(u, v, -front * half * 0.93, 0.27, 0.1, 0.05), dice(300, 340)  # exhaust
+    yield _box(u, v, -front*half*0.93, 0.27, 0.1, 0.05), dice(300, 340)       # exhaust
 
 
-def _person(u: torch.Tensor, v: torch.Tensor, tex: torch.Tensor, dice: _Dice):
+def _person(u, v, tex, dice):
     "Legs, arms and trunk in clothes, a bare warm head."
-    cloth, step, swing = dice(292, 302) + 0.3 * tex, dice(-0.35, 0.35), dice(-0.4, 0.4)
+    cloth, step, swing = dice(292, 302) + 0.3*tex, dice(-0.35, 0.35), dice(-0.4, 0.4)
     for side in (-1, 1):
-        yield _rod(u, v, side * 0.07, 0.85, side * (step + 0.05), 0.05, 0.085), cloth + dice(-3, 2)
-        yield _rod(u, v, side * 0.2, 1.38, side * (swing + 0.1), 0.85, 0.06), cloth + dice(-2, 5)
+        leg = _rod(u, v, side*0.07, 0.85, side*(step + 0.05), 0.05, 0.085)
+        yield leg, cloth + dice(-3, 2)
+        arm = _rod(u, v, side*0.2, 1.38, side*(swing + 0.1), 0.85, 0.06)
+        yield arm, cloth + dice(-2, 5)
     yield _box(u, v, 0, 1.15, 0.1, 0.2) - 0.1, cloth + dice(-3, 2)
     yield _rod(u, v, 0, 1.58, 0, 1.64, 0.11), dice(302, 307)
 
 
-_CAST = {_building: 0.3, _tree: 0.45, _pole: 0.35, _fence: 0.2, _vehicle: 0.45, _person: 0.4}  # chance in every layer
+# the chance of each in every layer
+_CAST = {_building: 0.3, _tree: 0.45, _pole: 0.35, _fence: 0.2, _vehicle: 0.45, _person: 0.4}
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-008
-def _ground(x: torch.Tensor, y: torch.Tensor, tex: torch.Tensor, streaks: torch.Tensor, dice: _Dice, pixel: torch.Tensor) -> torch.Tensor:
-    "Sky and clouds above the horizon y = 0; grass, road, markings, cracks and shadows below."
-    sky = dice(235, 270) + dice(10, 35) * (0.5 + y) + dice(0, 5) * (streaks - dice(-0.5, 2)).clamp(min=0)
-    z = _FOCAL * _CAMERA / y.clamp(min=1e-3)  # m, distance of the ground point seen in a pixel
-    aside, scale = (x * z / _FOCAL - dice(-4, 4)).abs(), _FOCAL / z / pixel  # m from the road's axis, pixels per metre
+# %% ../nbs/appendix/thermal.ipynb #thermal-016
+def _road(x, z, tex, streaks, dice, pixel):
+    "Grass, kerb, road, markings, cracks and soft shadows, seen at distances z."
+    aside = (x*z/_FOCAL - dice(-4, 4)).abs()                           # m from the road's axis
+    scale = _FOCAL/z/pixel                                             # pixels per metre
     warm, half = dice(284, 300), dice(3, 8)
-    road = warm + dice(0.2, 1.5) * streaks
-    soil = warm + dice(-8, 4) + dice(0.5, 2.5) * tex
-    soil = _paint(soil, aside - half - 0.3, warm + dice(-8, 8), scale)  # kerb
+    road = warm + dice(0.2, 1.5)*streaks
+    soil = warm + dice(-8, 4) + dice(0.5, 2.5)*tex
+    soil = _paint(soil, aside - half - 0.3, warm + dice(-8, 8), scale)           # kerb
     soil = _paint(soil, aside - half, road, scale)
-    dash = ((z / 6).frac() - 0.5).abs() * 6 - dice(0.8, 3.2)  # one dash every 6 m
-    line = (aside - half * dice(0, 0.9)).abs() - dice(0.04, 0.15)
-    soil = _paint(soil, torch.maximum(line, dash), road + dice(-5, 3), scale)  # lane marking
-    soil = soil + dice(-3, 4) * (streaks.abs() < dice(-0.05, 0.03))  # cracks along a level line
-    soil = soil - dice(0, 4) * (5 * (streaks.roll(9, -2) - dice(0.2, 2))).clamp(0, 1)  # soft shadows
-    return _paint(sky, -y, soil, 1 / pixel)
+    dash = ((z/6).frac() - 0.5).abs()*6 - dice(0.8, 3.2)                         # one every 6 m
+    line = (aside - half*dice(0, 0.9)).abs() - dice(0.04, 0.15)
+    soil = _paint(soil, torch.maximum(line, dash), road + dice(-5, 3), scale)    # lane marking
+    soil = soil + dice(-3, 4)*(streaks.abs() < dice(-0.05, 0.03))                # cracks
+    return soil - dice(0, 4)*(5*(streaks.roll(9, -2) - dice(0.2, 2))).clamp(0, 1)
 
-def _temperature(dice: _Dice) -> torch.Tensor:
+
+def _ground(x, y, tex, streaks, dice, pixel):
+    "Sky and clouds above the horizon y = 0, the road below."
+    clear = dice(235, 270) + dice(10, 35)*(0.5 + y)
+    sky = clear + dice(0, 5)*(streaks - dice(-0.5, 2)).clamp(min=0)
+    z = _FOCAL*_CAMERA/y.clamp(min=1e-3)                               # m
+    return _paint(sky, -y, _road(x, z, tex, streaks, dice, pixel), 1/pixel)
+
+
+def _temperature(dice):
     "Kelvin in every pixel: sky and ground, then the cast from the farthest to the nearest layer."
     tex, streaks = _fractal(dice.white[0], dice(1, 1.7)), _fractal(dice.white[1], dice(1, 1.8), 2)
-    drift = _fractal(dice.white[0], dice(1.8, 2.5))  # slow change of temperature over a surface
+    drift = _fractal(dice.white[0], dice(1.8, 2.5))         # slow change over a surface
     h, w = tex.shape[-2:]
-    pixel = dice(0.3, 1) / h  # frame heights per pixel: a long lens sees a part of the frame
-    columns, rows = (torch.arange(n, dtype=torch.float32) - n / 2 for n in (w, h))
-    x = columns * pixel + dice(-0.4, 0.4)
-    y = rows[:, None] * pixel + dice(-0.3, 0.3)  # below the horizon
+    pixel = dice(0.3, 1)/h                                  # a long lens sees a part of the frame
+    columns, rows = (torch.arange(n, dtype=torch.float32) - n/2 for n in (w, h))
+    x = columns*pixel + dice(-0.4, 0.4)
+    y = rows[:, None]*pixel + dice(-0.3, 0.3)               # below the horizon
     kelvin = _ground(x, y, tex, streaks, dice, pixel)
     for layer in range(_LAYERS):
         for k, (thing, chance) in enumerate(_CAST.items()):
-            metre = _FOCAL / (_FARTHEST * 0.6**layer * dice(0.75, 1.25))  # frame heights per metre at that distance
-            u, v = (x - dice(-0.7, 0.7)) / metre, _CAMERA - y / metre
+            # frame heights per metre at that distance
+            metre = _FOCAL/(_FARTHEST*0.6**layer*dice(0.75, 1.25))
+            u, v = (x - dice(-0.7, 0.7))/metre, _CAMERA - y/metre
             absent = torch.where(dice(0, 1) < chance, 0, math.inf).float()
-            bias = dice(0, 1.2) * drift.roll((29 * layer, 41 * k), (-2, -1))  # another piece for each object
-            for distance, value in thing(u, v, tex.roll((37 * layer, 53 * k), (-2, -1)), dice):
-                kelvin = _paint(kelvin, distance + absent, value + bias, metre / pixel)
+            # another piece of the textures for each object
+            bias = dice(0, 1.2)*drift.roll((29*layer, 41*k), (-2, -1))
+            surface = tex.roll((37*layer, 53*k), (-2, -1))
+            for distance, value in thing(u, v, surface, dice):
+                kelvin = _paint(kelvin, distance + absent, value + bias, metre/pixel)
     return kelvin
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-010
-def _radiance(kelvin: torch.Tensor) -> torch.Tensor:
-    "Planck's law at 10 um, 1 at 300 K; near there it grows like the 4.8th power of the temperature."
-    return math.expm1(_PLANCK / 300) / torch.expm1(_PLANCK / kelvin)
+# %% ../nbs/appendix/thermal.ipynb #thermal-018
+def _radiance(kelvin):
+    "Planck's law at 10 um, 1 at 300 K; near there it grows like the 4.8th power of kelvin."
+    return math.expm1(_PLANCK/300)/torch.expm1(_PLANCK/kelvin)
 
 
-def _blur(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def _blur(x, sigma):
     "Gaussian blur of each scene by its own sigma in pixels (up to 2.5): rows, then columns."
-    taps = [torch.exp(-k**2 / (2 * sigma**2)) for k in range(-6, 7)]
+    taps = [torch.exp(-k**2/(2*sigma**2)) for k in range(-6, 7)]
     for _ in range(2):
-        wide = F.pad(x, (6, 6, 0, 0), mode="replicate")
-        x = (sum(tap * wide[..., k:k + x.shape[-1]] for k, tap in enumerate(taps)) / sum(taps)).mT
+        wide = F.pad(x, (6, 6, 0, 0), mode='replicate')
+        x = sum(tap*wide[..., k:k + x.shape[-1]] for k, tap in enumerate(taps))/sum(taps)
+        x = x.mT
     return x
 
 
-def _sensor(light: torch.Tensor, dice: _Dice) -> torch.Tensor:
-    "Optics blur, then the noise of a microbolometer (between white and 1/f) and fixed column and row stripes."
-    white, netd = dice.white[2], dice(0.02, 0.15)  # K, noise-equivalent temperature difference
-    noise = _fractal(white, dice(0.2, 1)) + dice(0, 0.3) * white[:, :1] + dice(0, 0.6) * white[..., :1]
-    return _blur(light, dice(0.7, 1.3)) + _PER_KELVIN * netd * noise
+def _sensor(light, dice):
+    "Blur of the optics, noise of a microbolometer, fixed stripes of columns and rows."
+    white = dice.white[2]
+    netd = dice(0.02, 0.15)                        # K, noise-equivalent temperature difference
+    noise = _fractal(white, dice(0.2, 1))
+    noise = noise + dice(0, 0.3)*white[:, :1] + dice(0, 0.6)*white[..., :1]
+    return _blur(light, dice(0.7, 1.3)) + _PER_KELVIN*netd*noise
 
-# %% ../nbs/appendix/thermal.ipynb #thermal-011
-def _gain_control(signal: torch.Tensor, dice: _Dice, bins: int = 1024) -> torch.Tensor:
-    "Plateau equalization mixed with a linear stretch, detail enhancement, 8 bits -> [0, 1]."
-    low, high = signal.amin((-2, -1), keepdim=True), signal.amax((-2, -1), keepdim=True)
-    span = torch.maximum(high - low, _PER_KELVIN * dice(8, 25))  # a scene of few kelvin keeps a low contrast
-    level = ((signal - low) / span).flatten(1) * (bins - 1)
+# %% ../nbs/appendix/thermal.ipynb #thermal-020
+def _equalised(signal, span, low, dice, bins=1024):
+    "Plateau equalisation mixed with a linear stretch: grey from 0 to 1."
+    level = ((signal - low)/span).flatten(1)*(bins - 1)
     slot = level.long()
     share = level.new_zeros(len(signal), bins)
-    share = share.scatter_add_(1, slot, torch.ones_like(level)) / level.shape[1]
-    share = share.clamp(max=2 / bins) + dice(0.2, 2)[..., 0] / bins  # the plateau, and the linear part
-    grey = (share.cumsum(1).gather(1, slot) - share.gather(1, slot) * (1 - level.frac())) / share.sum(1, keepdim=True)
-    grey = grey.view_as(signal)
-    grey = grey + dice(0, 0.7) * (grey - _blur(grey, dice(1, 2.5)))  # detail enhancement
-    grey = 0.5 + dice(0.5, 1.1) * (grey - 0.5) + dice(-0.15, 0.15)  # contrast and brightness
-    return (grey.clamp(0, 1) * 255).round() / 255
+    share = share.scatter_add_(1, slot, torch.ones_like(level))/level.shape[1]
+    share = share.clamp(max=2/bins) + dice(0.2, 2)[..., 0]/bins       # plateau and linear part
+    below = share.cumsum(1).gather(1, slot) - share.gather(1, slot)*(1 - level.frac())
+    return (below/share.sum(1, keepdim=True)).view_as(signal)
 
-def thermal(n: int, size: int | tuple[int, int] = 128, seed: int = 0) -> torch.Tensor:
-    "n procedural thermal camera scenes, (n, 1, h, w) float32 in [0, 1]; scene i depends on (seed, i) only."
+
+def _gain_control(signal, dice):
+    "Equalisation, detail enhancement, contrast and brightness, 8 bits -> [0, 1]."
+    low, high = signal.amin((-2, -1), keepdim=True), signal.amax((-2, -1), keepdim=True)
+    # a scene of few kelvin keeps a low contrast
+    span = torch.maximum(high - low, _PER_KELVIN*dice(8, 25))
+    grey = _equalised(signal, span, low, dice)
+    grey = grey + dice(0, 0.7)*(grey - _blur(grey, dice(1, 2.5)))
+    grey = 0.5 + dice(0.5, 1.1)*(grey - 0.5) + dice(-0.15, 0.15)
+    return (grey.clamp(0, 1)*255).round()/255
+
+# %% ../nbs/appendix/thermal.ipynb #thermal-023
+def thermal(
+    n,              # how many scenes
+    size=128,       # side in pixels, at least 16, or (h, w)
+    seed=0,         # a whole number from 0; scene i depends on (seed, i) alone
+) -> torch.Tensor:  # (n, 1, h, w) float32 in [0, 1], on 8-bit levels
+    "Procedural scenes of a thermal camera; ValueError or TypeError for what is no number or size."
     h, w = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-    n, seed = check_whole(n, "n", 1), check_whole(seed, "seed", 0)
-    h, w = (check_whole(side, "size", 16) for side in (h, w))
-    dices = (_Dice(range(i, min(i + _BATCH, n)), seed, h, w) for i in range(0, n, _BATCH))
-    return torch.cat([_gain_control(_sensor(_radiance(_temperature(dice)), dice), dice) for dice in dices])[:, None]
+    n, seed = check_whole(n, 'n', 1), check_whole(seed, 'seed', 0)
+    h, w = (check_whole(side, 'size', 16) for side in (h, w))
+    scenes = []
+    for first in range(0, n, _BATCH):
+        dice = _Dice(range(first, min(first + _BATCH, n)), seed, h, w)
+        seen = _sensor(_radiance(_temperature(dice)), dice)
+        scenes.append(_gain_control(seen, dice))
+    return torch.cat(scenes)[:, None]
