@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import toy
+from restore_lib import records
 from restore_lib.checkpoints import load_checkpoint, save_checkpoint
 from restore_lib.learner import (
     Callback, EMA, Learner, Metrics, Progress, ResidualCNN, param_groups, warmup_cosine,
@@ -679,11 +680,11 @@ def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path / 'runs'))
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
     monkeypatch.delenv('IN_TEST', raising=False)
-    monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    monkeypatch.setattr(records, 'project_home', lambda: tmp_path)
     for act in (
         lambda: linear().fit_or_load(name, {}, 1),
-        lambda: learner.record_study(name, {}, dict(a=1), 1),
-        lambda: learner.studies(name),
+        lambda: records.record_study(name, {}, dict(a=1), 1),
+        lambda: records.studies(name),
     ):
         with pytest.raises(error, match='name is|lesson is'):
             act()
@@ -695,9 +696,9 @@ def test_studies(tmp_path, monkeypatch):
 
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
     monkeypatch.delenv('IN_TEST', raising=False)
-    monkeypatch.setattr(learner, 'project_home', lambda: tmp_path)
+    monkeypatch.setattr(records, 'project_home', lambda: tmp_path)
     for k in range(2):
-        learner.record_study(
+        records.record_study(
             '99',
             dict(size=(32, 16), where=Path('x'), n=np.int64(3)),
             dict(PSNR=np.float32(k), bad=float('nan')),
@@ -706,7 +707,7 @@ def test_studies(tmp_path, monkeypatch):
         )
     path = tmp_path / 'data/studies/99.jsonl'
     path.write_text('\n' + path.read_text() + '  \n\n')  # as an editor may leave it
-    (row,) = learner.studies('99')  # the second replaced the first
+    (row,) = records.studies('99')  # the second replaced the first
     assert (
         row['config'] == dict(size=[32, 16], where='x', n=3)
         and row['figures']['PSNR'] == 1
@@ -714,7 +715,7 @@ def test_studies(tmp_path, monkeypatch):
         and row['minutes'] == 1.0
     )
     with pytest.raises(TypeError, match='JSON cannot hold'):
-        learner.record_study('99', dict(a={1}), {}, 1)
+        records.record_study('99', dict(a={1}), {}, 1)
 
 
 # a checkpoint of another Learner

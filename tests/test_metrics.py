@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from restore_lib import metrics as M
+from restore_lib import metrics as M, states
 from restore_lib.data import digits, photos
 from restore_lib.project import data_home
 from restore_lib.metrics import (
@@ -846,7 +846,7 @@ def test_evaluating_nests_and_lets_go():
         raise KeyError
     with evaluating(lambda y: y), evaluating(None):
         assert torch.is_grad_enabled()
-    assert [m.training for m in net.modules()] == modes and not len(M._EVALUATED)
+    assert [m.training for m in net.modules()] == modes and not len(states._EVALUATED)
     with evaluating(net):
         ref = weakref.ref(net)
     del net, outer, part, inner, c
