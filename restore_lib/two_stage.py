@@ -72,7 +72,7 @@ def first_stage_loss(
 ):                 # a scalar
     "DMAE's loss with every patch seen, for any degradation."
     x = batch if isinstance(batch, torch.Tensor) else batch[-1]
-    return model(x, degrade(x) if degrade else batch[0], 0.0)[0]
+    return model(degrade(x) if degrade else batch[0], x, 0.0)[0]
 
 def first_stage_learner(
     model,         # a DMAE without norm_pix_loss
