@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from restore_lib import project
 from restore_lib.checks import check_images
 from restore_lib.data import (
     Crops, FACES, ImageFolder, PHOTOS, PairedFolder, cifar10, digits, dihedral, photos,
@@ -300,7 +301,7 @@ import restore_lib.data as D
 def test_in_test_zero_is_no_test(monkeypatch, value, mode):
     monkeypatch.setenv('IN_TEST', value)
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
-    assert D.budget_mode() == mode
+    assert project.budget_mode() == mode
 
 
 @pytest.mark.parametrize(
