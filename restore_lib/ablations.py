@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-
-from .audit import _seeded, compare
+from .audit import compare
+from .checkpoints import as_json
+from .checks import check_number, check_whole
 from .codecs import PacketCodec, WaveletPacketCodec
-from .data import check_number, check_whole
-from .learner import as_json, fingerprint
-from .metrics import Table
+from .fingerprints import fingerprint
+from .states import random_seeded
+from .tables import Table
 from .wavelets import dwt2
 
 # %% ../nbs/18_ablations.ipynb #18-007
@@ -71,7 +72,7 @@ def _work(train, config, seed):
     "One row, trained: what `ablate` records; an error of `train` is recorded, too."
     start = time.perf_counter()
     try:
-        with _seeded(seed): out = dict(status='done', figures=_figures(train(deepcopy(config), seed)))
+        with random_seeded(seed): out = dict(status='done', figures=_figures(train(deepcopy(config), seed)))
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         out = dict(status='failed', error=f'{type(error).__name__}: {error}', where=f'{Path(at.filename).name}:{at.lineno}, {at.name}')

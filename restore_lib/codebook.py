@@ -18,11 +18,10 @@ from torch import nn
 from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 from torchvision.utils import make_grid
-
-from .data import check_images, check_number, check_whole
+from .checks import check_images, check_number, check_whole
 from .learner import Callback, Learner, TensorBoard, param_groups, warmup_cosine
-from .metrics import _deployed, random_kept
 from .patching import Block, Flagged, PixelStats, ViTEncoder, sincos_pos_embed
+from .states import in_deployment, random_kept
 
 # %% ../nbs/08_codebook.ipynb #08-006
 class ViTDecoder(nn.Module):
@@ -511,7 +510,7 @@ class ReconstructionGrid(TensorBoard):
         super().after_step(learn)
         if not self.writer or learn.step % self.every or learn.step == self.drawn: return
         self.drawn = learn.step
-        with _deployed(learn.bare): x_hat = learn.bare(self.images.to(learn.acc.device))[0].float().cpu()
+        with in_deployment(learn.bare): x_hat = learn.bare(self.images.to(learn.acc.device))[0].float().cpu()
         self.writer.add_image('reconstruction', make_grid(torch.cat([self.images.cpu(), x_hat.clamp(0, 1)]), nrow=len(self.images)), learn.step)
 
 def code_use(
@@ -519,7 +518,7 @@ def code_use(
     x,      # (b, c, h, w) in [0, 1]
 ):          # -> indices (b, n), counts (k,): how often each code was used
     "What the model's codebook does with these images, in evaluation mode."
-    with _deployed(model): indices = torch.cat([model.encode(part) for part in x.split(64)])
+    with in_deployment(model): indices = torch.cat([model.encode(part) for part in x.split(64)])
     return indices, torch.bincount(indices.flatten(), minlength=model.codebook.num_codes)
 
 def plot_health(

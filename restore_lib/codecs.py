@@ -13,9 +13,8 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import nn
-
+from .checks import check_images, check_number, check_whole
 from .codebook import Codebook, nearest_code, straight_through
-from .data import check_images, check_number, check_whole
 from .learner import Learner, warmup_cosine
 from .wavelets import dct2, dwt2, idct2, idwt2, packet2, unpacket2, wavedec2, waverec2
 

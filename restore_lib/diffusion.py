@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from .data import check_number, check_whole
-from .metrics import _deployed
+from .checks import check_latent, check_number, check_steps, check_whole
+from .draws import draw_normal_like
+from .states import in_deployment
 
 # %% ../nbs/13_diffusion.ipynb #13-012
 def _per_channel(value, name):
@@ -48,30 +48,6 @@ def shift_schedule(
     if steps == 1: return torch.tensor([end], dtype=torch.float64)
     beta = torch.linspace(0, 1, steps, dtype=torch.float64)**power
     return (math.log(start) + beta*(math.log(end) - math.log(start))).exp()
-
-# %% ../nbs/13_diffusion.ipynb #13-025
-def _check(z, name, like=None):
-    "A finite float tensor (b, c, h, w) of any range, of the shape of `like` = (name, tensor) if given."
-    if not isinstance(z, torch.Tensor): raise TypeError(f'{name} is {type(z).__name__}; expected a float tensor (b, c, h, w)')
-    if not z.is_floating_point(): raise TypeError(f'{name} is {z.dtype}; expected floats (b, c, h, w)')
-    if z.ndim != 4: raise ValueError(f'{name} has shape {tuple(z.shape)}; expected (b, c, h, w)')
-    if like and z.shape != like[1].shape: raise ValueError(f'{name} has shape {tuple(z.shape)}, {like[0]} has {tuple(like[1].shape)}; expected equal shapes')
-    if z.device.type == 'cpu' and not torch.compiler.is_compiling() and not torch.isfinite(z).all():
-        raise ValueError(f'{name} holds {(~torch.isfinite(z)).sum()} values that are NaN or infinite; expected finite numbers')
-    return z
-
-def _randn(like, generator=None, shape=None):
-    "Standard normal numbers like `like`, drawn on the generator's own device: a CPU generator serves any device."
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn(shape or like.shape, generator=generator, device=generator.device if generator else like.device, dtype=dtype).to(like.device)
-
-def _check_t(t, z, steps, name='t', least=0):
-    "Whole numbers (b,) from `least` to steps - 1; their values are looked at on the CPU only."
-    if not isinstance(t, torch.Tensor): raise TypeError(f'{name} is {type(t).__name__}; expected an int64 tensor ({len(z)},)')
-    if t.dtype != torch.int64 or t.shape != z.shape[:1]: raise ValueError(f'{name} is {t.dtype} of shape {tuple(t.shape)}; expected int64 of shape ({len(z)},)')
-    if t.device.type == 'cpu' and len(t) and not least <= t.min() <= t.max() < steps:
-        raise ValueError(f'{name} holds {t.min().item()} to {t.max().item()}; expected {least} to {steps - 1}')
-    return t
 
 # %% ../nbs/13_diffusion.ipynb #13-026
 PREDICTS = ('x0', 'residual', 'noise')
@@ -112,12 +88,12 @@ class _Shift:
 
     def levels(self, t, like):
         "eta and kappa sqrt(eta) at t (b,), each (b, 1 or c, 1, 1), on the device of `like` (b, c, h, w). ValueError for t or channels."
-        _check_t(t, self._check_c(like, 'like'), self.steps)
+        check_steps(t, self._check_c(like, 'like'), self.steps)
         return self._at(self._eta, t, like), self._at(self._sigma, t, like)
 
     def scale_input(self, z, t):
         "What a network should see: z/sqrt(kappa^2 eta + latent_std^2), of variance about 1 at every t if latent_std is right. ValueError for t or channels."
-        _check_t(t, self._check_c(z, 'z'), self.steps)
+        check_steps(t, self._check_c(z, 'z'), self.steps)
         return (z*self._at(self._scale, t, z)).to(z.dtype)
 
 # %% ../nbs/13_diffusion.ipynb #13-027
@@ -125,29 +101,29 @@ class _Gaussians(_Shift):
     "q(z_t | x, y), q(z_s | z_t, x), the start of the way back, and one prediction as another."
     def shift(self, x, y, t, noise=None, generator=None):
         "z_t (b, c, h, w) of clean x and degraded y at t (b,): x + eta (y - x) + kappa sqrt(eta) noise (Yue et al. 2023, eq. 2). ValueError for shapes, t or NaN."
-        self._check_c(_check(x, 'x'), 'x'), _check(y, 'y', ('x', x)), _check_t(t, x, self.steps)
-        noise = _randn(x, generator) if noise is None else _check(noise, 'noise', ('x', x))
+        self._check_c(check_latent(x, 'x'), 'x'), check_latent(y, 'y', ('x', x)), check_steps(t, x, self.steps)
+        noise = draw_normal_like(x, generator) if noise is None else check_latent(noise, 'noise', ('x', x))
         return (x + self._at(self._eta, t, x)*(y - x) + self._at(self._sigma, t, x)*noise).to(x.dtype)
 
     def posterior(self, z, x, t, s=None):
         "Mean (b, c, h, w) and variance (b, 1 or c, 1, 1) of q(z_s | z_t, x) for s < t, by default t - 1; s = -1 is x itself (Yue et al. 2023, eq. 7)."
-        self._check_c(_check(z, 'z'), 'z'), _check(x, 'x', ('z', z)), _check_t(t, z, self.steps)
-        s = t - 1 if s is None else _check_t(s, z, self.steps, 's', -1)
+        self._check_c(check_latent(z, 'z'), 'z'), check_latent(x, 'x', ('z', z)), check_steps(t, z, self.steps)
+        s = t - 1 if s is None else check_steps(s, z, self.steps, 's', -1)
         if t.device.type == s.device.type == 'cpu' and not (s < t).all(): raise ValueError(f's is {s.tolist()}, t is {t.tolist()}; expected every s below its t')
         keep = self._at(self._eta, s, z)/self._at(self._eta, t, z)
         return (keep*z + (1 - keep)*x).to(z.dtype), self._at(self._sigma, s, z)**2*(1 - keep)
 
     def prior(self, y, noise=None, generator=None):
         "The start of the way back, y + kappa sqrt(eta_T) noise, (b, c, h, w) (Yue et al. 2023, eq. 5)."
-        self._check_c(_check(y, 'y'), 'y')
-        noise = _randn(y, generator) if noise is None else _check(noise, 'noise', ('y', y))
+        self._check_c(check_latent(y, 'y'), 'y')
+        noise = draw_normal_like(y, generator) if noise is None else check_latent(noise, 'noise', ('y', y))
         return (y + self._sigma[-1].to(noise.dtype).to(y.device)[:, None, None]*noise).to(y.dtype)
 
     def convert(self, value, z, y, t, source, to):
         "A clean picture, residual y - x or noise, `source`, as another of PREDICTS, `to`; all (b, c, h, w), exact up to rounding. ValueError for a name, shapes or t."
         for name, v in (('source', source), ('to', to)):
             if v not in PREDICTS: raise ValueError(f'{name} is {v!r}; expected one of {", ".join(PREDICTS)}')
-        self._check_c(_check(z, 'z'), 'z'), _check(value, 'value', ('z', z)), _check(y, 'y', ('z', z)), _check_t(t, z, self.steps)
+        self._check_c(check_latent(z, 'z'), 'z'), check_latent(value, 'value', ('z', z)), check_latent(y, 'y', ('z', z)), check_steps(t, z, self.steps)
         return value if source == to else self._from_x0(self._to_x0(value, z, y, t, source), z, y, t, to).to(z.dtype)
 
     def _to_x0(self, value, z, y, t, source):
@@ -223,11 +199,11 @@ class _Training(_Gaussians):
 
     def training_pair(self, x, y, t=None, generator=None, noise=None, stratified=False):
         "A `Pair` from clean x and degraded y, t drawn if not given. ValueError for shapes, t or NaN."
-        if not _check(x, 'x').numel():
+        if not check_latent(x, 'x').numel():
             raise ValueError(f'x has shape {tuple(x.shape)}; '
                              'expected at least one sample and one pixel')
         t = self.draw_t(len(x), generator, x.device, stratified) if t is None else t
-        noise = _randn(x, generator) if noise is None else noise
+        noise = draw_normal_like(x, generator) if noise is None else noise
         z = self.shift(x, y, t, noise)
         target = noise if self.predicts == 'noise' else self._from_x0(x, z, y, t, self.predicts)
         return Pair(z, self.scale_input(z, t), t, target, noise)
@@ -285,7 +261,7 @@ class ResidualShift(_Training):
         """Yields a `State` for each step back from the degraded y (b, c, h, w); the last one's x0 is the result. `steps` as in `subsequence`;
         model(scaled z, t, cond) with cond = y by default; noise (steps, b, c, h, w), row 0 for the start; randomness 1 is ResShift's posterior, 0 is deterministic (after DDIM)."""
         ts, rho = self.subsequence(steps), check_number(randomness, 'randomness', 0, 1)
-        if noise is not None and tuple(getattr(noise, 'shape', ())) != (len(ts), *_check(y, 'y').shape):
+        if noise is not None and tuple(getattr(noise, 'shape', ())) != (len(ts), *check_latent(y, 'y').shape):
             raise ValueError(f'noise has shape {tuple(getattr(noise, "shape", ()))}; expected {(len(ts), *y.shape)}, one for each step')
         z = self.prior(y, None if noise is None else noise[0], generator)
         for k, (t, s) in enumerate(zip(ts, [*ts[1:], -1])):
@@ -293,11 +269,11 @@ class ResidualShift(_Training):
             x0 = self._to_x0(_ask(model, self.scale_input(z, t_all), t_all, y if cond is None else cond), z, y, t_all, self.predicts)
             yield State(t, z, x0.to(y.dtype))
             if s < 0: return
-            fresh = 0. if not rho else _randn(y, generator) if noise is None else _check(noise[k + 1], 'noise', ('y', y))
+            fresh = 0. if not rho else draw_normal_like(y, generator) if noise is None else check_latent(noise[k + 1], 'noise', ('y', y))
             z = self._back(z, x0, y, t_all, torch.full_like(t_all, s), fresh, rho).to(y.dtype)
 
     def sample(self, model, y, steps=None, **how):
         "The restored latent (b, c, h, w) from degraded y, by `chain` (which has the other arguments), a module in eval mode, without gradients."
-        with _deployed(model):
+        with in_deployment(model):
             for state in self.chain(model, y, steps, **how): pass
         return state.x0

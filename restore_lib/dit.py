@@ -12,10 +12,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from .data import check_number, check_whole
-from .patching import Attention, Mlp, _as_hw, _grid_of, patchify, sincos_pos_embed, unpatchify
-from .unet import Knobbed, ResBlock, _mirror, _norm, _plan, _Trunk
+from .checks import check_number, check_times, check_whole, known_truth
+from restore_lib.patching import (
+    Attention, Mlp, as_hw, patch_grid, patchify, sincos_pos_embed, unpatchify,
+)
+from .unet import Knobbed, ResBlock, UNetTrunk, _mirror, group_norm, unet_plan
 
 # %% ../nbs/19_dit.ipynb #19-016
 NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
@@ -154,33 +155,20 @@ class FourierTime(SineTime):
         return torch.cat([angle.cos(), angle.sin()], 1)
 
 # %% ../nbs/19_dit.ipynb #19-027
-def _known(condition):
-    "A condition's truth; None where values cannot be looked at: on a GPU, while compiling, inside torch.func.vmap."
-    if torch.compiler.is_compiling() or condition.device.type != 'cpu': return None
-    try: return bool(condition)
-    except RuntimeError: return None
-
 def _check_map(z, name, channels, says):
     "A finite float tensor (b, channels, h, w)."
     if not isinstance(z, torch.Tensor): raise TypeError(f'{name} is {type(z).__name__}; expected a float tensor (b, {channels}, h, w)')
     if not z.is_floating_point(): raise TypeError(f'{name} is {z.dtype}; expected floats (b, {channels}, h, w)')
     if z.ndim != 4 or not z.numel(): raise ValueError(f'{name} has shape {tuple(z.shape)}; expected (b, {channels}, h, w), none of them 0')
     if z.shape[1] != channels: raise ValueError(f'{name} has {z.shape[1]} channels; expected {says}={channels}')
-    if _known(torch.isfinite(z).all()) is False: raise ValueError(f'{name} holds {(~torch.isfinite(z)).sum()} values that are NaN or infinite; expected finite numbers')
-
-def _check_time(t, z, name):
-    "Float times (b,) in [0, 1]."
-    if not isinstance(t, torch.Tensor): raise TypeError(f'{name} is {type(t).__name__}; expected a float tensor ({len(z)},)')
-    if not t.is_floating_point(): raise TypeError(f'{name} is {t.dtype}; expected floats in [0, 1]')
-    if t.shape != z.shape[:1]: raise ValueError(f'{name} has shape {tuple(t.shape)}; expected ({len(z)},): one for each of z')
-    if _known(((t >= 0) & (t <= 1)).all()) is False: raise ValueError(f'{name} holds {t.min().item():g} to {t.max().item():g}; expected times in [0, 1]')
+    if known_truth(torch.isfinite(z).all()) is False: raise ValueError(f'{name} holds {(~torch.isfinite(z)).sum()} values that are NaN or infinite; expected finite numbers')
 
 def _check_label(label, z, classes):
     "Classes (b,) int64; `classes` itself stands for no label."
     if not isinstance(label, torch.Tensor): raise TypeError(f'label is {type(label).__name__}; expected an int64 tensor ({len(z)},)')
     if label.dtype != torch.int64: raise TypeError(f'label is {label.dtype}; expected int64')
     if label.shape != z.shape[:1]: raise ValueError(f'label has shape {tuple(label.shape)}; expected ({len(z)},): one for each of z')
-    if _known(((label >= 0) & (label <= classes)).all()) is False:
+    if known_truth(((label >= 0) & (label <= classes)).all()) is False:
         raise ValueError(f'label holds {label.min().item()} to {label.max().item()}; expected 0 to {classes - 1}, or {classes} for no label')
 
 # %% ../nbs/19_dit.ipynb #19-028
@@ -210,10 +198,10 @@ class _Flow(Knobbed):
         return torch.where(lost.to(label.device), self.classes, label)
 
     def _checked(self, z, t, r, label, cond):
-        _check_map(z, 'z', self.channels, 'channels'), _check_time(t, z, 't')
+        _check_map(z, 'z', self.channels, 'channels'), check_times(t, z, 't')
         if r is not None:
-            _check_time(r, z, 'r')
-            if _known((r <= t).all()) is False: raise ValueError(f'r exceeds t by {(r - t).max().item():g}; expected r <= t')
+            check_times(r, z, 'r')
+            if known_truth((r <= t).all()) is False: raise ValueError(f'r exceeds t by {(r - t).max().item():g}; expected r <= t')
         if label is not None:
             if not self.classes: raise ValueError('label is given, but the network was made without classes; expected None')
             _check_label(label, z, self.classes)
@@ -276,7 +264,7 @@ class DiT(_Sizes, _Flow):
         cond_channels = check_whole(cond_channels, 'cond_channels', 0)
         time_scale = check_number(time_scale, 'time_scale', above=0)
         super().__init__(channels, cond_channels, classes, label_drop, dim, SineTime(dim, scale=time_scale), SineTime(dim, scale=time_scale))
-        self.patch, self.grid = patch, _grid_of(*_as_hw(img_size, 'img_size'), patch, 'img_size')
+        self.patch, self.grid = patch, patch_grid(*as_hw(img_size, 'img_size'), patch, 'img_size')
         self.tokens = nn.Linear(patch**2*(channels + cond_channels), dim)
         self.register_buffer('pos', sincos_pos_embed(dim, self.grid), persistent=False)
         blocks = (DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(depth))
@@ -287,7 +275,7 @@ class DiT(_Sizes, _Flow):
     def own_knobs(self): return dict(patch=self.patch)
 
     def _net(self, x, c):
-        hw, grid = x.shape[2:], _grid_of(*x.shape[2:], self.patch, 'z')
+        hw, grid = x.shape[2:], patch_grid(*x.shape[2:], self.patch, 'z')
         pos = self.pos if grid == self.grid else sincos_pos_embed(self.pos.shape[1], grid).to(self.pos)
         x = self.tokens(patchify(x, self.patch)) + pos                                     # (b, n, dim)
         for block in self.blocks: x = block(x, c)
@@ -316,13 +304,13 @@ class FlowUNet(_Flow):
     ):
         channels, base = check_whole(channels, 'channels', 1), check_whole(base, 'base', 2)
         cond_channels = check_whole(cond_channels, 'cond_channels', 0)
-        (widths, down, up), time = _plan(base, mults, blocks, blocks, ()), 4*base
+        (widths, down, up), time = unet_plan(base, mults, blocks, blocks, ()), 4*base
         super().__init__(channels, cond_channels, classes, label_drop, time, FourierTime(time, waves, scale), FourierTime(time, waves, scale))
         self.multiple = 2**(len(widths) - 1)
-        self.trunk = _Trunk(channels + cond_channels, widths, down, up, time, None, (), False)
+        self.trunk = UNetTrunk(channels + cond_channels, widths, down, up, time, None, (), False)
         for m in self.trunk.modules():
             if isinstance(m, ResBlock): m.norm1, m.norm2 = _widened(m.norm1), _widened(m.norm2)
-        self.last = nn.Sequential(_widened(_norm(widths[0])), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
+        self.last = nn.Sequential(_widened(group_norm(widths[0])), nn.SiLU(), nn.Conv2d(widths[0], channels, 3, padding=1))
         nn.init.zeros_(self.last[-1].weight), nn.init.zeros_(self.last[-1].bias)
 
     def _net(self, x, c):

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from .data import check_images, check_interval, check_number, check_whole
+from .checks import check_images, check_interval, check_number, check_whole
 from .degrade import gaussian
 from .learner import Learner
-from .mae import (MAE, _masking_of, load_pretrained, mae_tiny, mae_vit_base, mae_vit_large,
-                             pretrainer)
-from .metrics import _deployed
+from restore_lib.mae import (
+    MAE, load_pretrained, mae_tiny, mae_vit_base, mae_vit_large, masking_of, pretrainer,
+)
 from .patching import patchify, unpatchify
+from .states import in_deployment
 from .transfer import finetune, soft_cross_entropy
 
 # %% ../nbs/09_dmae.ipynb #09-013
@@ -66,7 +66,7 @@ class DMAE(_Drawing):
     Images, noisy ones too, are in the units of [0, 1], not clipped; (x - mean)/std is done inside."""
     def draw(self, y, mask_ratio=0.0, generator=None, masking='random'):  # -> pred (b, n, p*p*c), mask (b, n) with 1 = removed
         "All patches, drawn from those of y that are left; with mask_ratio 0 from all, and without mask tokens."
-        remove = _masking_of(masking)
+        remove = masking_of(masking)
         n = self.decoder_pos_embed.shape[1] - 1
         if mask_ratio == 0: return self.decode(self.latent(y)), y.new_zeros(len(y), n, dtype=torch.float32)
         how = {} if masking == 'random' else dict(hw=self.encoder.grid)
@@ -75,8 +75,8 @@ class DMAE(_Drawing):
         return self.decode(self.latent(y, shown[..., 0]), ids_restore), mask
 
     def forward(self,
-        x,                 # (b, c, h, w) clean images in [0, 1], of the size that the model was made for
-        y,                 # the same with noise
+        y,                 # (b, c, h, w) noisy images in the units of [0, 1], of the size that the model was made for
+        x,                 # the clean ones, in [0, 1]
         mask_ratio=0.75,   # share of patches to remove, 0 to below 1
         generator=None,    # torch.Generator of the masks
         masking='random',  # 'random', 'block' or 'grid'
@@ -115,7 +115,7 @@ def dmae_loss(
 ):  # a scalar
     "The loss of a batch with fresh noise, drawn here, so that the Learner knows nothing of it."
     x = batch if isinstance(batch, torch.Tensor) else batch[0]
-    return model(x, gaussian(x, sigma), mask_ratio, masking=masking)[0]
+    return model(gaussian(x, sigma), x, mask_ratio, masking=masking)[0]
 
 def dmae_pretrainer(
     model,             # a DMAE
@@ -138,7 +138,7 @@ def denoise(
     generator=None,   # torch.Generator of the masks
 ) -> torch.Tensor:    # (b, c, h, w), not clipped
     "The clean image as the model draws it, every patch by the network itself; ValueError for a norm-pix model."
-    with _deployed(model): return model.pixels(model.draw(y, mask_ratio, generator)[0])
+    with in_deployment(model): return model.pixels(model.draw(y, mask_ratio, generator)[0])
 
 # %% ../nbs/09_dmae.ipynb #09-053
 def load_dmae(
@@ -172,7 +172,7 @@ def noisy_votes(
     sigma, n = check_number(sigma, 'sigma', 0, 2), check_whole(n, 'n', 1)
     batch = check_whole(batch, 'batch', 1)
     votes, total = 0, len(x)*n
-    with _deployed(model):
+    with in_deployment(model):
         for start in range(0, total, batch):
             image = torch.arange(start, min(start + batch, total), device=x.device)//n
             logits = model(gaussian(x[image], sigma, generator))

@@ -14,14 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader
-
-from .data import check_images, check_number, check_whole
-from .diffusion import ResidualShift, _randn
-from .dit import _check_time, _known
-from .learner import EMA, Callback, Learner, warmup_cosine
-from .metrics import _deployed
+from .checks import check_images, check_number, check_times, check_whole, known_truth
+from .diffusion import ResidualShift
+from .draws import draw_normal_like
+from .learner import Callback, EMA, Learner, warmup_cosine
+from .states import in_deployment
 from .unet import Knobbed
 
 # %% ../nbs/20_meanflow.ipynb #20-006
@@ -34,7 +32,7 @@ def _check_values(v, name):
                         'expected a float tensor (b, ...)')
     if v.ndim < 2 or not v.numel():
         raise ValueError(f'{name} has shape {tuple(v.shape)}; expected (b, ...), none of them 0')
-    if _known(torch.isfinite(v).all()) is False:
+    if known_truth(torch.isfinite(v).all()) is False:
         bad = (~torch.isfinite(v)).sum()
         raise ValueError(f'{name} holds {bad} values that are NaN or infinite; '
                          'expected finite numbers')
@@ -46,8 +44,8 @@ def _check_pair(x, e):
 
 def _check_times(t, r, z):
     "0 <= r <= t <= 1, (b,) each."
-    _check_time(t, z, 't'), _check_time(r, z, 'r')
-    if _known((r <= t).all()) is False: raise ValueError(f'r exceeds t by {(r - t).max().item():g}; expected r <= t')
+    check_times(t, z, 't'), check_times(r, z, 'r')
+    if known_truth((r <= t).all()) is False: raise ValueError(f'r exceeds t by {(r - t).max().item():g}; expected r <= t')
 
 def straight_path(
     x,              # (b, ...) targets, at t = 0
@@ -55,7 +53,7 @@ def straight_path(
     t,              # (b,) in [0, 1]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # z_t = (1 - t) x + t e, and the velocity v = e - x, both like x
     "A point of the straight line from target to source and the velocity on it (Lipman et al. 2023; Liu et al. 2023). ValueError for shapes, NaN or t."
-    _check_pair(x, e), _check_time(t, x, 't')
+    _check_pair(x, e), check_times(t, x, 't')
     t = _wide(t, x).to(x.dtype)
     return (1 - t)*x + t*e, e - x                                       # at t = 1 exactly e
 
@@ -170,7 +168,7 @@ class FlowMatching(Knobbed):
 
     def sample(self, e, steps=1, label=None, cond=None):
         "Targets (b, ...) from sources e, in eval mode, without gradients. ValueError for steps below 1."
-        with _deployed(self):
+        with in_deployment(self):
             for _, z in self.walk(e, steps, label, cond): pass
         return z
 
@@ -280,7 +278,7 @@ class FlowStep:
     def __repr__(self): return f'FlowStep({self.degrade})'
     def __call__(self, model, batch):
         x, *label = batch if isinstance(batch, (tuple, list)) else [batch]
-        if self.degrade is None: self.last = model(2*check_images(x, 'x') - 1, _randn(x), *label)
+        if self.degrade is None: self.last = model(2*check_images(x, 'x') - 1, draw_normal_like(x), *label)
         else:
             y, mask = made if isinstance(made := self.degrade(x), tuple) else (made, None)
             self.last = model(y, x, mask)
@@ -354,7 +352,7 @@ def _check_mask(mask, b, hw):
     if not isinstance(mask, torch.Tensor) or mask.shape != (b, 1, *hw):
         raise ValueError(f'mask has shape {tuple(getattr(mask, "shape", ()))}; '
                          f'expected {(b, 1, *hw)}')
-    if _known(((mask >= 0) & (mask <= 1)).all()) is False:
+    if known_truth(((mask >= 0) & (mask <= 1)).all()) is False:
         raise ValueError('mask holds NaN or numbers outside [0, 1]; '
                          'expected 1 where to look, 0 elsewhere')
 
@@ -362,7 +360,7 @@ def _inside(values, mask):
     "Means (b,) of values (b, c, h, w) where mask (b, 1, h, w) is 1."
     _check_mask(mask, len(values), values.shape[2:])
     m = mask.to(values).expand_as(values)
-    if _known((m.flatten(1).sum(1) > 0).all()) is False: raise ValueError('mask is empty for some pictures; expected a 1 in each')
+    if known_truth((m.flatten(1).sum(1) > 0).all()) is False: raise ValueError('mask is empty for some pictures; expected a 1 in each')
     return (values*m).flatten(1).sum(1)/m.flatten(1).sum(1)
 
 # %% ../nbs/20_meanflow.ipynb #20-032
@@ -392,7 +390,7 @@ class Bridge:
         if mask is not None: _check_mask(mask, len(y), y.shape[2:])
         cond = y if self.told else None
         if self.kind == 'straight': return y, cond
-        noise = self.sigma*_randn(y, generator).to(y.dtype)
+        noise = self.sigma*draw_normal_like(y, generator).to(y.dtype)
         if self.kind == 'noise': return noise, cond
         return y + (noise if mask is None else mask.to(y)*noise), cond
 
@@ -425,7 +423,7 @@ class ShiftFlow(Knobbed):
 
     def sample(self, e, steps=1, label=None, cond=None, generator=None):
         "Clean pictures from degraded e, in eval mode, without gradients. ValueError for more steps than the process has."
-        with _deployed(self): return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
+        with in_deployment(self): return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
 
 # %% ../nbs/20_meanflow.ipynb #20-034
 class Restorer(Knobbed):
@@ -460,6 +458,6 @@ class Restorer(Knobbed):
         A flow says e - v, not z - t v: z itself holds a part of the truth."""
         (e, cond), flow = self.bridge(y, mask, generator), self.flow
         if not isinstance(flow, ShiftFlow): return lambda z, t: e - flow.velocity(z, t, torch.zeros_like(t), None, cond), e, lambda x, e, t: straight_path(x, e, t)[0]
-        noise, step = _randn(e, generator), lambda t: (t*flow.process.steps).round().long().clamp(min=1) - 1
+        noise, step = draw_normal_like(e, generator), lambda t: (t*flow.process.steps).round().long().clamp(min=1) - 1
         def ask(z, t): return flow.ask()(flow.process.scale_input(z, step(t)), step(t), cond)
         return ask, flow.process.prior(e, noise), lambda x, _, t: flow.process.shift(x, e, step(t), noise)

@@ -10,11 +10,11 @@ from importlib.resources import files
 
 import torch
 from torch import nn
-
-from .data import check_images, check_interval, check_number, check_whole
-from .metrics import _TRUNKS, _trunk_file, random_kept
+from .checks import check_images, check_interval, check_number, check_whole
 from .mae import MAE
+from .metrics import _TRUNKS, _trunk_file
 from .patching import ViTEncoder
+from .states import random_kept
 from .superres import SRLoss
 from .two_stage import adaptive_weight, load_restorer
 from .unet import Knobbed

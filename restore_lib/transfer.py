@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
-
-from .audit import load_report
-from .data import check_images, check_interval, check_number, check_whole
+from .checkpoints import load_report
+from .checks import check_images, check_interval, check_number, check_whole
 from .learner import Learner, warmup_cosine
 from .patching import PixelStats, ViTEncoder, interpolate_pos_embed
 

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
            'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
-           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'windows', 'restore', 'constructor_arguments',
-           'check_rebuilt', 'json_text', 'as_half', 'describes', 'load_built', 'save_restorer', 'load_restorer',
+           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore', 'save_restorer', 'load_restorer',
            'restorers', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
-import copy, inspect, json
-from contextlib import contextmanager
+import copy, json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +17,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 import restore_lib
-from .audit import _seeded, load_report
-from .data import as_image, check_images, check_interval, check_number, check_output
-from .data import check_whole, open_image, save_image
-from .degrade import Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain, salt_and_pepper
+from .checkpoints import load_report
+from .checks import check_interval, check_number, check_whole
+from restore_lib.degrade import (
+    Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain,
+    salt_and_pepper,
+)
+from .image_files import opened_image, planes_of, run_command, tiled
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
 from .mae import pretrainer
-from .metrics import _deployed, psnr
+from .metrics import psnr
 from .patching import Block, ViTEncoder, sincos_pos_embed, unpatchify
+from restore_lib.pretrained import (
+    as_half, check_rebuilt, constructor_arguments, json_text, load_built,
+)
+from .states import in_deployment, random_seeded
 
 # %% ../nbs/10_two_stage.ipynb #10-006
 _HOLES, _DOTS, _SOFT, _RAIN = dict(blocks=2, size=(4, 10)), dict(amount=(0.02, 0.2)), dict(sigma=(0.7, 1.8)), dict(density=(0.01, 0.03))
@@ -69,7 +72,7 @@ def first_stage_loss(
 ):                 # a scalar
     "DMAE's loss with every patch seen, for any degradation."
     x = batch if isinstance(batch, torch.Tensor) else batch[-1]
-    return model(x, degrade(x) if degrade else batch[0], 0.0)[0]
+    return model(degrade(x) if degrade else batch[0], x, 0.0)[0]
 
 def first_stage_learner(
     model,         # a DMAE without norm_pix_loss
@@ -398,198 +401,32 @@ def two_stage_learner(
     return Learner(model, loss, train, valid, opt=torch.optim.AdamW(groups, betas=(0.9, 0.95)), sched=warmup_cosine(warmup),
                    cbs=[shown, *([adversary] if adversary else []), *cbs], **options)
 
-# %% ../nbs/10_two_stage.ipynb #10-057
-def _ramp(size, overlap):  # pixels -> (size,): 0 at the very edge, rising over the overlap, 1 inside
-    edge = ((torch.arange(size) + 0.5)/max(overlap, 1) - 0.25)/0.5             # the outer quarter of the overlap counts for nothing: there a network guesses
-    return torch.minimum(edge, edge.flip(0)).clamp(0, 1)
-
-def windows(
-    fn,            # (n, c, size, size), and a window of each of `beside` -> like the first
-    y,             # (b, c, h, w), at least `size` pixels a side
-    size,          # side of a window, pixels
-    overlap,       # pixels that neighbours share, fewer than size
-    batch=16,      # windows at a time
-    progress=None, # a function of an iterable, such as tqdm
-    beside=(),     # more tensors (b, ..., h, w), of which `fn` is given the same windows
-):                 # (b, c, h, w); beside it, the windows' own memory does not grow with the image
-    "fn on overlapping windows, blended so that no seam is left: a window's outer pixels count only where the image ends."
-    size, overlap = check_whole(size, 'size', 1), check_whole(overlap, 'overlap')
-    batch = check_whole(batch, 'batch', 1)
-    if not len(y): raise ValueError(f'y has shape {tuple(y.shape)}; expected at least one image')
-    h, w = y.shape[-2:]
-    if any(len(v) != len(y) or v.shape[-2:] != y.shape[-2:] for v in beside):
-        raise ValueError(f'beside has shapes {[tuple(v.shape) for v in beside]}; '
-                         f'expected as many images as y, {tuple(y.shape)}, of the same size')
-    if not 0 <= overlap < size: raise ValueError(f'overlap is {overlap}; expected 0 to {size - 1} for windows of {size} pixels')
-    if min(h, w) < size: raise ValueError(f'y is {h} x {w}; expected at least {size} pixels a side')
-    def starts(n): return sorted({*range(0, n - size, size - overlap), n - size})
-    def weight(t, l):
-        row, col = _ramp(size, overlap) if overlap else torch.ones(size), _ramp(size, overlap) if overlap else torch.ones(size)
-        for line, first, last in ((row, t == 0, t == h - size), (col, l == 0, l == w - size)):
-            if first: line[:size//2] = 1
-            if last: line[size//2:] = 1
-        return (row[:, None]*col).to(y)
-    places, out, total = [(t, l) for t in starts(h) for l in starts(w)], torch.zeros_like(y), y.new_zeros(1, 1, h, w)
-    for k in (progress or iter)(range(0, len(places), batch)):
-        chunk = places[k:k + batch]
-        def cut(v): return torch.cat([v[..., t:t + size, l:l + size] for t, l in chunk])
-        given = [cut(v) for v in (y, *beside)]
-        done = fn(*given)
-        if done.shape != given[0].shape:
-            raise ValueError(f'fn gave shape {tuple(done.shape)} for {tuple(given[0].shape)}; '
-                             'expected the same')
-        for (t, l), one in zip(chunk, done.split(len(y))):
-            g = weight(t, l)
-            out[:, :, t:t + size, l:l + size] += g*one
-            total[:, :, t:t + size, l:l + size] += g
-    return out.div_(total)
-
 # %% ../nbs/10_two_stage.ipynb #10-059
-def _opened(image):
-    "A path, PIL image or tensor as (b, 1 or 3, h, w), and what turns a result into that kind."
-    if isinstance(image, (str, Path, Image.Image)):
-        x, kept = open_image(image)
-        return x, lambda out: as_image(out, kept)
-    if not isinstance(image, torch.Tensor):
-        kind = type(image).__name__
-        raise TypeError(f'image is {kind}; expected a path, a PIL image or a float tensor')
-    if image.ndim not in (2, 3, 4):
-        shape = tuple(image.shape)
-        raise ValueError(f'image has shape {shape}; expected (h, w), (c, h, w) or (b, c, h, w)')
-    x = check_images(image[(None,)*(4 - image.ndim)], 'image', channels=(1, 3))
-    return x, lambda out: out.to(image).reshape(*image.shape[:-2], *out.shape[-2:])
-
 def restore(
-    model,          # a TwoStageDMAE (its refined image is taken), or a module y (b, c, size, size) -> x_hat with .encoder.channels
-    image,          # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in the units of [0, 1]
+    model,          # a TwoStageDMAE (its refined image is taken), or a module
+                    # y (b, c, size, size) -> x_hat with .encoder.channels
+    image,          # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in [0, 1]
     size=32,        # of the windows, pixels: what the model was trained on
     overlap=16,     # pixels that neighbouring windows share
     batch=64,       # windows at a time
     progress=True,  # a bar?
-):                  # a PIL image for paths and PIL images (8 bits, or 16 where it came so), a tensor of the same shape for tensors, not clipped
+):                  # a PIL image (8 bits, or 16 where it came so) for paths and PIL images;
+                    # a tensor of the same shape for tensors, not clipped
     """Any picture through the model, in overlapping windows blended without seams. Small ones are
     padded and cut back; alpha, ICC profile, resolution and EXIF data pass by; a grey model takes
     colours one by one, a colour model sees grey three times. Warns of what is lost at reading
     (16-bit colour). ValueError or TypeError for what is no image; nothing of `image` is changed."""
-    size, batch = check_whole(size, 'size', 1), check_whole(batch, 'batch', 1)
-    x, back = _opened(image)
-    (b, c, h, w), channels, at = x.shape, model.encoder.channels, next(model.parameters())
-    planes = x.reshape(-1, 1, h, w) if channels == 1 else x.expand(-1, channels, -1, -1)
-    low, wide = (max(size - s, 0) for s in (h, w))
-    planes = F.pad(planes.to(at), (0, wide, 0, low), mode='reflect' if low < h and wide < w else 'replicate')
-    def fn(y):
+    x, back = opened_image(image)
+    planes, together = planes_of(x, model.encoder.channels)
+    planes = planes.to(next(model.parameters()))
+
+    def last_image(y):
         out = model(y)
         return out[1] if isinstance(out, tuple) else out
-    with _deployed(model): out = windows(fn, planes, size, overlap, batch, tqdm if progress else None)[..., :h, :w].to(x)
-    out = out.reshape(b, c, h, w) if channels == 1 or c == 3 else out.mean(1, keepdim=True)
-    return back(out)
 
-# %% ../nbs/10_two_stage.ipynb #10-059a
-def constructor_arguments(
-    module,  # an object that keeps each argument of its constructor as an attribute of that name
-) -> dict:   # name -> value
-    """What builds an object like this one by `type(module)(**it)`, as its attributes are now.
-    TypeError names an argument that is kept nowhere."""
-    parameters = inspect.signature(type(module)).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    lost = [k for k in names if not hasattr(module, k)]
-    if lost:
-        raise TypeError(f'{type(module).__name__} does not keep {", ".join(lost)}; '
-                        'expected an attribute for each argument of its constructor')
-    return {k: getattr(module, k) for k in names}
-
-def check_rebuilt(
-    model,   # what is to be saved
-    again,   # the same, built anew from what its file will say
-    run,     # a function of a model -> tensors
-):
-    """ValueError unless `again` computes what `model` computes, once it has its weights:
-    what was changed by hand since it was built would be lost."""
-    for k, v in model.state_dict().items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise ValueError(f'{k} of the model holds values that are NaN or infinite')
-    own, made = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, again))
-    odd = sorted(k for k in own.keys() | made.keys() if own.get(k) != made.get(k))
-    if not odd:
-        again.to(next(v for v in model.state_dict().values() if v.is_floating_point()))
-        again.load_state_dict(model.state_dict())
-        with _deployed(model), _deployed(again): pairs = list(zip(run(model), run(again)))
-        if all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in pairs):
-            return
-    raise ValueError('model is not what its parts say, so its file would give another one back: '
-                     'it was changed by hand since it was built'
-                     + (f' (see {odd[0]})' if odd else ''))
-
-def json_text(value, name):
-    """`value` as JSON; NumPy's numbers and arrays and tensors become Python's.
-    TypeError names what JSON cannot hold."""
-    def plain(v):
-        if hasattr(v, 'tolist'): return v.tolist()
-        raise TypeError(f'{name} holds {type(v).__name__}, which JSON cannot hold')
-    return json.dumps(value, default=plain)
-
-def as_half(state):  # name -> tensor
-    "The same on the CPU, its floats in half precision; ValueError for numbers beyond its range."
-    out = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    out = {k: v.to(torch.float16) if v.is_floating_point() else v for k, v in out.items()}
-    for k, v in out.items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
-            raise ValueError(f'{k} holds numbers beyond 65504, or NaN; half precision does not')
-    return out
-
-_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-@contextmanager
-def describes(
-    path,   # of a file
-    maker,  # the function that writes such files
-):
-    "What fails inside is a ValueError that says whose file was expected."
-    try: yield
-    except _UNFIT as error:
-        raise ValueError(f'{path} does not say how its model is built '
-                         f'({type(error).__name__}: {error}); '
-                         f'expected a file by {maker}') from error
-
-def load_built(
-    path,      # of a safetensors file whose metadata has `key` and 'says', both JSON
-    key,       # of what `build` is given
-    build,     # a function of that dict -> a module
-    maker,     # the function that writes such files, for messages
-    given=(),  # names of buffers that `build` fills by itself, where the file does not
-):             # -> the module in evaluation mode; the dict; the dict 'says'
-    """A model from its file, nothing unpickled, the caller's random state left alone.
-    Shapes are compared before memory is asked for.
-    FileNotFoundError or ValueError names what is wrong."""
-    if not Path(path).is_file(): raise FileNotFoundError(f'{path} is no file')
-    try:
-        with safe_open(path, 'pt') as f:
-            info = f.metadata() or {}
-            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except SafetensorError as error:
-        raise ValueError(f'{path} is no safetensors file: {error}') from error
-    with describes(path, maker):
-        made, says = (json.loads(info[k]) for k in (key, 'says'))
-        for k, v in ((key, made), ('says', says)):
-            if not isinstance(v, dict):
-                raise TypeError(f'{k} is {type(v).__name__}; expected a dict')
-        # shapes without memory
-        with torch.device('meta'): empty = build(made)
-    needed = {k: tuple(v.shape) for k, v in empty.state_dict().items()}
-    shapes = {**{k: needed[k] for k in given}, **shapes}
-    # raises, and says what is missing
-    if any(shapes.get(k) != v for k, v in needed.items()):
-        found = {k: torch.empty(v, device='meta') for k, v in shapes.items()}
-        load_report(empty, found, at_least=1.0)
-    more = [k for k in shapes if k not in needed]
-    if more:
-        raise ValueError(f'{path} holds {more[0]!r}, '
-                         'which the model that it describes does not have')
-    with describes(path, maker), _seeded(0): model = build(made)
-    with safe_open(path, 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
-    own = {k: v.clone() for k, v in model.state_dict().items() if k in given}
-    load_report(model, {**own, **state}, at_least=1.0)
-    return model.eval(), made, says
+    with in_deployment(model):
+        out = tiled(last_image, planes, size, overlap, batch, tqdm if progress else None)
+    return back(together(out.to(x)))
 
 # %% ../nbs/10_two_stage.ipynb #10-060
 def _vit_arguments(encoder):
@@ -659,7 +496,7 @@ def save_restorer(
     and what it is for. ValueError for a model that would not come back."""
     made = json_text(_made_of(model), 'model')
     info = dict(made_of=made, says=json_text(says, 'says'))
-    with _seeded(0): again = _restorer(json.loads(made))
+    with random_seeded(0): again = _restorer(json.loads(made))
     def run(m):
         hw, g = [m.encoder.patch*k for k in m.encoder.grid], torch.Generator().manual_seed(0)
         x, y = torch.rand(2, 2, m.encoder.channels, *hw, generator=g).to(m.mean)
@@ -689,48 +526,65 @@ def restorers() -> dict:  # name -> path
 def _weights_for(task, sigma):
     "The path of the weights for a task; ValueError says which there are."
     have = {name: load_restorer(name)[1] for name in restorers()}
-    fits = [n for n, s in have.items() if s.get('task') == task and (s.get('sigma') is None or sigma is None or abs(s['sigma']*255 - sigma) < 0.5)]
-    if fits: return fits[0]
-    kinds = ', '.join(f'--task {s["task"]}' + (f' --sigma {255*s["sigma"]:g}' if s.get('sigma') else '') for s in have.values())
-    wanted = f'--task {task}' + (f' --sigma {sigma:g}' if sigma is not None else '')
-    raise ValueError(f'no weights for {wanted}; there are weights for: {kinds or "nothing"}. Others can be trained with lesson 10 and given with --weights FILE')
 
-def _check_words(a, says):
+    def fits(says):
+        level = says.get('sigma')
+        near = level is None or sigma is None or abs(255*level - sigma) < 0.5
+        return says.get('task') == task and near
+
+    def words(task, sigma):
+        return f'--task {task}' + (f' --sigma {sigma:g}' if sigma else '')
+
+    found = [name for name, says in have.items() if fits(says)]
+    if found:
+        return found[0]
+    kinds = ', '.join(words(s['task'], 255*(s.get('sigma') or 0)) for s in have.values())
+    raise ValueError(
+        f'no weights for {words(task, sigma)}; there are weights for: {kinds or "nothing"}. '
+        'Others can be trained with lesson 10 and given with --weights FILE')
+
+def _check_words(task, sigma, says):
     "ValueError where --task or --sigma contradict what a file of weights says that it is for."
-    task, sigma = says.get('task'), says.get('sigma')
-    if a.task is not None and task is not None and a.task != task:
-        raise ValueError(f'--task is {a.task}; the weights are for {task} (leave it out)')
-    if a.sigma is not None and sigma and abs(255*sigma - a.sigma) >= 0.5:
-        trained = f'{255*sigma:g}'
-        raise ValueError(f'--sigma is {a.sigma:g}; the weights are for {trained} (leave it out)')
+    trained_task, trained = says.get('task'), says.get('sigma')
+    if task is not None and trained_task is not None and task != trained_task:
+        raise ValueError(f'--task is {task}; the weights are for {trained_task} (leave it out)')
+    if sigma is not None and trained and abs(255*trained - sigma) >= 0.5:
+        level = f'{255*trained:g}'
+        raise ValueError(f'--sigma is {sigma:g}; the weights are for {level} (leave it out)')
+
+def _parser():
+    import argparse
+    parser = argparse.ArgumentParser('restore_image', description=(
+        'Restores a photograph of any size, grey or colour, by a two-stage network (lesson 10).'))
+    add = parser.add_argument
+    add('image', help='the photograph, in any format that Pillow reads')
+    add('out', help='where to write; the ending chooses the format')
+    add('--task', help='what is to be undone (default: denoise)')
+    add('--sigma', type=float, help=(
+        'for denoise: the level of the noise, in grey levels of 0 to 255'))
+    add('--weights', help=(
+        'a file by save_restorer, instead of the weights that come with the library'))
+    add('--quiet', action='store_true', help='no progress bar')
+    return parser
 
 def restore_image(
     args=None,    # list of words; default the command line's
 ) -> int:         # the shell's exit status: 0, or 2 after a message
-    "The command `restore_image in.png out.png --task denoise --sigma 25`: a photograph in, its restored version out; never writes over its input."
-    import argparse, sys
-    parser = argparse.ArgumentParser('restore_image', description='Restores a photograph of any size, grey or colour, by a two-stage network (lesson 10).')
-    parser.add_argument('image', help='the photograph, in any format that Pillow reads'), parser.add_argument('out', help='where to write; the ending chooses the format')
-    parser.add_argument('--task', help='what is to be undone (default: denoise)')
-    parser.add_argument('--sigma', type=float, help='for denoise: the level of the noise, in grey levels of 0 to 255')
-    parser.add_argument('--weights', help='a file by save_restorer, instead of the weights that come with the library')
-    parser.add_argument('--quiet', action='store_true', help='no progress bar')
-    a = parser.parse_args(args)
-    say = lambda message: print(f'restore_image: {message}', file=sys.stderr)
-    try:
-        if a.sigma is not None: a.sigma = check_number(a.sigma, '--sigma', 0)
-        x, kept = open_image(a.image, say)
-        model, says = load_restorer(a.weights or _weights_for(a.task or 'denoise', a.sigma))
-        _check_words(a, says)
-        check_output(a.out, kept, x.shape[:1:-1], a.image, say)
-        if a.sigma is not None and not says.get('sigma'):
-            say(f'--sigma is not used, task {says.get("task", "?")} finds out the level itself')
+    """The command `restore_image in.png out.png --task denoise --sigma 25`: a photograph in, its
+    restored version out; never writes over its input."""
+    a = _parser().parse_args(args)
+
+    def prepare(say):
+        sigma = None if a.sigma is None else check_number(a.sigma, '--sigma', 0)
+        model, says = load_restorer(a.weights or _weights_for(a.task or 'denoise', sigma))
+        _check_words(a.task, sigma, says)
+        task, level = says.get('task', '?'), says.get('sigma')
         size = model.encoder.grid[0]*model.encoder.patch
-        image = as_image(restore(model, x, size, size//2, progress=not a.quiet), kept)
-        save_image(image, a.out, say=lambda note: None)                   # said before the work
-    except (OSError, ValueError) as error:
-        say(error)
-        return 2
-    level = f', sigma {255*says["sigma"]:g}' if says.get('sigma') else ''
-    print(f'{a.out}: {image.width} x {image.height}, task {says.get("task", "?")}{level}')
-    return 0
+
+        def work(x):
+            if sigma is not None and not level:
+                say(f'--sigma is not used, task {task} finds out the level itself')
+            return restore(model, x, size, size//2, progress=not a.quiet)
+        return work, 1, f', task {task}' + (f', sigma {255*level:g}' if level else '')
+
+    return run_command('restore_image', a.image, a.out, prepare)

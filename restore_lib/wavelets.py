@@ -13,8 +13,7 @@ import numpy as np
 import pywt
 import torch
 from torch.nn.functional import conv2d, pad
-
-from .data import check_whole
+from .checks import check_whole
 
 # %% ../nbs/11_wavelets.ipynb #11-017
 MODES = ('zero', 'symmetric', 'reflect', 'periodic', 'constant', 'periodization')

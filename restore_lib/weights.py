@@ -11,8 +11,7 @@ import math, re
 
 import torch
 from torch import nn
-
-from .data import check_number, check_whole
+from .checks import check_number, check_steps, check_whole
 from .learner import Callback
 
 # %% ../nbs/17_weights.ipynb #17-005
@@ -71,20 +70,13 @@ def read_log(
     return rows
 
 # %% ../nbs/17_weights.ipynb #17-013
-def _check_t(t, T):
-    "Raises unless T counts steps and t (b,) holds some of them; values are looked at on the CPU only."
-    T = check_whole(T, 'T', 1)
-    if not isinstance(t, torch.Tensor): raise TypeError(f't is {type(t).__name__}; expected an int64 tensor (b,)')
-    if t.dtype != torch.int64 or t.ndim != 1: raise ValueError(f't is {t.dtype} of shape {tuple(t.shape)}; expected int64 of shape (b,)')
-    if t.device.type == 'cpu' and len(t) and not 0 <= t.min() <= t.max() < T: raise ValueError(f't holds {t.min().item()} to {t.max().item()}; expected 0 to {T - 1}')
-
 def step_range(
     t,    # (b,) int64 time steps from 0 to T - 1
     T,    # steps of the process
     n=3,  # ranges; the k-th ends before k*T//n, as in the log's chapter 23.2
 ) -> torch.Tensor:  # (b,) int64, 0 to n - 1
     "Which of n ranges of time steps each t lies in. ValueError for t, T, or more ranges than steps."
-    _check_t(t, T)
+    check_steps(t, steps=check_whole(T, 'T', 1))
     T, n = int(T), check_whole(n, 'n', 1)
     if n > T: raise ValueError(f'n is {n}; expected 1 to {T}, a step for each range')
     return torch.bucketize(t, torch.tensor([k*T//n for k in range(1, n)], dtype=torch.int64, device=t.device), right=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from restore_lib.data import data_home
+from restore_lib.project import data_home
 
 
 @pytest.fixture

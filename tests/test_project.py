@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote
 
+from common import ROOT
 import nbformat
 import pytest
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
@@ -16,7 +17,6 @@ from traitlets.config import PyFileConfigLoader
 
 import restore_lib
 
-ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LESSONS = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
 APPENDIX = sorted((ROOT / 'nbs').glob('appendix/*.ipynb'))
