@@ -75,8 +75,9 @@ def tuples(path):
             tree = ast.parse(source)
         except SyntaxError:  # ruff reports it
             continue
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Tuple)):
+        lines = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+        for node in sorted(lines, key=lambda node: (node.lineno, node.col_offset)):
+            if not isinstance(node.value, ast.Tuple):
                 continue
             if shown and node is tree.body[-1]:
                 continue
