@@ -67,31 +67,37 @@ def test_every_requirement_is_pinned():
     assert not [r for r in asked if re.split('[<>=]', r)[0].lower().replace('_', '-') not in pinned]
 
 
-# What the appendix may use of the lessons. Everything else of it stands on the appendix alone.
-ALLOWED = {'realworld': {'data', 'degrade'}, 'plots': {'metrics'}}  # data: photos for its figures
+# What modules of the appendix may use of the lessons; everything else of it stands on the appendix.
+ALLOWED = {'realworld': {'degrade'}, 'plots': {'metrics'}}
+# What any appendix notebook may use in cells that are not exported, to show what it does.
+SHOWN = {'data', 'degrade', 'metrics'}
 
 
 def cells(path, kind):
     return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == kind]
 
 
-def modules_used(path):
-    "The modules of the library that the code of a notebook names."
-    return set(re.findall(r'restore_lib\.(\w+)', '\n'.join(cells(path, 'code'))))
+def modules_used(sources):
+    "The modules of the library that code names."
+    return set(re.findall(r'restore_lib\.(\w+)', '\n'.join(sources)))
 
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 def test_lesson_uses_lessons_above_it_and_the_appendix(path):
     number = {p.stem[3:]: int(p.stem[:2]) for p in LESSONS}
-    below = [m for m in modules_used(path) if number.get(m, -1) > int(path.stem[:2])]
+    below = [m for m in modules_used(cells(path, 'code')) if number.get(m, -1) > int(path.stem[:2])]
     assert not below, f'{path.stem} uses {below}, lessons that come later'
 
 
 def test_appendix_uses_no_lesson_that_the_table_does_not_allow():
     lessons = {p.stem[3:] for p in LESSONS}
     assert not lessons & {p.stem for p in APPENDIX}
-    used = {p.stem: modules_used(p) & lessons - ALLOWED.get(p.stem, set()) for p in APPENDIX}
-    assert not {name: modules for name, modules in used.items() if modules}
+    for path in APPENDIX:
+        code = cells(path, 'code')
+        exported = [source for source in code if re.match(r'#\|\s*export', source)]
+        allowed = ALLOWED.get(path.stem, set())
+        assert not modules_used(exported) & lessons - allowed, path.stem
+        assert not modules_used(code) & lessons - allowed - SHOWN, path.stem
 
 
 def test_each_module_has_its_notebook():
