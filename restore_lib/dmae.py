@@ -75,8 +75,8 @@ class DMAE(_Drawing):
         return self.decode(self.latent(y, shown[..., 0]), ids_restore), mask
 
     def forward(self,
-        x,                 # (b, c, h, w) clean images in [0, 1], of the size that the model was made for
-        y,                 # the same with noise
+        y,                 # (b, c, h, w) noisy images in the units of [0, 1], of the size that the model was made for
+        x,                 # the clean ones, in [0, 1]
         mask_ratio=0.75,   # share of patches to remove, 0 to below 1
         generator=None,    # torch.Generator of the masks
         masking='random',  # 'random', 'block' or 'grid'
@@ -115,7 +115,7 @@ def dmae_loss(
 ):  # a scalar
     "The loss of a batch with fresh noise, drawn here, so that the Learner knows nothing of it."
     x = batch if isinstance(batch, torch.Tensor) else batch[0]
-    return model(x, gaussian(x, sigma), mask_ratio, masking=masking)[0]
+    return model(gaussian(x, sigma), x, mask_ratio, masking=masking)[0]
 
 def dmae_pretrainer(
     model,             # a DMAE

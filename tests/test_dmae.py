@@ -1,7 +1,9 @@
-"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files, the certificate's statistics, bad input."""
+"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files,
+the certificate's statistics, bad input."""
 
 import argparse, copy, inspect, math
 
+from common import gen, shake
 import numpy as np
 import pytest
 import torch
@@ -37,18 +39,6 @@ SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_dep
 pytestmark = pytest.mark.usefixtures('seed')
 
 
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
-
-
-def shake(model):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
-
-
 def small(**kw):
     return shake(DMAE(**(SIZES | kw)))
 
@@ -57,7 +47,7 @@ def pair(b=3, c=3, s=0.25):
     return (x := torch.rand(b, c, 24, 24)), x + s * torch.randn_like(x)
 
 
-# the model -------------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('norm_pix', [False, True])
@@ -70,7 +60,7 @@ def test_loss_by_hand(norm_pix, masking, ratio):
         small(norm_pix_loss=norm_pix, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)),
         pair(),
     )
-    loss, pred, mask = model(x, y, ratio, gen(), masking)
+    loss, pred, mask = model(y, x, ratio, gen(), masking)
     assert pred.shape == (3, 36, 48) and (mask.sum(1) == math.floor(36 * ratio + 0.5)).all()
     t = (x.double().numpy() - np.reshape([0.4, 0.5, 0.6], (3, 1, 1))) / np.reshape(
         [0.2, 0.3, 0.25], (3, 1, 1)
@@ -122,7 +112,7 @@ def test_of_shares_and_a_copy_does_not():
 def test_what_reaches_the_drawing(ratio):
     "Seen patches of y do; removed ones, and the clean image, do not."
     model, (x, y) = small(), pair()
-    run = lambda x, y: model(x, y, ratio, gen())
+    run = lambda x, y: model(y, x, ratio, gen())
     _, pred, mask = run(x, y)
     assert torch.equal(run(torch.rand_like(x), y)[1], pred)
     hidden = mask_pixels(mask, 4, 24) > 0
@@ -135,7 +125,7 @@ def test_what_reaches_the_drawing(ratio):
 def test_every_target_counts_equally():
     model, (x, y) = small(), pair()
     x.requires_grad_()
-    loss, pred, _ = model(x, y, 0.75, gen())
+    loss, pred, _ = model(y, x, 0.75, gen())
     loss.backward()
     assert torch.allclose(
         patchify(x.grad, 4),
@@ -146,7 +136,7 @@ def test_every_target_counts_equally():
 
 def test_nothing_masked_means_no_mask_token_and_order_does_not_matter():
     model, (x, y) = small(), pair()
-    loss, pred, mask = model(x, y, 0)
+    loss, pred, mask = model(y, x, 0)
     assert not mask.any()
     loss.backward()
     assert model.mask_token.grad is None or not model.mask_token.grad.any()
@@ -158,7 +148,7 @@ def test_nothing_masked_means_no_mask_token_and_order_does_not_matter():
     order = torch.rand(3, 36, generator=gen()).argsort(1)  # the same patches in another order
     assert torch.allclose(model.decode(model.latent(y, order), order.argsort(1)), pred, atol=1e-4)
     state = torch.get_rng_state()
-    model(x, y, 0)
+    model(y, x, 0)
     assert torch.equal(torch.get_rng_state(), state)  # no random number is used up
 
 
@@ -190,25 +180,25 @@ def test_latent_is_the_encoders_with_the_class_token_first_and_learns():
 def test_shapes(kw, shape):
     model, x = small(**kw), torch.rand(shape)
     assert denoise(model, x).shape == shape and denoise(model, x, 0.5, gen()).shape == shape
-    assert torch.isfinite(model(x, x + 0.1)[0])
+    assert torch.isfinite(model(x + 0.1, x)[0])
 
 
 def test_half_precision_and_seeds():
     model, (x, y) = small(), pair()
     with torch.autocast('cpu', torch.bfloat16):
-        loss, pred, _ = model(x, y)
+        loss, pred, _ = model(y, x)
     assert (
         loss.dtype == torch.float32
         and torch.isfinite(loss)
         and model.pixels(pred).dtype == torch.float32
     )
-    one, two, three = (model(x, y, 0.75, gen(s)) for s in (0, 0, 1))
+    one, two, three = (model(y, x, 0.75, gen(s)) for s in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, two)) and not torch.equal(one[2], three[2])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu():
-    model, (x, y) = small(), pair()
+    model, (_, y) = small(), pair()
     there = denoise(copy.deepcopy(model).cuda(), y.cuda())
     assert there.is_cuda and torch.allclose(there.cpu(), denoise(model, y), atol=1e-2)
 
@@ -232,7 +222,7 @@ def test_tiny():
     }
 
 
-# pictures --------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 class Perfect(DMAE):
@@ -271,12 +261,12 @@ def test_modes_come_back_and_nothing_is_tracked():
 @pytest.mark.parametrize(
     'call, error, says',
     [
-        (lambda m, x, y: m(x, y[:2]), ValueError, r'y has shape \(2'),
-        (lambda m, x, y: m(x, y, 1), ValueError, 'ratio is 1'),
-        (lambda m, x, y: m(x, y, -0.1), ValueError, 'ratio is -0.1'),
-        (lambda m, x, y: m(x, y, 0.75, None, 'stripes'), ValueError, "masking is 'stripes'"),
-        (lambda m, x, y: m(x[..., :20], y[..., :20]), ValueError, '24 x 20.*24 x 24'),
-        (lambda m, x, y: m(x[:, :1], y[:, :1]), ValueError, '1 channels'),
+        (lambda m, x, y: m(y[:2], x), ValueError, r'y has shape \(2'),
+        (lambda m, x, y: m(y, x, 1), ValueError, 'ratio is 1'),
+        (lambda m, x, y: m(y, x, -0.1), ValueError, 'ratio is -0.1'),
+        (lambda m, x, y: m(y, x, 0.75, None, 'stripes'), ValueError, "masking is 'stripes'"),
+        (lambda m, x, y: m(y[..., :20], x[..., :20]), ValueError, '24 x 20.*24 x 24'),
+        (lambda m, x, y: m(y[:, :1], x[:, :1]), ValueError, '1 channels'),
         (lambda m, x, y: denoise(m, 255 * y), ValueError, '0 to 255'),
         (lambda m, x, y: denoise(m, y * math.nan), ValueError, 'NaN'),
         (lambda m, x, y: denoise(m, (255 * x).byte()), TypeError, 'uint8'),
@@ -295,7 +285,7 @@ def test_bad_input(call, error, says):
         call(small(), *pair())
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 class Data(torch.utils.data.Dataset):
@@ -357,7 +347,7 @@ def test_options_are_passed_on():
     )
 
 
-# published files -------------------------------------------------------------------------------------------------------
+# published files ----------------------------------------------------------------------------------
 
 
 def published(norm_pix=True, decoder=True, dim=64, dec=32, side=6, patch=4):
@@ -476,7 +466,7 @@ def test_no_code_is_run_from_a_file(tmp_path, monkeypatch):
         load_dmae(tmp_path / 'none.pth')
 
 
-# consistency -----------------------------------------------------------------------------------------------------------
+# consistency --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('m', [2, 3])
@@ -560,7 +550,7 @@ def test_smoothing_finetune():
     assert certified_accuracy(certify(learn.trained(), x[:6], 0.1, 20, 100), labels[:6]).item() == 1
 
 
-# the certificate -------------------------------------------------------------------------------------------------------
+# the certificate ----------------------------------------------------------------------------------
 
 
 class Plane(nn.Module):
@@ -706,7 +696,7 @@ def test_bad_certify(kw, says):
         certify(Plane(), **(dict(x=flat(0.5), sigma=0.25, n0=5, n=5) | kw))
 
 
-# a saved model comes back as the same function ---------------------------------------------------------------------------
+# a saved model comes back as the same function ----------------------------------------------------
 
 STATS = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
@@ -717,7 +707,7 @@ def test_a_loaded_dmae_is_the_same_function():
     assert (
         other.norm_pix_loss is False
         and torch.equal(denoise(model, y), denoise(other, y))
-        and torch.equal(model(x, y, generator=gen())[0], other(x, y, generator=gen())[0])
+        and torch.equal(model(y, x, generator=gen())[0], other(y, x, generator=gen())[0])
     )
 
 
@@ -747,7 +737,7 @@ def test_weights_that_come_with_the_library_still_load():
         )
 
 
-# certificates --------------------------------------------------------------------------------------------------------------
+# certificates -------------------------------------------------------------------------------------
 
 
 class Says(nn.Module):
@@ -901,7 +891,7 @@ def test_numbers_out_of_range(call, says):
         call()
 
 
-# learners ------------------------------------------------------------------------------------------------------------------
+# learners -----------------------------------------------------------------------------------------
 
 
 def clean(n=8, c=3):
