@@ -6,6 +6,7 @@
 __all__ = ['params_of', 'Updates', 'Rehearsal', 'rehearsed']
 
 # %% ../nbs/appendix/tracer_rehearsal.ipynb #tracer-rehearsal-003
+import os
 import sys
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -219,20 +220,24 @@ def _hook(rehearsal):
 
 # %% ../nbs/appendix/tracer_rehearsal.ipynb #tracer-rehearsal-018
 _HELPERS = codes_of(tensors_in, memory_of)
+_PYTHON_HOME = os.path.dirname(os.__file__)
 
 
-def _is_own(frame):
-    "Is it a frame of torch's or of the tracer's?"
-    code = frame.f_code
+def _is_the_users(frame):
+    "Is it a frame of the step's, and not of Python's, of torch's or of the tracer's own?"
+    code, path = frame.f_code, frame.f_code.co_filename
+    of_python = path.startswith(_PYTHON_HOME) and 'site-packages' not in path
+    if of_python or path.startswith(('<frozen', TORCH_HOME)):
+        return False
     in_tracer = str(frame.f_globals.get('__name__')).startswith('restore_lib.tracer')
-    return in_tracer or code in _HELPERS or code.co_filename.startswith(TORCH_HOME)
+    return not in_tracer and code not in _HELPERS
 
 
 def _finder(names, found):
     "A profiler that puts the variables of these names into the dict `found`."
 
     def on_return(frame, event, arg):
-        if event != 'return' or _is_own(frame):
+        if event != 'return' or not _is_the_users(frame):
             return
         code = frame.f_code
         for name in names.intersection(code.co_names) & frame.f_globals.keys():

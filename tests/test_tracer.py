@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from restore_lib.tracer import audit_gradient
 from restore_lib.degrade import jpeg
 from restore_lib.learner import EMA, Learner, ResidualCNN
+from restore_lib.tracer import audit_gradient
+from restore_lib.tracer_rehearsal import rehearsed
+from restore_lib.tracer_snapshots import Snapshot, codes_of
 
 
 class Parts:
@@ -1205,3 +1208,29 @@ def test_a_network_that_is_frozen_for_the_next_phase_had_its_gradient():
     assert audit_gradient(step, p.watch).breaks == [] and all(
         q.requires_grad for q in p.enc.parameters()
     )
+
+
+def test_the_tracers_own_variables_are_not_the_steps():
+    "Of all names that the tracer gives to its variables, those are found that the step uses, too."
+    modules = ('states', 'tracer', 'tracer_operators', 'tracer_rehearsal', 'tracer_snapshots')
+    modules = {'restore_lib.' + name for name in modules}
+    defined = [v for name in modules for v in vars(sys.modules[name]).values()]
+    functions = [f for v in defined for f in (vars(v).values() if isinstance(v, type) else [v])]
+    own = [f for f in functions if getattr(f, '__module__', '') in modules]
+    names = {name for code in codes_of(*own) for name in code.co_varnames}
+    whole, _, _ = SOUND['whole_step'](Parts())
+    through_numpy, _, _, _ = by_numpy(Parts())
+
+    def step():
+        through_numpy()
+        torch.autograd.grad(whole_too(), own_net.weight)
+        whole()
+
+    own_net = nn.Linear(2, 2)
+    whole_too = lambda: own_net(torch.ones(2)).sum()
+    used = codes_of(step, whole, by_numpy, Parts.through)
+    used = {name for code in used for name in code.co_varnames}
+    with rehearsed(names, Snapshot()) as (rehearsal, found):
+        step()
+    assert len(names) > 100 and rehearsal.losses and rehearsal.updates.optimizers
+    assert found.keys() <= used
