@@ -91,12 +91,6 @@ class Flow:
             return None
         return math.sqrt(sum(g.double().abs().square().sum().item() for g in grads))
 
-    def keeps(self, tensors):
-        "Does the graph keep values that lie in the memory of `tensors`?"
-        places = {memory_of(t) for t in tensors}
-        saved = (getattr(n, a) for n in self.passes for a in dir(n) if a.startswith('_saved_'))
-        return any(isinstance(t, torch.Tensor) and memory_of(t) in places for t in saved)
-
 # %% ../nbs/appendix/tracer.ipynb #tracer-010
 def _leading_to(flow, tensors):
     "The nodes on any way from a term to `tensors`."
@@ -222,6 +216,11 @@ class Cell(NamedTuple):
         return Break(name, self.how, self.where, before + self.says)
 
 # %% ../nbs/appendix/tracer.ipynb #tracer-017
+def _none(how, says, where=''):
+    "The cell of a gradient that is None."
+    return Cell('none', None, how, where, says)
+
+
 class GradientReport(Report):
     """What `audit_gradient` found; true if there is no break. `.breaks`,
     and `.cells[term, name]` with state, norm, how, where, says."""
@@ -245,24 +244,15 @@ class GradientReport(Report):
         return '\n'.join(lines)
 
 # %% ../nbs/appendix/tracer.ipynb #tracer-020
-class Audit:
-    "The loss terms and watched parts of one step, and the gradient between them."
+class _Step:
+    "The loss terms and watched parts of one step, and which parameters will learn."
 
-    def __init__(
-        self,
-        terms,  # {name: scalar}
-        watch,  # {name: module or tensor}
-        rehearsal,  # the `Rehearsal` of the step; None if the step has run before
-        frozen,  # names of parts that must not learn
-        optimizers,  # those that will update
-    ):
+    def __init__(self, terms, watch, rehearsal, frozen, optimizers):
         self.terms, self.watch, self.rehearsal = terms, watch, rehearsal
         self.frozen = set(frozen)
         self.held = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}
         nodes = [node for term in terms.values() for node in graph_nodes(term.grad_fn)]
         self.used = {id(node.variable) for node in nodes if hasattr(node, 'variable')}
-        probes = [t for name in watch for t in self.probes(name)]
-        self.flows = {name: Flow(term, probes) for name, term in terms.items()}
 
     def params(self, name):
         "The parameters of a part, by name; none of a plain tensor."
@@ -298,6 +288,22 @@ class Audit:
             return bool(params) and not any(map(self.needs_gradient, params))
         return isinstance(part, nn.Parameter) and not self.needs_gradient(part)
 
+# %% ../nbs/appendix/tracer.ipynb #tracer-021
+class Audit(_Step):
+    "The loss terms and watched parts of one step, and the gradient between them."
+
+    def __init__(
+        self,
+        terms,  # {name: scalar}
+        watch,  # {name: module or tensor}
+        rehearsal,  # the `Rehearsal` of the step; None if the step has run before
+        frozen,  # names of parts that must not learn
+        optimizers,  # those that will update
+    ):
+        super().__init__(terms, watch, rehearsal, frozen, optimizers)
+        probes = [t for name in watch for t in self.probes(name)]
+        self.flows = {name: Flow(term, probes) for name, term in terms.items()}
+
     def line_of(self, node):
         "The line of code behind a node of autograd's graph; '' if it is not known."
         op = self.rehearsal.nodes.get(node) if self.rehearsal and node is not None else None
@@ -322,12 +328,7 @@ class Audit:
             return Cell('not finite', norm, 'not finite', '', f'its gradient is {norm}')
         return Cell('alive', norm) if norm > 0 else self.zero(flow, probes)
 
-
-def _none(how, says, where=''):
-    "The cell of a gradient that is None."
-    return Cell('none', None, how, where, says)
-
-# %% ../nbs/appendix/tracer.ipynb #tracer-022
+# %% ../nbs/appendix/tracer.ipynb #tracer-023
 def why_none(
     audit,  # an `Audit`
     term,  # the name of a term
@@ -346,9 +347,16 @@ def why_none(
     return find(audit, term, probes)
 
 
+def _keeps(flow, tensors):
+    "Does a term's graph keep values that lie in the memory of `tensors`?"
+    places = {memory_of(t) for t in tensors}
+    saved = (getattr(n, a) for n in flow.passes for a in dir(n) if a.startswith('_saved_'))
+    return any(isinstance(t, torch.Tensor) and memory_of(t) in places for t in saved)
+
+
 def _by_graph(audit, term, probes):
     "What autograd's graph alone can say."
-    if audit.flows[term].keeps(probes):
+    if _keeps(audit.flows[term], probes):
         return 'detach', 'the term was made of its values without its gradient'
     if not any(t.requires_grad for t in probes):
         says = 'it carries no gradient itself; hand in the step as a function to see why'
@@ -358,7 +366,7 @@ def _by_graph(audit, term, probes):
         return 'constant', f'the term needs no gradient at all; {see}'
     return 'cut', f'no way leads from the term to it; {see}'
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-023
+# %% ../nbs/appendix/tracer.ipynb #tracer-024
 def _by_operators(audit, term, probes):
     "What the operators of the step say."
     rehearsal = audit.rehearsal
@@ -385,7 +393,7 @@ def _outside_torch(rehearsal, starts):
             return left_torch_as(op.name), says, op.where
     return 'unused', 'the value of the term does not depend on it'
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-025
+# %% ../nbs/appendix/tracer.ipynb #tracer-026
 def _telling(cells):
     "The cell whose reason says most."
     return min(cells, key=lambda c: (c.state == 'none', c.how == 'unused'))
@@ -422,7 +430,7 @@ def _unmet(cells, expect, known):
                 known.add(name)
                 yield cells[term, name].as_break(name, f'{term} should move it: ')
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-026
+# %% ../nbs/appendix/tracer.ipynb #tracer-027
 def _lost_parameters(audit, known):
     "Parameters that decide a term and get nothing, in a module whose other parameters do."
     if audit.rehearsal is None:
@@ -481,7 +489,7 @@ def find_breaks(
     found += _lost_parameters(audit, {b.name for b in found})
     return found + list(_not_updated(audit))
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-028
+# %% ../nbs/appendix/tracer.ipynb #tracer-029
 def _add_up(parts, losses):
     "Do the terms that a step returned add up to what went backward?"
     if not any(t.requires_grad for t in parts):
@@ -518,7 +526,7 @@ def terms_of(
             raise ValueError(f'the term {name} has shape {tuple(t.shape)}; expected a scalar')
     return terms
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-030
+# %% ../nbs/appendix/tracer.ipynb #tracer-031
 def _part(value, found):
     "A module or tensor, or what the step called by this name."
     what = 'a value'
@@ -546,7 +554,7 @@ def _check_names(watch, terms, expect, frozen):
         if term not in terms:
             raise ValueError(f'expect names the term {term!r}; the step has {", ".join(terms)}')
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-032
+# %% ../nbs/appendix/tracer.ipynb #tracer-033
 class _LeafWritten(Exception):
     "The step wrote into a leaf; its argument is the break."
 
@@ -580,7 +588,7 @@ def _names_in(watch, is_step):
         raise ValueError(f'watch names {names}; names of variables need the step as a function')
     return names
 
-# %% ../nbs/appendix/tracer.ipynb #tracer-033
+# %% ../nbs/appendix/tracer.ipynb #tracer-034
 def audit_gradient(
     loss,  # a function without arguments that runs the step; or its loss, or {term: loss}
     watch,  # {name: module or tensor}, or names of the step's variables: ['z', 'model.enc']

@@ -143,16 +143,11 @@ def _writes(name, func, args, inputs, versions):
     return [t for t, version in zip(inputs, versions) if version_of(t) != version]
 
 # %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-017
-class Trace(TorchFunctionMode):
-    "Notes each torch call of a step that runs under it."
+class _Calls(TorchFunctionMode):
+    "Hands each torch call of the user's to `record`, with its name; `frame` is where it stands."
 
     def __init__(self):
         super().__init__()
-        self.kept = []  # every tensor of every call: no id and no address is given out twice
-        self.made = {}  # id of a tensor -> the Op that made it
-        self.written = {}  # memory -> the Op that wrote into it last
-        self.nodes = {}  # node of autograd's graph -> Op
-        self.exports = []  # the Ops at which values left torch
         self.paused, self.frame = False, None
         self.graph_asked = torch.is_grad_enabled()
 
@@ -177,6 +172,18 @@ class Trace(TorchFunctionMode):
             return f(*args, **kwargs)
         finally:
             self.paused = before
+
+# %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-018
+class Trace(_Calls):
+    "Notes each torch call of a step that runs under it."
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []  # every tensor of every call: no id and no address is given out twice
+        self.made = {}  # id of a tensor -> the Op that made it
+        self.written = {}  # memory -> the Op that wrote into it last
+        self.nodes = {}  # node of autograd's graph -> Op
+        self.exports = []  # the Ops at which values left torch
 
     def op(self, t):
         "The call that made what `t` holds now."
@@ -226,7 +233,7 @@ class Trace(TorchFunctionMode):
         "Those of the written tensors whose new values count; a rehearsal takes some back."
         return written
 
-# %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-020
+# %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-021
 def _as_export(stop, ways):
     "A detach on the way to numpy is a part of leaving torch: the Op that left, in its place."
     if stop.cut == 'detach':
@@ -261,7 +268,7 @@ def stops(
     # a choice of indices says less than another stop beside it
     return sorted(found, key=lambda op: op.cut == 'zero slope')
 
-# %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-027
+# %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-028
 def graph_nodes(
     root,  # a grad_fn, or None
 ) -> list:
