@@ -105,7 +105,7 @@ class BlurPool(nn.Module):
 def shift_tolerant(
     layers,            # of a torchvision classifier; changed in place, their numbers stay
 ) -> nn.Sequential:
-    "Long steps become steps of one and a `BlurPool` (Ghildyal and Liu 2022, section 4)."
+    "Long steps become steps of one and a `BlurPool` (Ghildyal and Liu 2022)."
     for k, layer in enumerate(layers):
         if getattr(layer, 'stride', 1) not in (1, (1, 1)):
             layer.stride = (1, 1)
@@ -249,6 +249,8 @@ class FeatureDistance(Knobbed):
         """The maps of images that keep to `range` (called x_hat, they need not), of unit length at
         each place if the distance is: a list of (b, c, h', w'), computed in float32."""
         x = _seen(self, x, name)
+        if any(p.requires_grad for p in self.parameters()):
+            self.requires_grad_(False)      # somebody thawed the model around it
         with torch.autocast(x.device.type, enabled=False):
             maps = self.trunk((x - self.mean)/self.std)
         maps = [f.to(torch.promote_types(f.dtype, torch.float32)) for f in maps]

@@ -235,6 +235,9 @@ def test_nothing_thaws_it():
     fn.requires_grad_(True)
     assert count_params(fn, trainable=True) == 0 and count_params(holder, trainable=True) == 6
     assert holder.training and not any(m.training for m in fn.modules())
+    holder.requires_grad_(True)
+    fn(*pair(hw=(32, 32)))
+    assert count_params(fn, trainable=True) == 0 and count_params(holder, trainable=True) == 6
 
 
 def test_st_takes_a_call_of_256_in_under_a_second():
