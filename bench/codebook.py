@@ -1,4 +1,7 @@
-"A step of the codebook (forward and moving averages, with and without backward) against vector_quantize_pytorch's VectorQuantize, from the same state."
+"""A step of the codebook (forward and moving averages, with and without backward) against
+vector_quantize_pytorch's VectorQuantize, from the same state."""
+
+from importlib.util import find_spec
 
 import torch
 from harness import compare
@@ -10,7 +13,8 @@ SIZES = {1024: (5, 25), 16384: (1, 7)}  # codes: steps a turn, turns
 
 
 def pair(k):
-    "Ours and the peer with the same options and the same state, and tokens that lie around codes, so that no choice hangs on rounding."
+    """Ours and the peer with the same options and the same state, and tokens that lie around codes,
+    so that no choice hangs on rounding."""
     from vector_quantize_pytorch import VectorQuantize
 
     ours = Codebook(k, DIM, decay=DECAY, init='normal').train()
@@ -55,9 +59,7 @@ def check(k):
 
 
 def rows():
-    try:
-        import vector_quantize_pytorch
-    except ImportError:
+    if find_spec('vector_quantize_pytorch') is None:
         yield dict(
             subject='codebook, forward and EMA',
             peer='vector-quantize-pytorch',
@@ -65,7 +67,8 @@ def rows():
             peer_ms=float('nan'),
             ratio=float('nan'),
             middle_half='-',
-            note='NOT MEASURED: vector-quantize-pytorch is not installed (pip install -c constraints.txt vector-quantize-pytorch)',
+            note='NOT MEASURED: vector-quantize-pytorch is not installed '
+            '(pip install -c constraints.txt vector-quantize-pytorch)',
         )
         return
     threads = torch.get_num_threads()
@@ -92,7 +95,8 @@ def stepper(module, z, backward, loss_of):
 
 
 def row(k, backward, steps, turns):
-    "`steps` steps a turn, then the peak of one step (tensors that PyTorch's allocator holds at once)."
+    """`steps` steps a turn, then the peak of one step
+    (tensors that PyTorch's allocator holds at once)."""
     torch.manual_seed(0)
     ours, peer, z = pair(k)
     z.requires_grad_(backward)

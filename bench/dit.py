@@ -1,4 +1,6 @@
-"One training step of DiT.tiny against timm's blocks of equal width, depth and heads between the same first and last layers, and against itself with fused attention and without modulation's cost. One thread."
+"""One training step of DiT.tiny against timm's blocks of equal width, depth and heads between the
+same first and last layers, and against itself with fused attention and without modulation's cost.
+One thread."""
 
 import torch
 from harness import compare
@@ -63,7 +65,10 @@ def networks(patch, n):
     fused.load_state_dict(ours.state_dict())
     memory = {m: human(peak_memory(step(m, *inputs))) + 'B' for m in (ours, *peers.values())}
     for name, peer in peers.items():
-        note = f'{human(count_params(ours))} and {human(count_params(peer))} parameters; peak {memory[ours]} and {memory[peer]}'
+        note = (
+            f'{human(count_params(ours))} and {human(count_params(peer))} parameters; '
+            f'peak {memory[ours]} and {memory[peer]}'
+        )
         yield compare(
             f'DiT.tiny, patch {patch}, forward + backward, batch {n} of 32 x 32',
             step(ours, *inputs),

@@ -4,7 +4,8 @@ import statistics, time
 
 
 def compare(subject, ours, peer_name, peer, repeats=15, note=''):
-    "A row: median times of `ours` and `peer`, and the median of their ratios, turn by turn (above 1: ours is faster)."
+    """A row: median times of `ours` and `peer`, and the median of their ratios, turn by turn
+    (above 1: ours is faster)."""
     ours()
     peer()  # warm-up
     times = []

@@ -1,4 +1,5 @@
-"Encoding and decoding with each codec, against the packet of all bands and against a copy of the tensor; one thread. VQ-f4, the autoencoder that they replace, once."
+"""Encoding and decoding with each codec, against the packet of all bands and against a copy of the
+tensor; one thread. VQ-f4, the autoencoder that they replace, once."""
 
 import torch
 from diffusers import VQModel

@@ -1,4 +1,7 @@
-"A pretraining step of MAE (forward, backward, AdamW) against transformers' ViTMAEForPreTraining, from the same weights."
+"""A pretraining step of MAE (forward, backward, AdamW) against transformers' ViTMAEForPreTraining,
+from the same weights."""
+
+from importlib.util import find_spec
 
 import torch
 from harness import compare
@@ -45,7 +48,8 @@ def peer_of(img_size, patch, dim, depth, heads, dec_dim, dec_depth, dec_heads):
 
 
 def copy_from(ours, peer):
-    "The peer's weights into ours: three linear layers for queries, keys and values become one, the convolution a linear layer."
+    """The peer's weights into ours: three linear layers for queries, keys and values become one,
+    the convolution a linear layer."""
     state = {}
     for k, v in peer.state_dict().items():
         for old, new in (
@@ -87,9 +91,7 @@ def stepper(model, loss_of):
 
 
 def rows():
-    try:
-        import transformers
-    except ImportError:
+    if find_spec('transformers') is None:
         yield dict(
             subject='MAE, pretraining step',
             peer='transformers',
@@ -97,7 +99,8 @@ def rows():
             peer_ms=float('nan'),
             ratio=float('nan'),
             middle_half='-',
-            note='NOT MEASURED: transformers is not installed (pip install -c constraints.txt transformers)',
+            note='NOT MEASURED: transformers is not installed '
+            '(pip install -c constraints.txt transformers)',
         )
         return
     threads = torch.get_num_threads()
@@ -110,7 +113,8 @@ def rows():
 
 
 def row(name, b, steps, sizes):
-    "One size: same losses first, then `steps` steps a turn, then the peak of one step (tensors that PyTorch's allocator holds at once)."
+    """One size: same losses first, then `steps` steps a turn, then the peak of one step
+    (tensors that PyTorch's allocator holds at once)."""
     torch.manual_seed(0)
     peer, ours = peer_of(**sizes).train(), MAE(**sizes).train()
     copy_from(ours, peer)

@@ -1,5 +1,7 @@
-"""One MeanFlow training step (loss, backward) with a forward-mode derivative against the double-backward form that the first public PyTorch code used. Training draws half of the
-times with r = t, which need no derivative; ours leaves them out, the peer, as that code did, does not. The second row of each network has no such times. One thread."""
+"""One MeanFlow training step (loss, backward) with a forward-mode derivative against the
+double-backward form that the first public PyTorch code used. Training draws half of the times with
+r = t, which need no derivative; ours leaves them out, the peer, as that code did, does not.
+The second row of each network has no such times. One thread."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"A pretraining step of mae_tiny as make starts it, on a quiet machine and beside one busy process, against the plain environment."
+"""A pretraining step of mae_tiny as make starts it, on a quiet machine and beside one busy process,
+against the plain environment."""
 
 import os, re, subprocess, sys
 from pathlib import Path

@@ -1,4 +1,6 @@
-"`make bench`: every file of this folder that has `rows()`, one table out. Arguments choose files: `run.py learner`."
+"""`make bench`: every file of this folder that has `rows()`, one table out.
+
+Arguments choose files: `run.py learner`."""
 
 import importlib, sys
 from pathlib import Path
@@ -10,7 +12,8 @@ sys.path.insert(0, str(HERE))
 def main(only):
     names = [p.stem for p in sorted(HERE.glob('*.py')) if p.stem not in ('run', 'harness')]
     print(
-        '| subject | peer | ours, ms | peer, ms | peer / ours | middle half | note |\n|---|---|---|---|---|---|---|',
+        '| subject | peer | ours, ms | peer, ms | peer / ours | middle half | note |\n'
+        '|---|---|---|---|---|---|---|',
         flush=True,
     )
     for name in names:
@@ -18,7 +21,8 @@ def main(only):
             continue
         for r in importlib.import_module(name).rows():
             print(
-                f"| {r['subject']} | {r['peer']} | {r['ours_ms']:.2f} | {r['peer_ms']:.2f} | {r['ratio']:.2f} | {r['middle_half']} | {r['note']} |",
+                f"| {r['subject']} | {r['peer']} | {r['ours_ms']:.2f} | {r['peer_ms']:.2f} "
+                f"| {r['ratio']:.2f} | {r['middle_half']} | {r['note']} |",
                 flush=True,
             )
 

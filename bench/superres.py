@@ -1,4 +1,5 @@
-"Lesson 15's superresolution with each codec, and the plain regression, against the packet of all bands with the same network: sampling of one picture, and a training step. One thread."
+"""Lesson 15's superresolution with each codec, and the plain regression, against the packet of all
+bands with the same network: sampling of one picture, and a training step. One thread."""
 
 import torch
 from harness import compare
@@ -57,8 +58,10 @@ def stepper(model):
 
 def measured():
     made = models()
+    thousands = lambda part: f'{sum(p.numel() for p in part.parameters()) / 1e3:.0f} k'
     note = lambda model: (
-        f'latent {model.codec.latent_channels} channels, network {sum(p.numel() for p in model.net.parameters()) / 1e3:.0f} k parameters, codec {sum(p.numel() for p in model.codec.parameters()) / 1e3:.0f} k'
+        f'latent {model.codec.latent_channels} channels, '
+        f'network {thousands(model.net)} parameters, codec {thousands(model.codec)}'
     )
     for steps in (1, 15):
         packet = sampler(made['packet'], steps)

@@ -1,4 +1,5 @@
-"Lesson 10's restorer: stage two against stage one, blended windows against the same windows unblended, and a conditional block against a DiT block of timm's parts."
+"""Lesson 10's restorer: stage two against stage one, blended windows against the same windows
+unblended, and a conditional block against a DiT block of timm's parts."""
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ DIM, HEADS, COND = 128, 4, 64  # of the block
 
 
 class DiTBlock(nn.Module):
-    "adaLN-Zero (Peebles and Xie 2023) from timm's attention and MLP; as ours without a SiLU on the condition and with the exact GELU."
+    """adaLN-Zero (Peebles and Xie 2023) from timm's attention and MLP;
+    as ours without a SiLU on the condition and with the exact GELU."""
 
     def __init__(self, dim, heads, cond):
         super().__init__()
@@ -38,7 +40,8 @@ class DiTBlock(nn.Module):
 
 
 def copy_from(ours, peer):
-    "The peer's weights into ours: the same names; scale stands before shift, and a gate is counted from 1."
+    """The peer's weights into ours: the same names;
+    scale stands before shift, and a gate is counted from 1."""
     with torch.no_grad():
         for part in ('attn', 'mlp'):
             getattr(ours, part).load_state_dict(getattr(peer, part).state_dict())
@@ -69,7 +72,8 @@ def stepper(model, loss_of, params=None):
 
 
 def row(subject, ours, peer_name, peer, steps, turns, asked):
-    "`steps` calls a turn, then the peak of one call (tensors that PyTorch's allocator holds at once)."
+    """`steps` calls a turn, then the peak of one call
+    (tensors that PyTorch's allocator holds at once)."""
     r = compare(
         subject,
         lambda: [ours() for _ in range(steps)],
@@ -119,7 +123,8 @@ def stages(b=16):
 
 
 def blended(size=32, overlap=16, side=128):
-    "The same windows in the same batches through the same network; what is left is cutting, weighing and adding."
+    """The same windows in the same batches through the same network;
+    what is left is cutting, weighing and adding."""
     torch.manual_seed(0)
     net, y = nn.Conv2d(1, 1, 5, padding=2).eval(), torch.rand(1, 1, side, side)
     at = range(0, side - size + 1, size - overlap)
@@ -143,7 +148,8 @@ def blended(size=32, overlap=16, side=128):
 
 
 def block(b=16, n=65):
-    "Equal sizes, equal weights: the same output and the same gradient of the condition first, then forward and backward."
+    """Equal sizes, equal weights: the same output and the same gradient of the condition first,
+    then forward and backward."""
     torch.manual_seed(0)
     peer, ours = DiTBlock(DIM, HEADS, COND), ConditionalBlock(DIM, HEADS, COND, 'branches')
     copy_from(ours, peer)

@@ -1,4 +1,5 @@
-"The tiny Swin UNet, forward and backward: memory formats, compilation, checkpointing; its window attention against torchvision's and against SDPA. One thread."
+"""The tiny Swin UNet, forward and backward: memory formats, compilation, checkpointing;
+its window attention against torchvision's and against SDPA. One thread."""
 
 import copy
 import shutil

@@ -1,7 +1,9 @@
 """A round trip of two wavelet levels against PyWavelets, ptwt and a copy of the tensor.
 
-One thread in processor time, which other programs do not count in; and torch's default threads, where PyWavelets has one, by the clock.
-Goals: PyWavelets in a loop 8, batched 4, ptwt 2 (Haar) and 1 (db2, bior1.3). The note has the ratio of the best times of each side, too."""
+One thread in processor time, which other programs do not count in; and torch's default threads,
+where PyWavelets has one, by the clock.
+Goals: PyWavelets in a loop 8, batched 4, ptwt 2 (Haar) and 1 (db2, bior1.3).
+The note has the ratio of the best times of each side, too."""
 
 import statistics, time
 
@@ -41,7 +43,8 @@ def backward(fn, x, *args):
 
 
 def turns(subject, fn, peers, clock, repeats):
-    "Rows as `harness.compare` gives them, ours and all peers in turns; `peers` maps a name to (function, note)."
+    """Rows as `harness.compare` gives them, ours and all peers in turns;
+    `peers` maps a name to (function, note)."""
     fns = {'ours': fn, **{k: f for k, (f, _) in peers.items()}}
     for f in fns.values():
         f()
@@ -53,7 +56,7 @@ def turns(subject, fn, peers, clock, repeats):
             times[k].append(1e3 * (clock() - start))
     for k, (_, note) in peers.items():
         ratios = sorted(p / o for p, o in zip(times[k], times['ours']))
-        quarter = len(ratios) // 4
+        quarter, best = len(ratios) // 4, min(times[k]) / min(times['ours'])
         yield dict(
             subject=subject,
             peer=k,
@@ -61,7 +64,7 @@ def turns(subject, fn, peers, clock, repeats):
             peer_ms=statistics.median(times[k]),
             ratio=statistics.median(ratios),
             middle_half=f'{ratios[quarter]:.2f} to {ratios[-1 - quarter]:.2f}',
-            note=f'best of each {min(times[k]) / min(times["ours"]):.2f}{"; " + note if note else ""}',
+            note=f'best of each {best:.2f}{"; " + note if note else ""}',
         )
 
 
@@ -77,10 +80,11 @@ def measured(threads, clock):
         ('db10', 'symmetric'),
         ('db2', 'periodization'),
     ):
-        subject, here = (
-            f'{wavelet}, {mode}, 2 levels and back, {"x".join(map(str, shape))}, {threads} thread{"s" * (threads > 1)}',
-            lambda: ours(x, wavelet, mode),
+        subject = (
+            f'{wavelet}, {mode}, 2 levels and back, {"x".join(map(str, shape))}, '
+            f'{threads} thread{"s" * (threads > 1)}'
         )
+        here = lambda: ours(x, wavelet, mode)
         apart = lambda f: (f, f'differs by {abs(np.asarray(f()) - here().numpy()).max():.0e}')
         peers = {
             'PyWavelets, loop': apart(lambda: pywt_loop(a, wavelet, mode)),

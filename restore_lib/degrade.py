@@ -124,9 +124,11 @@ def blur(
     if kernel.device.type == 'cpu' and not torch.isfinite(kernel).all():
         raise ValueError('kernel holds values that are NaN or infinite')
     if k//2 >= min(h, w): raise ValueError(f'kernel is {k} x {k}; too large to mirror images of {h} x {w}')
-    weight = kernel.to(x).flip(1, 2).expand(b, k, k).repeat_interleave(c, 0)[:, None]        # conv2d correlates: flip, (b*c, 1, k, k)
-    y = F.conv2d(F.pad(x, (k//2,)*4, mode='reflect').reshape(1, b*c, h + k - 1, w + k - 1), weight, groups=b*c)
-    return y.reshape(b, c, h, w)
+    # in float32 on a CPU: there some half-precision convolutions with large kernels never end
+    wide = x if x.device.type != 'cpu' else x.to(torch.promote_types(x.dtype, torch.float32))
+    padded = F.pad(wide, (k//2,)*4, mode='reflect').reshape(1, b*c, h + k - 1, w + k - 1)
+    weight = kernel.to(wide).flip(1, 2).expand(b, k, k).repeat_interleave(c, 0)[:, None]        # conv2d correlates: flip, (b*c, 1, k, k)
+    return F.conv2d(padded, weight, groups=b*c).reshape(b, c, h, w).to(x.dtype)
 
 # %% ../nbs/01_degrade.ipynb #01-035
 def gaussian_blur(

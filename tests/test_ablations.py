@@ -3,6 +3,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+from common import ROOT
 import numpy as np
 import pytest
 import pywt
@@ -15,7 +16,6 @@ from restore_lib.codecs import DCTCodec, LLCodec, PacketCodec
 from restore_lib.thermal import thermal
 from restore_lib.superres import LatentSR, SRConfig, make_sr, sr_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
 REF, GRID = dict(a=1, b=2), {'a 3': dict(a=3), 'b 5': dict(b=5), 'b 6': dict(b=6)}
 
 
@@ -264,7 +264,8 @@ def test_budget_of_nothing_reads_only(path):
 
 
 def run_here(tmp_path, kill_at=None, how='train', share=50):
-    "A grid of three rows: (table, calls). The process ends by SIGKILL in row `kill_at`: while it trains, or with so many percent of the row written."
+    """A grid of three rows: (table, calls). The process ends by SIGKILL in row `kill_at`:
+    while it trains, or with so many percent of the row written."""
     calls, append, n = tmp_path / 'calls', ablations._append, [0]
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -296,7 +297,7 @@ def run_here(tmp_path, kill_at=None, how='train', share=50):
 
 
 def killed(*args):
-    "`run_here` in a child; its exit status. The child is forked, for a start of Python takes seconds."
+    "`run_here` in a child; its exit status. The child is forked: starting Python takes seconds."
     pid = os.fork()
     if pid == 0:
         try:
@@ -405,20 +406,25 @@ def train(config, seed):
     if config['b'] == 5 and config.get('die'): os._exit(7)
     if config['b'] == 6: raise ValueError('six')
     time.sleep(0.1)
-    return dict(PSNR=[helper(config['a']) + torch.rand(()).item() for _ in range(3)], pid=os.getpid(), gpu=float(os.environ.get('CUDA_VISIBLE_DEVICES') or -1))
+    values = [helper(config['a']) + torch.rand(()).item() for _ in range(3)]
+    gpu = float(os.environ.get('CUDA_VISIBLE_DEVICES') or -1)
+    return dict(PSNR=values, pid=os.getpid(), gpu=gpu)
 if __name__ == '__main__':
     ref, grid = dict(a=1, b=2, die=0), {'a 3': dict(a=3), 'b 5': dict(b=5), 'b 6': dict(b=6)}
-    told = lambda a: [(r['row'], r['seed'], r['status'], r.get('figures', {}).get('PSNR'), r.get('error')) for r in a.rows]
+    psnr = lambda r: r.get('figures', {}).get('PSNR')
+    told = lambda a: [(r['row'], r['seed'], r['status'], psnr(r), r.get('error')) for r in a.rows]
     one = ablate(train, ref, grid, seeds=(0, 1))
-    ab._gpus = lambda: ['3', '8']                          # two GPUs: two workers, without being asked
+    ab._gpus = lambda: ['3', '8']                          # two GPUs: two workers, unasked
     two = ablate(train, ref, grid, seeds=(0, 1))
     assert told(one) == told(two), (told(one), told(two))
     of = {(r['figures']['pid'], r['figures']['gpu']) for r in two.rows if r['status'] == 'done'}
-    assert {g for _, g in of} == {3, 8} and len({p for p, _ in of}) == 2 == len(of) and os.getpid() not in dict(of), of
+    assert {g for _, g in of} == {3, 8} and len({p for p, _ in of}) == 2 == len(of), of
+    assert os.getpid() not in dict(of), of
     del grid['a 3'], grid['b 6']
     dead = ablate(train, {**ref, 'die': 1}, grid, jobs=2, path=sys.argv[1], version=0).rows[1]
     assert dead['status'] == 'failed' and 'worker process died' in dead['error'], dead
-    again = ablate(lambda c, s: dict(PSNR=1.0), {**ref, 'die': 1}, grid, path=sys.argv[1], version=0)
+    steady = lambda config, seed: dict(PSNR=1.0)
+    again = ablate(steady, {**ref, 'die': 1}, grid, path=sys.argv[1], version=0)
     assert {r['status'] for r in again.rows} == {'done'}
     print('fine')
 '''
@@ -569,7 +575,7 @@ def test_swapping_keeps_gains_and_takes_an_ll_codec(model):
         swap_wavelet(LatentSR(DCTCodec(), torch.nn.Identity()), 'db2')
 
 
-# what stands for a training function -----------------------------------------------------------------------------------
+# what stands for a training function --------------------------------------------------------------
 
 
 def _bound(config, seed, lr=0.1):
@@ -612,7 +618,7 @@ def test_rows_of_another_bound_value_are_not_used(tmp_path):
     assert figures == [0.1, 0.2, 0.1]
 
 
-# what stands for a training function, by content ------------------------------------------------------------------------
+# what stands for a training function, by content --------------------------------------------------
 
 
 class Callable:
@@ -656,7 +662,7 @@ def _over_data(value):
     ids=['object', 'method', 'partial', 'global', 'data set', 'closure'],
 )
 def test_rows_of_another_content_are_not_used_and_of_the_same_are(make, path):
-    "Another value is another training; the same value, made anew as in another process, is the same one."
+    "Another value is another training; the same value, made anew as in another process, is not."
     figures = [
         ablate(make(v), REF, {}, path=path).mean('reference', 'PSNR') for v in (1.0, 2.0, 1.0, 2.0)
     ]
@@ -673,7 +679,7 @@ def test_what_is_not_seen_is_said(path):
         ablate(train, REF, {}, path=path)
 
 
-# numbers, paths, empty tables, blank lines --------------------------------------------------------------------------------
+# numbers, paths, empty tables, blank lines --------------------------------------------------------
 
 
 def test_numpy_numbers_and_paths(counted, path):
@@ -795,7 +801,7 @@ def test_blank_lines_are_no_records(counted, path, blank):
     )
 
 
-# codecs -------------------------------------------------------------------------------------------------------------------
+# codecs -------------------------------------------------------------------------------------------
 
 
 def test_a_swapped_codec_says_its_wavelet(model):
@@ -829,7 +835,7 @@ def test_levels(level, error):
 
 
 def test_exercise_4_of_the_lesson(tmp_path, monkeypatch):
-    "A row with the packet's rival, the DCT: trained by the lesson's own `fitted`, with as many channels."
+    "A row with the packet's rival, the DCT: trained by the lesson's `fitted`, as many channels."
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
     lesson = Path(ablations.__file__).resolve().parent.parent / 'nbs/18_ablations.ipynb'
     cell = next(

@@ -1,7 +1,9 @@
-"""What lesson 04 does not teach of the audit tools: broken and sound examples of each, bad input, coverage of the intervals."""
+"""What lesson 04 does not teach of the audit tools: broken and sound examples of each, bad input,
+coverage of the intervals."""
 
 import json, math, random, threading, time
 
+from common import DEVICES
 import numpy as np
 import pytest
 import torch
@@ -16,13 +18,6 @@ from restore_lib.audit import (
 from restore_lib.checkpoints import load_report
 from restore_lib.metrics import evaluate, psnr, ssim
 
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
-
 
 def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
@@ -36,7 +31,7 @@ def fails(cases):
     return pytest.mark.parametrize('make', cases.values(), ids=list(cases))
 
 
-# headroom --------------------------------------------------------------------------------------------------------------
+# headroom -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +104,7 @@ def test_headroom_bad_metric():
         headroom(3, 1, 2, 1)
 
 
-# Ladder ----------------------------------------------------------------------------------------------------------------
+# Ladder -------------------------------------------------------------------------------------------
 
 
 def ladder():
@@ -247,7 +242,7 @@ def test_ladder_figure():
     matplotlib.pyplot.close('all')
 
 
-# reads_truth -----------------------------------------------------------------------------------------------------------
+# reads_truth --------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -421,7 +416,7 @@ def test_reads_truth_bad_input():
         reads_truth(lambda y, x: 'image', y, x)
 
 
-# oracle_gap ------------------------------------------------------------------------------------------------------------
+# oracle_gap ---------------------------------------------------------------------------------------
 
 X, Y = audit._pictures(8, 24), (audit._pictures(8, 24) + 0.1 * randn(8, 1, 24, 24)).clamp(0, 1)
 blurred = F.avg_pool2d(X, 3, 1, 1)
@@ -493,7 +488,7 @@ def test_oracle_gap_bad_input():
     assert net.training
 
 
-# load_report -----------------------------------------------------------------------------------------------------------
+# load_report --------------------------------------------------------------------------------------
 
 
 def small(seed=0, names=('body', 'head'), width=4):
@@ -521,7 +516,8 @@ BAD_LOADS = {
     'data parallel': (
         lambda: prefixed(small(1).state_dict(), 'module.'),
         {},
-        r"copied 0 of 9.*missing.*'body.0.weight'.*extra.*'module.body.0.weight'.*rename=\{'module.': ''\} would copy 9 of 9",
+        r"copied 0 of 9.*missing.*'body.0.weight'.*extra.*'module.body.0.weight'.*"
+        r"rename=\{'module.': ''\} would copy 9 of 9",
     ),
     'other name': (
         lambda: {k.replace('body', 'net'): v for k, v in small(1).state_dict().items()},
@@ -661,7 +657,7 @@ def test_load_report_bad_input():
         load_report(nn.Identity(), {})
 
 
-# stateless -------------------------------------------------------------------------------------------------------------
+# stateless ----------------------------------------------------------------------------------------
 
 
 def haar(x):
@@ -907,7 +903,7 @@ def test_stateless_bad_input():
         stateless(lambda x: 1 / 0, unhaar, A, B)
 
 
-# parseval --------------------------------------------------------------------------------------------------------------
+# parseval -----------------------------------------------------------------------------------------
 
 half = (
     lambda x: haar(x)[:, :1],
@@ -1000,7 +996,7 @@ def test_parseval_bad_input():
         parseval(1e-3, Codec(), 30, [1])
 
 
-# identity_check --------------------------------------------------------------------------------------------------------
+# identity_check -----------------------------------------------------------------------------------
 
 to_signed, from_signed, to_bits = (
     lambda x: 2 * x - 1,
@@ -1101,7 +1097,7 @@ def test_identity_check_bad_input():
         identity_check(psnr, to_bits)
 
 
-# compare ---------------------------------------------------------------------------------------------------------------
+# compare ------------------------------------------------------------------------------------------
 
 
 def runs(s, n, image, seed, rest, g, shift=0.0, common=None):
@@ -1169,7 +1165,8 @@ def test_compare_does_not_find(make):
 @pytest.mark.parametrize('s, n', [(2, 3), (2, 40), (3, 10), (5, 3), (5, 40)])
 @pytest.mark.parametrize('image, seed, rest', [(0.3, 0.3, 0.3), (0.6, 0.05, 0.1), (0.05, 0.5, 0.1)])
 def test_compare_covers(s, n, image, seed, rest):
-    "A nominal 95 % interval holds the true difference, 0, in 300 experiments; three standard errors of that count are 4 %."
+    """A nominal 95 % interval holds the true difference, 0, in 300 experiments;
+    three standard errors of that count are 4 %."""
     g = torch.Generator().manual_seed(100 * s + n)
     reports = [compare(*pair(s, n, image, seed, rest, g), n_boot=300, seed=k) for k in range(300)]
     assert sum(not r for r in reports) / 300 >= 0.91
@@ -1232,7 +1229,7 @@ def test_compare_bad_input():
         )
 
 
-# claim -----------------------------------------------------------------------------------------------------------------
+# claim --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1366,14 +1363,18 @@ def test_claims_name_a_damaged_file(folder):
 def test_import_is_light():
     import subprocess, sys
 
-    code = 'import sys, restore_lib.audit; print([m for m in "scipy lpips matplotlib accelerate skimage sklearn".split() if m in sys.modules])'
+    code = (
+        'import sys, restore_lib.audit; '
+        'heavy = "scipy lpips matplotlib accelerate skimage sklearn".split(); '
+        'print([m for m in heavy if m in sys.modules])'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     if "No module named 'restore_lib.audit'" in done.stderr:
         pytest.skip('restore_lib.audit is not exported yet')
     assert done.stdout.strip() == '[]', done.stderr
 
 
-# ---------------------------------------------------------------- wrapped by accelerate, mixed precision
+# ------------------------------------------------- wrapped by accelerate, mixed precision
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 def test_checks_take_a_model_that_accelerate_wrapped(precision):
     from restore_lib.learner import Learner, ResidualCNN
@@ -1396,7 +1397,7 @@ def test_checks_take_a_model_that_accelerate_wrapped(precision):
     assert load_report(learn.model, kept, rename={'module.': ''}).share == 1
 
 
-# ---------------------------------------------------------------- cases that once went wrong
+# ------------------------------------------------- cases that once went wrong
 def test_reads_truth_sees_a_cache_filled_at_the_first_call_of_a_function():
     kept, y, x = {}, torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8)
 
@@ -1503,7 +1504,7 @@ def test_headroom_turns_one_minus_a_metric_round():
     ).share == pytest.approx(0.5)
 
 
-# leak_probe ------------------------------------------------------------------------------------------------------------
+# leak_probe ---------------------------------------------------------------------------------------
 
 
 def probed(side=8, b=24):
@@ -1543,7 +1544,8 @@ def test_leak_probe_finds_what_divides_and_passes_what_guesses():
 
 
 def test_leak_probe_compares_answers_not_inputs():
-    "An untrained flow says v = 0, so that source - v is the source: sound, though z itself holds the truth."
+    """An untrained flow says v = 0, so that source - v is the source:
+    sound, though z itself holds the truth."""
     x, start, hole = probed()
     assert leak_probe(lambda z, t: start, x, start, hole) and not leak_probe(
         lambda z, t: 40 * z, x, start, hole
@@ -1551,7 +1553,8 @@ def test_leak_probe_compares_answers_not_inputs():
 
 
 def test_leak_probe_passes_the_best_guess_under_noise():
-    "Noise in the hole: E[x | z] of normal pixels follows the truth far from the start and not near it."
+    """Noise in the hole: E[x | z] of normal pixels follows the truth far from the start
+    and not near it."""
     x, hole = randn(64, 1, 8, 8), torch.ones(64, 1, 8, 8)
     e = randn(64, 1, 8, 8, seed=1)
     best = lambda z, t: at((1 - t) / ((1 - t) ** 2 + t**2)) * z
@@ -1612,7 +1615,7 @@ def test_leak_probe_refuses(make):
         call(leak_probe, *probed())
 
 
-# what once was wrong without a word --------------------------------------------------------------------------------------
+# what once was wrong without a word ---------------------------------------------------------------
 
 
 def test_leak_probe_judges_a_share_by_its_size():

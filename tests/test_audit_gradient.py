@@ -76,7 +76,7 @@ class RoundSTE(Function):
         return g
 
 
-# ------------------------------------------------------------- broken: function of Parts -> (step, watch, options, {name: how})
+# ------------------------- broken: function of Parts -> (step, watch, options, {name: how})
 def no_grad(p):
     def step():
         with torch.no_grad():
@@ -433,7 +433,7 @@ def test_broken(name):
     assert all(b.name in repr(report) and b.how in report._repr_markdown_() for b in report.breaks)
 
 
-# ------------------------------------------------------------- sound: function of Parts -> (step, watch, options)
+# ------------------------- sound: function of Parts -> (step, watch, options)
 def straight_through(p):
     def step():
         z, q = p.codes(p.enc(p.x))
@@ -735,7 +735,7 @@ def test_sound(name):
     assert report and 'No break' in repr(report)
 
 
-# ------------------------------------------------------------- what it says, and what it leaves as it was
+# ------------------------- what it says, and what it leaves as it was
 def test_norms_are_those_of_backward():
     p = Parts()
     report = audit_gradient(p.through(torch.tanh), p.watch)
@@ -956,7 +956,7 @@ def test_broken_on_a_gpu(name):
     assert {b.name: b.how for b in report.breaks} == expected
 
 
-# ------------------------------------------------------------- updates that no operator's name gives away
+# ------------------------- updates that no operator's name gives away
 class Plain:
     "An optimizer that is none of torch's."
 

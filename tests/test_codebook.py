@@ -1,7 +1,10 @@
-"""What lesson 08 does not teach: parity with vector-quantize-pytorch, gradients derived by hand, two processes, weights that cannot be had, bad input."""
+"""What lesson 08 does not teach: parity with vector-quantize-pytorch, gradients derived by hand,
+two processes, weights that cannot be had, bad input."""
 
 import io, math, os, subprocess, sys
 
+from common import close, held, same
+from toy import Stop
 import numpy as np
 import pytest
 import torch
@@ -31,7 +34,6 @@ from restore_lib.codebook import (
     vit_codebook_base,
     vit_codebook_tiny,
 )
-from restore_lib.learner import Callback
 from restore_lib.mae import MAE
 from restore_lib.metrics import peak_memory
 from restore_lib.patching import ViTEncoder
@@ -75,25 +77,13 @@ def two(started):
 pytestmark = pytest.mark.usefixtures('seed')
 
 
-def held(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def close(a, b, tol=1e-5):
-    return torch.allclose(a, b, rtol=tol, atol=tol)
-
-
 def apart(a, b):
     return torch.cdist(
         a.detach().double(), b.detach().double(), compute_mode='donot_use_mm_for_euclid_dist'
     )
 
 
-# parity ----------------------------------------------------------------------------------------------------------------
+# parity -------------------------------------------------------------------------------------------
 
 
 def twins(k, d, decay=0.9, revive=0, cosine=False, rotation=False, init='normal', commitment=0.25):
@@ -123,7 +113,7 @@ def state_of(peer):
 
 
 def step_both(ours, peer, z, tol=1e-5):
-    "A step of both from the same random state: everything that comes out, gradients and the state afterwards."
+    "A step of both from the same random state: all that comes out, gradients, the state after it."
     a, b, g, state = (
         z.clone().requires_grad_(),
         z.clone().requires_grad_(),
@@ -224,7 +214,7 @@ def test_parity_of_fsq(levels, dim, shape):
     )
 
 
-# the nearest code ------------------------------------------------------------------------------------------------------
+# the nearest code ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('n, k, d', [(1, 1, 1), (257, 31, 7), (64, 500, 48)])
@@ -255,7 +245,7 @@ def test_nearest_code_computes_in_chunks(monkeypatch):
     assert rows == [30, 30, 30, 10]
 
 
-# gradients -------------------------------------------------------------------------------------------------------------
+# gradients ----------------------------------------------------------------------------------------
 
 
 def test_losses_move_only_what_they_should():
@@ -377,7 +367,7 @@ def test_rotation_in_the_codebook():
     assert close(z.grad, w.grad) and not close(z.grad, g)
 
 
-# how codes follow ------------------------------------------------------------------------------------------------------
+# how codes follow ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('decay', [0.0, 0.6, 0.99])
@@ -507,7 +497,7 @@ def test_fewer_tokens_than_dead_codes():
     assert rows(ours.codes, ours.counts) == rows(*state_of(peer)[:2])
 
 
-# the start -------------------------------------------------------------------------------------------------------------
+# the start ----------------------------------------------------------------------------------------
 
 
 def test_kmeans_finds_what_is_there():
@@ -627,7 +617,7 @@ def test_state_dict_round_trip(started):
     assert same(held(a), held(b))
 
 
-# shapes, types, use ----------------------------------------------------------------------------------------------------
+# shapes, types, use -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -834,12 +824,13 @@ def test_bad_levels(levels):
         FSQ(levels)
 
 
-# finite scalars --------------------------------------------------------------------------------------------------------
+# finite scalars -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('levels', [(3,), (8, 8, 4), (5, 4, 3, 6)])
 def test_fsq_round_trip_over_all_codes(levels):
-    "Tokens far within each cell come back as its index, and codes of all indices are distinct, in [-1, 1]."
+    """Tokens far within each cell come back as its index;
+    codes of all indices are distinct, in [-1, 1]."""
     fsq, every = FSQ(levels), torch.arange(math.prod(levels))
     codes = fsq.lookup(every)
     assert (
@@ -897,7 +888,7 @@ def test_fsq_gradient():
     assert all(p.grad.abs().sum() > 0 for p in fsq.parameters())
 
 
-# bits ------------------------------------------------------------------------------------------------------------------
+# bits ---------------------------------------------------------------------------------------------
 
 
 def test_code_bits():
@@ -927,7 +918,7 @@ def test_code_bits_of_short_whole_numbers(dtype):
     )
 
 
-# several processes -----------------------------------------------------------------------------------------------------
+# several processes --------------------------------------------------------------------------------
 
 BATCHES = lambda: torch.randn(5, 4, 24, 3, generator=torch.Generator().manual_seed(9))
 
@@ -1015,7 +1006,7 @@ def test_two_processes_of_other_seeds_under_ddp(two):
     assert same(two[0]['ddp'], two[1]['ddp'])
 
 
-# the model -------------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 def own(codebook=None, **kw):
@@ -1203,7 +1194,7 @@ def test_base_preset(monkeypatch):
     )  # with the eleven blocks that are missing
 
 
-# weights that cannot be had --------------------------------------------------------------------------------------------
+# weights that cannot be had -----------------------------------------------------------------------
 
 
 def test_timm_offline(monkeypatch):
@@ -1247,7 +1238,7 @@ def test_timm_unknown_name():
 
 
 def published(gen=0):
-    "A state dict with the names and shapes of torchvision's vgg16, random; its classifier takes no memory."
+    "A random state dict of torchvision's vgg16 (names, shapes); its classifier takes no memory."
     widths, state = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512), {}
     at, last = 0, 3
     g = torch.Generator().manual_seed(gen)
@@ -1374,7 +1365,7 @@ def test_vgg_gradients():
     )
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 def IMAGES(n=32):
@@ -1397,15 +1388,6 @@ def training(codebook=None, cbs=(), valid=None, lr=1e-2, **kw):
         cpu=True,
         **kw,
     )
-
-
-class Stop(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
@@ -1546,7 +1528,7 @@ def test_each_grid_once(tmp_path):
     assert [e.step for e in events(tmp_path).Images('reconstruction')] == [4, 8]
 
 
-# memory, last: the two processes are done by then ----------------------------------------------------------------------
+# memory, last: the two processes are done by then -------------------------------------------------
 
 
 def test_memory():
@@ -1559,7 +1541,7 @@ def test_memory():
     assert 3.9 * 2**20 < peak_memory(lambda: nearest_code(tokens, book.codes, 4)) < 6 * 2**20
 
 
-# a saved model comes back as the same function ---------------------------------------------------------------------------
+# a saved model comes back as the same function ----------------------------------------------------
 
 
 @pytest.mark.parametrize('cosine', [False, True])
@@ -1639,7 +1621,7 @@ def test_a_tokenizer_made_of_a_mae_has_its_statistics():
     )
 
 
-# codes that come back to life, frozen ones, tokens without length ---------------------------------------------------------
+# codes that come back to life, frozen ones, tokens without length ---------------------------------
 
 
 @pytest.mark.parametrize('rotation', [False, True])
@@ -1724,7 +1706,8 @@ def test_a_frozen_tokenizer_freezes_its_codebook():
 
 
 def test_rotation_without_an_angle():
-    "A token or a code of length 0: the code comes out, and the gradient goes straight through; its neighbours are turned as ever."
+    """A token or a code of length 0: the code comes out, and the gradient goes straight through;
+    its neighbours are turned as ever."""
     z, q, g = torch.randn(6, 4), torch.randn(6, 4), torch.randn(6, 4)
     z[1], z[2], q[3], z[4], q[4] = 0, 1e-9, 0, 0, 0
     a, b = z.clone().requires_grad_(), z[[0, 5]].clone().requires_grad_()
@@ -1759,7 +1742,7 @@ def test_zero_tokens_in_a_codebook(decay, cosine, rotation):
     )
 
 
-# precisions --------------------------------------------------------------------------------------------------------------
+# precisions ---------------------------------------------------------------------------------------
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 
@@ -1859,7 +1842,7 @@ def test_tokenizers_in_other_precisions(make, dtype):
     assert drawn.dtype == dtype and (drawn.double() - model(x)[0].double()).abs().max() < 0.05
 
 
-# numbers -----------------------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 
 def test_sizes_from_numpy():

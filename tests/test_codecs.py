@@ -1,9 +1,11 @@
-"""What lesson 12 does not teach: every codec's round trip in both precisions, hidden state with threads, gradients, gains, state_dict, sizes, devices, bad input."""
+"""What lesson 12 does not teach: every codec's round trip in both precisions, hidden state with
+threads, gradients, gains, state_dict, sizes, devices, bad input."""
 
 import inspect
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
+from common import DEVICES
 import numpy as np
 import pytest
 import pywt
@@ -40,12 +42,6 @@ WITHOUT_SIDE = ('all', 'learnable', 'packet', 'dct', 'vq')
 LEARNED = ('learnable', 'hybrid', 'vq')
 EVERY = [(name, c) for name in CODECS for c in (1, 3)]
 TINT = torch.tensor([1.0, 0.8, 0.6])[:, None, None]
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +60,8 @@ def coloured(x, c):
 
 
 def shaken(name, c=1, **options):
-    "A codec whose learned parts are not at their start (the CNN's last layer begins at zero), and whose gains are not one."
+    """A codec whose learned parts are not at their start (the CNN's last layer begins at zero),
+    and whose gains are not one."""
     codec = make_codec(name, c, **options)
     with torch.no_grad():
         for p in codec.parameters():
@@ -73,7 +70,7 @@ def shaken(name, c=1, **options):
     return codec
 
 
-# round trips -----------------------------------------------------------------------------------------------------------
+# round trips --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', LOSSLESS)
@@ -121,7 +118,8 @@ def test_numbers_in_latent_and_side(name, c):
     'name, low, high', [('all', 36, 41), ('learnable', 20, 33), ('hybrid', 60, 200)]
 )
 def test_lossy_as_stated(name, low, high):
-    "The docstrings' figures: resized bands, random convolutions below bicubic, an untrained CNN that does nothing."
+    """The docstrings' figures: resized bands, random convolutions below bicubic,
+    an untrained CNN that does nothing."""
     x = thermal(8, 256, seed=100)
     scores = psnr(make_codec(name)(x), x)
     assert low < scores.mean() < high
@@ -232,7 +230,7 @@ def test_latent_error_is_pixel_error(scenes):
         )
 
 
-# state -----------------------------------------------------------------------------------------------------------------
+# state --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -308,7 +306,7 @@ def test_sizes_of_the_learned_ones():
         )
 
 
-# gains -----------------------------------------------------------------------------------------------------------------
+# gains --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name, c', EVERY)
@@ -366,7 +364,7 @@ def test_bad_fits(scenes):
     assert torch.equal(codec.gains, kept)  # a failed fit leaves them as they were
 
 
-# gradients -------------------------------------------------------------------------------------------------------------
+# gradients ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name, c', EVERY)
@@ -433,7 +431,7 @@ def test_nothing_to_learn():
         codec_learner(LLCodec(), [])
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', list(CODECS))
@@ -509,12 +507,14 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize('name', LEARNED)
 def test_other_dtype_than_the_parameters(name):
-    "The message names both types and the way out; autocast, and a latent of bands alone (hybrid's encode), are no such case."
+    """The message names both types and the way out; autocast, and a latent of bands alone
+    (hybrid's encode), are no such case."""
     codec, x = make_codec(name), torch.rand(1, 1, 16, 16)
     z, side = codec.encode(x)
     with pytest.raises(
         TypeError,
-        match=r'z is torch.float64, the parameters of .* are torch.float32: give it z.to.codec.dtype',
+        match=r'z is torch.float64, the parameters of .* are torch.float32: '
+        r'give it z.to.codec.dtype',
     ):
         codec.decode(z.double(), tuple(s.double() for s in side))
     if name == 'hybrid':
@@ -535,7 +535,7 @@ def test_fit_on_a_single_place(name):
         make_codec(name).fit(torch.rand(1, 1, 4, 4))
 
 
-# devices and real pictures ---------------------------------------------------------------------------------------------
+# devices and real pictures ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -564,7 +564,7 @@ def test_no_grad_needed_and_any_memory_order(name):
 
 
 def test_real_infrared(real):
-    "The two ceilings of the issue, on real pictures: LL adds less than 1.5 dB to bicubic, level 2 over 3."
+    "Two ceilings on real pictures: LL adds less than 1.5 dB to bicubic, level 2 adds over 3."
     from restore_lib.data import ImageFolder
 
     x = [
@@ -581,7 +581,7 @@ def test_real_infrared(real):
     assert 0 < low - floor < 1.5 and full - low > 3
 
 
-# numbers of every kind, options, empty batches, strips -----------------------------------------------------------------
+# numbers of every kind, options, empty batches, strips --------------------------------------------
 
 NUMBERS = [
     ('all', dict(level=2)),
@@ -606,7 +606,8 @@ def test_numpy_numbers_are_numbers(name, options):
 
 @pytest.mark.parametrize('name, options', NUMBERS)
 def test_a_codec_says_how_it_is_built(name, options):
-    "Each argument of a constructor is kept under its own name: what a file of weights says. An argument that is forgotten fails here."
+    """Each argument of a constructor is kept under its own name: what a file of weights says.
+    An argument that is forgotten fails here."""
     for codec in (make_codec(name, 3, **options), make_codec(name)):
         again = type(codec)(
             **{k: getattr(codec, k) for k in inspect.signature(type(codec)).parameters}
@@ -677,7 +678,8 @@ STRIPS = [
 
 @pytest.mark.parametrize('name, options', STRIPS)
 def test_strips_with_their_reach_are_the_whole(name, options):
-    "A strip of the latent, decoded with `reach` rows around it, is the strip of the whole; the same for encoding."
+    """A strip of the latent, decoded with `reach` rows around it, is the strip of the whole;
+    the same for encoding."""
     codec = shaken(name, **options).eval()
     r, f = codec.reach, codec.factor
     x = torch.rand(1, 1, 24 * f, 5 * f)

@@ -1,9 +1,11 @@
-"restore_lib.degrade: parity with Pillow and SciPy, adjoints, statistics, devices and types, bad input."
+"""restore_lib.degrade: parity with Pillow and SciPy, adjoints, statistics, devices and types,
+bad input."""
 
 import os, random
 from functools import partial
 from pathlib import Path
 
+from common import gen
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,6 @@ from restore_lib.degrade import (
     jpeg, motion_blur, rain, salt_and_pepper,
 )
 from restore_lib.realworld import Round, second_order
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def bytes_of(x):

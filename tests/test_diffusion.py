@@ -1,5 +1,6 @@
 import math
 
+from common import gen
 import numpy as np
 import pytest
 import torch
@@ -28,10 +29,6 @@ GOLDEN = [
 ]
 
 
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def latents(*shape, seed=0, dtype=torch.float64, scale=1.0):
     return tuple(
         scale * torch.randn(*shape, generator=gen(seed + k), dtype=dtype) for k in range(2)
@@ -46,7 +43,7 @@ def network(z, t, cond):
     return 0.3 * z + 0.6 * cond.sin() + 0.01 * t.to(z.dtype)[:, None, None, None]
 
 
-# schedule --------------------------------------------------------------------------------------------------------------
+# schedule -----------------------------------------------------------------------------------------
 
 
 def test_golden():
@@ -127,7 +124,7 @@ def test_bad_knobs(kw, says):
         ResidualShift(**kw)
 
 
-# forward ---------------------------------------------------------------------------------------------------------------
+# forward ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kappa', [0.5, 2.0])
@@ -210,7 +207,7 @@ def test_scaling_of_the_public_code():
     assert torch.allclose(p.scale_input(z, torch.tensor([3, 14])), want, rtol=1e-12)
 
 
-# posterior -------------------------------------------------------------------------------------------------------------
+# posterior ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kappa', [2.0, [0.05, 3.0]])
@@ -260,7 +257,7 @@ def test_posterior_defaults_and_end():
         assert torch.equal(mean, x) and not var.any()
 
 
-# parametrisations ------------------------------------------------------------------------------------------------------
+# parametrisations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kappa', [2.0, [0.3, 1.0, 4.0]])
@@ -281,7 +278,8 @@ def test_conversions_are_exact(source, to, kappa):
 @pytest.mark.parametrize('predicts', PREDICTS)
 @pytest.mark.parametrize('weight', WEIGHTS)
 def test_loss_is_one_function_of_the_implied_x(predicts, weight):
-    "Whatever the network says, the loss is that of its clean picture; and 'noise' is the squared error of the noise."
+    """Whatever the network says, the loss is that of its clean picture;
+    and 'noise' is the squared error of the noise."""
     p, (x, y) = ResidualShift(predicts=predicts, kappa=[2.0, 0.5]), latents(15, 2, 4, 4)
     t, noise = torch.arange(15), torch.randn(15, 2, 4, 4, generator=gen(5), dtype=torch.float64)
     z, guess = (
@@ -352,7 +350,7 @@ def test_own_weights():
     ).loss_weights('noise').shape == (15, 2)
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('predicts', PREDICTS)
@@ -424,7 +422,7 @@ def test_buckets():
         p.buckets(torch.ones(4), t)
 
 
-# sampling --------------------------------------------------------------------------------------------------------------
+# sampling -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('predicts', PREDICTS)
@@ -453,7 +451,8 @@ KAPPAS = torch.tensor([2.0, 0.3], dtype=torch.float64).reshape(1, 2, 1, 1)
 
 
 def along(process, steps, randomness, b=40_000):
-    "With a network that knows x: the largest gap of z's mean and deviation from the forward ones on the way back, in standard errors; and that of the result from x."
+    """With a network that knows x: on the way back, the largest gap of z's mean and deviation from
+    the forward ones, in standard errors; and the gap of the result from x."""
     x, y = (torch.full((b, 2, 1, 1), v, dtype=torch.float64) for v in (2.0, -1.0))
     noise = torch.randn(
         len(process.subsequence(steps)), b, 2, 1, 1, generator=gen(11), dtype=torch.float64
@@ -502,7 +501,7 @@ def test_that_check_sees_a_wrong_way_back(fault, steps, randomness):
 
 
 def test_randomness_1_is_the_posterior_and_0_is_ddim():
-    p, (x, y) = ResidualShift(), latents(3, 2, 4, 4)
+    p, (_, y) = ResidualShift(), latents(3, 2, 4, 4)
     noise = torch.randn(15, 3, 2, 4, 4, generator=gen(4), dtype=torch.float64)
     for rho in (0, 1):
         states = list(p.chain(network, y, noise=noise, randomness=rho))
@@ -583,7 +582,8 @@ def test_subsequences_are_of_the_full_schedule():
 
 
 def test_an_exact_network_samples_the_distribution():
-    "Two points with 60 and 40 of 100: fifteen steps end at them, in these shares, with twice the squared error of one step."
+    """Two points with 60 and 40 of 100: fifteen steps end at them, in these shares,
+    with twice the squared error of one step."""
     p, y = ResidualShift(), torch.zeros(8000, 1, 1, 1)
 
     def model(scaled, t, y):
@@ -749,7 +749,7 @@ def test_devices_and_types(device, dtype):
     p, (x, y) = ResidualShift(predicts='residual'), latents(4, 3, 8, 8)
     model = lambda z, t, c: 0.3 * z + 0.1 * c
     full = p.sample(model, y, 4, generator=gen())
-    low, x, y = dict(device=device, dtype=dtype), x.to(device, dtype), y.to(device, dtype)
+    x, y = x.to(device, dtype), y.to(device, dtype)
     noise = p.sample(model, y, 4, generator=gen())
     assert noise.dtype == dtype and noise.device.type == device and torch.isfinite(noise).all()
     if dtype == torch.float64:
@@ -771,7 +771,7 @@ def test_any_range_is_allowed():
     )
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 P, X, T = ResidualShift(), torch.zeros(2, 3, 4, 4), torch.zeros(2).long()
 NAN = X.clone()
@@ -856,7 +856,7 @@ def test_bad_input(call, error, says):
         call()
 
 
-# numbers of NumPy, weights, empty batches ---------------------------------------------------------------------------------
+# numbers of NumPy, weights, empty batches ---------------------------------------------------------
 
 
 def test_one_channel_is_not_spread_over_three_columns_of_weights():

@@ -1,8 +1,10 @@
-"""What lesson 19 does not teach: parity with timm's block and diffusers' DiT, forward derivatives, vmap, compilation, types, who receives a gradient, labels, sizes, bad input."""
+"""What lesson 19 does not teach: parity with timm's block and diffusers' DiT, forward derivatives,
+vmap, compilation, types, who receives a gradient, labels, sizes, bad input."""
 
 import io
 import math
 
+from common import DEVICES, loud, saved
 import numpy as np
 import pytest
 import timm.models.vision_transformer as vit
@@ -28,12 +30,6 @@ from restore_lib.patching import sincos_pos_embed
 from restore_lib.unet import time_embedding
 
 torch.set_num_threads(1)
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 NETS = {
     'dit': lambda **kw: DiT(16, 4, 16, 2, 2, **kw),
     'unet': lambda **kw: FlowUNet(base=8, mults=(1, 2), waves=8, **kw),
@@ -44,14 +40,6 @@ both = pytest.mark.parametrize('kind', NETS)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def loud(model, scale=0.1):
-    "No parameter at zero, so that nothing hides behind a zero start."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return model
 
 
 def small(kind='dit', **kw):
@@ -66,7 +54,7 @@ def call(b=3, c=1, h=16, w=16, dtype=torch.float64):
     )
 
 
-# parts -------------------------------------------------------------------------------------------------------------------
+# parts --------------------------------------------------------------------------------------------
 
 
 def by_hand(block, x, c, heads):
@@ -144,7 +132,8 @@ def test_block_with_open_gates_is_timms(qk, fused):
 
 
 def diffusers_twin(depth=2, heads=2, dim=16):
-    "Diffusers' DiT with our weights, and ours: LayerNorm, no query-key norm; positions are its own, the condition is ours."
+    """Diffusers' DiT with our weights, and ours: LayerNorm, no query-key norm;
+    positions are its own, the condition is ours."""
     ours = loud(DiT(8, 2, dim, depth, heads, channels=3, norm='layer', qk_norm=False), 0.2)
     peer = DiTTransformer2DModel(
         heads,
@@ -252,7 +241,7 @@ def test_scores_stay_below_the_bound():
     assert (q @ k.mT / 4).abs().max() <= 4 * 2 * (1 + 1e-5)
 
 
-# start ---------------------------------------------------------------------------------------------------------------------
+# start --------------------------------------------------------------------------------------------
 
 
 def test_unet_gives_its_trunk_the_activated_condition():
@@ -302,7 +291,7 @@ def test_who_wakes_when():
     assert seen[3] == {n for n, _ in model.named_parameters()}
 
 
-# positions -----------------------------------------------------------------------------------------------------------------
+# positions ----------------------------------------------------------------------------------------
 
 
 def test_positions_are_the_formulas_and_no_parameter():
@@ -330,7 +319,7 @@ def test_without_positions_patches_can_be_shuffled():
     assert torch.allclose(model(swap(z), t), swap(model(z, t)), atol=1e-12)
 
 
-# times, labels, condition -----------------------------------------------------------------------------------------------------
+# times, labels, condition -------------------------------------------------------------------------
 
 
 def test_sines_are_those_of_lesson_14_in_the_precision_of_t():
@@ -446,7 +435,7 @@ def test_state_dict_round_trip(kind):
     assert torch.equal(a(z, t, r, torch.arange(3)), b(z, t, r, torch.arange(3)))
 
 
-# derivatives and transforms ---------------------------------------------------------------------------------------------------
+# derivatives and transforms -----------------------------------------------------------------------
 
 
 @both
@@ -558,7 +547,7 @@ def test_devices(kind, device):
     assert model(z, t, r, label).device.type == label.device.type == device
 
 
-# sizes ------------------------------------------------------------------------------------------------------------------------
+# sizes --------------------------------------------------------------------------------------------
 
 
 def test_tiny_stays_tiny():
@@ -622,7 +611,7 @@ def test_any_size():
     ).shape == (1, 1, 4, 20)
 
 
-# bad input ----------------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 
 def good(**more):
@@ -706,13 +695,7 @@ def test_bad_networks(match, make):
         make()
 
 
-# states and numbers of NumPy -----------------------------------------------------------------------------------------------
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
+# states and numbers of NumPy ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files, the certificate's statistics, bad input."""
+"""What lesson 09 does not teach: the loss derived anew, parity with MAE, published files,
+the certificate's statistics, bad input."""
 
 import argparse, copy, inspect, math
 
+from common import gen, shake
 import numpy as np
 import pytest
 import torch
@@ -37,18 +39,6 @@ SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_dep
 pytestmark = pytest.mark.usefixtures('seed')
 
 
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
-
-
-def shake(model):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
-
-
 def small(**kw):
     return shake(DMAE(**(SIZES | kw)))
 
@@ -57,7 +47,7 @@ def pair(b=3, c=3, s=0.25):
     return (x := torch.rand(b, c, 24, 24)), x + s * torch.randn_like(x)
 
 
-# the model -------------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('norm_pix', [False, True])
@@ -208,7 +198,7 @@ def test_half_precision_and_seeds():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu():
-    model, (x, y) = small(), pair()
+    model, (_, y) = small(), pair()
     there = denoise(copy.deepcopy(model).cuda(), y.cuda())
     assert there.is_cuda and torch.allclose(there.cpu(), denoise(model, y), atol=1e-2)
 
@@ -232,7 +222,7 @@ def test_tiny():
     }
 
 
-# pictures --------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 class Perfect(DMAE):
@@ -295,7 +285,7 @@ def test_bad_input(call, error, says):
         call(small(), *pair())
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 class Data(torch.utils.data.Dataset):
@@ -357,7 +347,7 @@ def test_options_are_passed_on():
     )
 
 
-# published files -------------------------------------------------------------------------------------------------------
+# published files ----------------------------------------------------------------------------------
 
 
 def published(norm_pix=True, decoder=True, dim=64, dec=32, side=6, patch=4):
@@ -476,7 +466,7 @@ def test_no_code_is_run_from_a_file(tmp_path, monkeypatch):
         load_dmae(tmp_path / 'none.pth')
 
 
-# consistency -----------------------------------------------------------------------------------------------------------
+# consistency --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('m', [2, 3])
@@ -560,7 +550,7 @@ def test_smoothing_finetune():
     assert certified_accuracy(certify(learn.trained(), x[:6], 0.1, 20, 100), labels[:6]).item() == 1
 
 
-# the certificate -------------------------------------------------------------------------------------------------------
+# the certificate ----------------------------------------------------------------------------------
 
 
 class Plane(nn.Module):
@@ -706,7 +696,7 @@ def test_bad_certify(kw, says):
         certify(Plane(), **(dict(x=flat(0.5), sigma=0.25, n0=5, n=5) | kw))
 
 
-# a saved model comes back as the same function ---------------------------------------------------------------------------
+# a saved model comes back as the same function ----------------------------------------------------
 
 STATS = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
@@ -747,7 +737,7 @@ def test_weights_that_come_with_the_library_still_load():
         )
 
 
-# certificates --------------------------------------------------------------------------------------------------------------
+# certificates -------------------------------------------------------------------------------------
 
 
 class Says(nn.Module):
@@ -901,7 +891,7 @@ def test_numbers_out_of_range(call, says):
         call()
 
 
-# learners ------------------------------------------------------------------------------------------------------------------
+# learners -----------------------------------------------------------------------------------------
 
 
 def clean(n=8, c=3):

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from common import launcher
 import numpy as np
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_resume_is_bit_for_bit(tmp_path, at):
     make = partial(toy.learner, accumulate=2)
     whole = make().fit(30)
     first = make()
-    first.cbs.append(Stop(at))
+    first.cbs.append(toy.Stop(at))
     with pytest.raises(KeyboardInterrupt):
         first.fit(30)
     first.cbs.pop()
@@ -121,17 +122,9 @@ def test_resume_in_channels_last(tmp_path):
     assert same(weights(whole), weights(again.fit(10)))
 
 
-class Stop(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
-
-
 def test_ten_kills(tmp_path):
-    "SIGKILL at ten random moments; each time the run is started again; the weights at the end are those of an undisturbed run."
+    """SIGKILL at ten random moments; each time the run is started again;
+    the weights at the end are those of an undisturbed run."""
     mp = multiprocessing.get_context('forkserver')
     mp.set_forkserver_preload(['toy'])
     start = lambda folder, delay: mp.Process(
@@ -168,28 +161,9 @@ def test_ten_kills(tmp_path):
 def test_two_processes_give_the_single_process_curve(tmp_path):
     def launch(n):
         out = tmp_path / f'{n}.json'
-        # --multi_gpu is accelerate's word for several processes; without it, --num_processes 2 on CPU starts a single one
-        launcher = (
-            [
-                '-m',
-                'accelerate.commands.launch',
-                '--multi_gpu',
-                '--num_processes',
-                str(n),
-                '--num_machines',
-                '1',
-                '--mixed_precision',
-                'no',
-                '--dynamo_backend',
-                'no',
-                '--main_process_port',
-                '0',
-            ]
-            if n > 1
-            else []
-        )
+        words = launcher(n) if n > 1 else []
         done = subprocess.run(
-            [sys.executable, *launcher, str(HERE / 'toy.py'), str(out), str(n)],
+            [sys.executable, *words, str(HERE / 'toy.py'), str(out), str(n)],
             capture_output=True,
             text=True,
             env=dict(os.environ, OMP_NUM_THREADS='1'),
@@ -422,7 +396,8 @@ def linear(seed=0, **kw):
 
 
 def test_a_run_does_not_displace_another(tmp_path):
-    "A new run in a folder that holds a later step is refused before its first step; both runs would else lose checkpoints."
+    """A new run in a folder that holds a later step is refused before its first step;
+    both runs would else lose checkpoints."""
     linear().fit(50, folder=tmp_path, save_every=25)
     before = sorted(p.name for p in tmp_path.iterdir())
     new = linear(9)
@@ -674,8 +649,6 @@ def test_a_run_is_found_by_a_configuration_with_paths(tmp_path, monkeypatch, cap
     ],
 )
 def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
-    from restore_lib import learner
-
     (tmp_path / 'runs').mkdir()
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path / 'runs'))
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
@@ -692,8 +665,6 @@ def test_names_stay_in_their_folder(tmp_path, monkeypatch, name, error):
 
 
 def test_studies(tmp_path, monkeypatch):
-    from restore_lib import learner
-
     monkeypatch.setenv('RESTORE_BUDGET', 'study')
     monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.setattr(records, 'project_home', lambda: tmp_path)
@@ -804,7 +775,8 @@ def runs(capsys):
 
 
 def test_a_run_of_the_library_is_known_by_what_it_captures(tmp_path, monkeypatch, capsys):
-    "Captured by a closure, kept in the model, or bound by a partial: another value is another run, the same value is not."
+    """Captured by a closure, kept in the model, or bound by a partial:
+    another value is another run, the same value is not."""
     from restore_lib.mae import mae_tiny, pretrainer
     from restore_lib.transfer import Classifier, finetune
 
@@ -1016,7 +988,8 @@ PAIRS = dict(
 
 @pytest.mark.parametrize('make, a, b', PAIRS.values(), ids=PAIRS)
 def test_a_fingerprint_sees(make, a, b):
-    "Made anew with the same value it is the same, with another it is another; nothing is left unseen, nothing is drawn."
+    """Made anew with the same value it is the same, with another it is another;
+    nothing is left unseen, nothing is drawn."""
     from restore_lib.fingerprints import fingerprint
 
     torch.manual_seed(3)
@@ -1118,7 +1091,11 @@ def test_another_process_has_the_same_fingerprint():
     from restore_lib import learner
     from restore_lib.fingerprints import fingerprint
 
-    run = 'import toy; from restore_lib.learner import fingerprint; print(fingerprint(toy.learner(), "learn"), fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
+    run = (
+        'import toy; from restore_lib.fingerprints import fingerprint; '
+        'print(fingerprint(toy.learner(), "learn"), '
+        'fingerprint(({"a", "b", "c"}, frozenset("xyz"), toy.learner)))'
+    )
     out = subprocess.run(
         [sys.executable, '-c', run],
         capture_output=True,
@@ -1135,7 +1112,8 @@ def test_another_process_has_the_same_fingerprint():
 
 
 def test_what_decides_a_run_is_in_its_name(tmp_path, monkeypatch, capsys):
-    "The data, the weights at the start, the metrics' functions and the validation set; a learner of a changed loop, too."
+    """The data, the weights at the start, the metrics' functions and the validation set;
+    a learner of a changed loop, too."""
     monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
 
     class Other(Learner):
@@ -1365,7 +1343,7 @@ def test_history_means_all_batches_of_a_step():
 
 
 def test_validation_leaves_the_batches_alone():
-    "A model that writes into its input changes neither the caller's tensors nor what the next metric sees."
+    "A model that writes into its input changes neither the caller's tensors nor the next metric's."
     x = torch.full((3, 4), -1.0)
     learn = small(
         lambda m, b: m(b).square().mean(),
@@ -1464,7 +1442,8 @@ def test_two_learners_on_one_model_compute_in_their_own_precision(first, second)
 
 
 def test_a_model_is_itself_after_a_bf16_run():
-    "Outside of the run the model computes as before it, also as a part of another model; so do copies."
+    """Outside of the run the model computes as before it, also as a part of another model;
+    so do copies."""
     net = nn.Sequential(nn.Linear(4, 4))
     learn = small(net=net, precision='bf16').fit(2)
     assert 'forward' not in vars(net)
@@ -1518,7 +1497,8 @@ def test_the_device_is_each_learners_own():
 
 
 def test_several_learners_in_two_processes(tmp_path):
-    "Under accelerate launch: own precision on one model, and a validation that weighs items over uneven shares."
+    """Under accelerate launch: own precision on one model,
+    and a validation that weighs items over uneven shares."""
     out, script = tmp_path / 'out.json', tmp_path / 'script.py'
     script.write_text(f'''
 import json, os, sys, torch
@@ -1531,35 +1511,25 @@ seen = set()
 net[0].register_forward_hook(lambda m, a, o: seen.add(str(o.dtype)))
 def loss(m, b): return b[0].mean() + 0*m(b[0]).sum()
 five = TensorDataset(torch.tensor([[0.], [0.], [0.], [0.], [10.]]))
-def make(p): return Learner(net, loss, DataLoader(TensorDataset(torch.arange(8.)[:, None]), 2), DataLoader(five, 4), precision=p,
-                            cbs=[Metrics(v=lambda m, b: b[0][:, 0])], cpu=True)
+eight = TensorDataset(torch.arange(8.)[:, None])
+def make(p):
+    cbs = [Metrics(v=lambda m, b: b[0][:, 0])]
+    train, valid = DataLoader(eight, 2), DataLoader(five, 4)
+    return Learner(net, loss, train, valid, precision=p, cbs=cbs, cpu=True)
 a, c = make('no'), make('bf16')
 got = []
 for learn in (a, c, a):
     seen.clear()
     learn.fit(learn.step + 2)
-    got.append([learn.acc.mixed_precision, sorted(seen), learn.metrics['v'], learn.metrics['valid_loss'], learn.history[0]['loss']])
+    v, valid = learn.metrics['v'], learn.metrics['valid_loss']
+    got.append([learn.acc.mixed_precision, sorted(seen), v, valid, learn.history[0]['loss']])
 if a.acc.is_main_process: open({str(out)!r}, 'w').write(json.dumps([a.acc.num_processes, got]))
 a.acc.wait_for_everyone()
-sys.stdout.flush(), os._exit(0)
+sys.stdout.flush()
+os._exit(0)
 ''')
-    launcher = [
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-    ]
     done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
+        [sys.executable, *launcher(2), str(script)],
         capture_output=True,
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS='1'),
@@ -1711,7 +1681,7 @@ def test_random_kept_nests_and_survives_an_error():
             with random_kept():
                 seed_all(3)
             three()
-            1 / 0
+            raise ZeroDivisionError
     assert three() == want
 
 
@@ -1816,7 +1786,7 @@ def test_a_passed_optimizer_has_its_rate_back():
     assert learn.history[-1]['lr'] < 0.1 and opt.param_groups[0]['lr'] == 0.5
     learn.fit(8)
     assert learn.step == 8 and opt.param_groups[0]['lr'] == 0.5
-    learn.cbs.append(Stop(9))
+    learn.cbs.append(toy.Stop(9))
     with pytest.raises(KeyboardInterrupt):
         learn.fit(10)
     assert opt.param_groups[0]['lr'] == 0.5
@@ -1834,7 +1804,7 @@ def test_resume_of_a_passed_optimizer_is_bit_for_bit(tmp_path):
         )
 
     whole, first = make().fit(12), make()
-    first.cbs.append(Stop(5))
+    first.cbs.append(toy.Stop(5))
     with pytest.raises(KeyboardInterrupt):
         first.fit(12)
     first.cbs.pop()
@@ -1872,14 +1842,15 @@ def test_numpy_numbers_make_the_same_run():
 
 
 def test_overlapping_validations_leave_the_modes_alone():
-    "The first one out must not switch the second to training mode, the last one out must restore what was before the first."
+    """The first one out must not switch the second to training mode;
+    the last one out must restore what was before the first."""
     import threading
 
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
     learn = small(net=net, valid=[(torch.rand(2, 4),)])
     net.train()
     net[1].eval()
-    inside, leave, modes = threading.Barrier(2, timeout=2), threading.Event(), []
+    inside, modes = threading.Barrier(2, timeout=2), []
 
     def wait(model, batch):
         try:
@@ -1922,7 +1893,7 @@ def test_overlapping_evaluation_modes():
     assert net[0].training and not net[1].training
     with pytest.raises(ZeroDivisionError):
         with evaluating(net):
-            1 / 0
+            raise ZeroDivisionError
     assert net.training and not net[1].training
     with evaluating(len) as f:
         assert f is len  # a function has no modes
@@ -2005,7 +1976,8 @@ def normed(kind):
     'kind', ['weight_norm', 'spectral_norm', 'weight', 'spectral', 'orthogonal']
 )
 def test_trained_copies_normed_layers(kind, ema):
-    "The copy is the model in evaluation mode, with the average's weights where there is one, and independent of it."
+    """The copy is the model in evaluation mode, with the average's weights where there is one,
+    and independent of it."""
     learn = small(net=normed(kind), cbs=[EMA(0.5)] * ema).fit(3)
     copy, x = learn.trained(), torch.rand(5, 4)
     weight = copy[0].weight.detach().clone()
@@ -2231,7 +2203,8 @@ def test_wrapped_models(wrap, precision):
 
 
 def test_an_optimizer_that_draws_is_seeded():
-    "What an optimizer draws in its step is a function of the seed, whether `fit` or `one_step` is called."
+    """What an optimizer draws in its step is a function of the seed,
+    whether `fit` or `one_step` is called."""
 
     class Noisy(torch.optim.SGD):
         def step(self, closure=None):

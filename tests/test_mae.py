@@ -1,8 +1,10 @@
-"""What lesson 06 does not teach: the loss derived anew, parity with the reference's formulas and with transformers, published files, bad input."""
+"""What lesson 06 does not teach: the loss derived anew, parity with the reference's formulas and
+with transformers, published files, bad input."""
 
 import argparse, math, pickle
 from functools import partial
 
+from common import gen, shake
 import numpy as np
 import pytest
 import torch
@@ -40,18 +42,6 @@ SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_dep
 pytestmark = pytest.mark.usefixtures('seed')
 
 
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
-
-
-def shake(model):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
-
-
 def small(**kw):
     return shake(MAE(**(SIZES | kw)))
 
@@ -70,7 +60,7 @@ def numpy_patches(x, p):
     )
 
 
-# the loss --------------------------------------------------------------------------------------------------------------
+# the loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('norm_pix', [False, True])
@@ -300,7 +290,7 @@ def test_ids_restore_must_be_a_permutation():
         model.decode(torch.zeros(1, 10, 32), torch.zeros(1, 36, dtype=torch.long))
 
 
-# parity ----------------------------------------------------------------------------------------------------------------
+# parity -------------------------------------------------------------------------------------------
 
 
 def reference(state, x, noise, ratio, heads, dec_heads, norm_pix, p):
@@ -546,7 +536,7 @@ def test_tiny():
     )
 
 
-# pictures --------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('p, hw', [(4, (8, 12)), (1, (3, 2)), (3, (9, 9))])
@@ -598,7 +588,8 @@ def test_stats_of_visible_pixels_by_hand():
 )
 @pytest.mark.parametrize('paste', [True, False])
 def test_who_reads_the_truth(norm_pix, stats, reads, paste):
-    "y is what deployment has, the visible patches; the removed ones of x are put behind the mask, where nobody is to look."
+    """y is what deployment has, the visible patches;
+    the removed ones of x are put behind the mask, where nobody is to look."""
     model, x = small(norm_pix_loss=norm_pix), torch.rand(4, 3, 24, 24)
     hidden = mask_pixels(reconstruct(model, x, generator=gen())[1], 4, 24)
     run = lambda y, x: reconstruct(
@@ -643,7 +634,7 @@ def test_modes_come_back(call):
     assert [m.training for m in model.modules()] == before
 
 
-# baselines -------------------------------------------------------------------------------------------------------------
+# baselines ----------------------------------------------------------------------------------------
 
 BASELINES = [inpaint_mean, inpaint_bilinear]
 
@@ -762,7 +753,7 @@ def test_masked_psnr_by_hand():
     assert (masked_psnr(x, x, mask, 4) == math.inf).all()
 
 
-# pretraining -----------------------------------------------------------------------------------------------------------
+# pretraining --------------------------------------------------------------------------------------
 
 
 def images(n=16, hw=24):
@@ -887,7 +878,7 @@ def test_validation_runs_in_evaluation_mode_and_is_repeatable():
     assert learn.validate() == learn.validate() and learn.metrics['valid_loss'] > 0
 
 
-# features --------------------------------------------------------------------------------------------------------------
+# features -----------------------------------------------------------------------------------------
 
 
 def test_features():
@@ -935,7 +926,7 @@ def test_bad_features(x, error, says):
         features(small(mean=(0.4, 0.5, 0.6)), x)
 
 
-# published files -------------------------------------------------------------------------------------------------------
+# published files ----------------------------------------------------------------------------------
 
 
 def published(
@@ -1242,7 +1233,7 @@ def test_addresses(tmp_path, monkeypatch):
             load_pretrained('https://example.org/other.pth')
 
 
-# a saved model comes back as the same function ---------------------------------------------------------------------------
+# a saved model comes back as the same function ----------------------------------------------------
 
 STATS = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
@@ -1315,7 +1306,7 @@ def test_learner_keeps_the_statistics(tmp_path):
     assert again.bare.norm_pix_loss and torch.equal(again.bare.std, learn.bare.std)
 
 
-# drawing -----------------------------------------------------------------------------------------------------------------
+# drawing ------------------------------------------------------------------------------------------
 
 
 def test_reconstruct_takes_visible_statistics_by_default():
@@ -1342,7 +1333,7 @@ def test_drawing_leaves_images_and_random_state_alone():
     assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
 
 
-# numbers -----------------------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 
 def test_sizes_from_numpy():
@@ -1426,7 +1417,7 @@ def test_the_recipe_from_numpy():
     assert rates[0] == rates[1] and all(type(r) is float for r in rates[1])
 
 
-# published files: addresses, arguments, sizes ------------------------------------------------------------------------------
+# published files: addresses, arguments, sizes -----------------------------------------------------
 
 
 @pytest.fixture

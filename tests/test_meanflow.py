@@ -1,9 +1,10 @@
-"""What lesson 20 does not teach: derivatives against finite differences and hand-made formulas, the exact shares of time pairs, guidance, precision,
-several processes, the five ways to restore on networks with known answers, bad input."""
+"""What lesson 20 does not teach: derivatives against finite differences and hand-made formulas,
+the exact shares of time pairs, guidance, precision, several processes,
+the five ways to restore on networks with known answers, bad input."""
 
 import copy, math, os, subprocess, sys
-from pathlib import Path
 
+from common import ROOT, gen, saved
 import numpy as np
 import pytest
 import torch
@@ -34,12 +35,7 @@ from restore_lib.meanflow import (
     straight_path,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def close(a, b, atol=1e-5, rtol=1e-4):
@@ -92,7 +88,7 @@ def pair(b=4, side=8, s=0, dtype=torch.float32):
     ).to(dtype)
 
 
-# the path and the times ------------------------------------------------------------------------------------------------
+# the path and the times ---------------------------------------------------------------------------
 
 
 def test_path_goes_from_target_to_source_at_constant_speed():
@@ -165,12 +161,12 @@ def test_times_are_ordered_logit_normals():
 
 
 def test_two_permutations_would_miss_the_share():
-    "What the public code that this lesson's source used does: r = t of one permutation, of which a second one hides a part."
+    "As the public code does: r = t of one permutation, of which a second one hides a part."
     t, r = draw_times(100_000, 0.5, generator=gen())
     assert (t == r).float().mean() == 0.5
 
 
-# the derivative --------------------------------------------------------------------------------------------------------
+# the derivative -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('way', ['jvp', 'double'])
@@ -273,7 +269,8 @@ def test_target_is_the_formula_and_has_no_gradient():
 
 
 def test_average_velocity_of_a_known_field_has_no_error():
-    "x is one point c: v = (z - c)/t, the average over any r, too, is (z - c)/t: the identity must give raw error 0."
+    """x is one point c: v = (z - c)/t, and the average over any r is (z - c)/t, too:
+    the identity must give raw error 0."""
     net = Told(lambda z, t, r, *_: (z - 0.3) / wide(t))
     x, e = torch.full((6, 1, 4, 4), 0.3), pair(6, 4)[1]
     t, r = draw_times(6, 0.5, 0.3, generator=gen())
@@ -286,7 +283,9 @@ def test_average_velocity_of_a_known_field_has_no_error():
 
 
 def test_average_velocity_of_a_curved_field():
-    "Two normals: x of deviation s, e of deviation 1, independent. The flow multiplies by q(t) = sqrt((1-t)^2 s^2 + t^2); its average velocity solves the identity, the velocity itself does not."
+    """Two normals: x of deviation s, e of deviation 1, independent. The flow multiplies by
+    q(t) = sqrt((1-t)^2 s^2 + t^2); its average velocity solves the identity,
+    the velocity itself does not."""
     s = 0.2
     q = lambda t: ((1 - t) ** 2 * s * s + t * t).sqrt()
     speed = lambda t: (t - (1 - t) * s * s) / q(t) ** 2
@@ -313,7 +312,7 @@ def test_average_velocity_of_a_curved_field():
         assert (off < 1e-6) == right and (right or off > 0.01)
 
 
-# losses ----------------------------------------------------------------------------------------------------------------
+# losses -------------------------------------------------------------------------------------------
 
 
 def test_weights_and_reductions():
@@ -399,7 +398,7 @@ def test_walk_gives_every_step():
     )
 
 
-# labels and guidance ---------------------------------------------------------------------------------------------------
+# labels and guidance ------------------------------------------------------------------------------
 
 
 def test_guidance_is_the_formula_and_dropped_labels_keep_the_velocity():
@@ -450,7 +449,7 @@ def test_labels_are_dropped_in_training_only():
     assert all(torch.equal(s, label) for s in seen)
 
 
-# precision -------------------------------------------------------------------------------------------------------------
+# precision ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -549,7 +548,7 @@ def test_flow_learner():
     assert math.isfinite(labelled.history[-1]['raw error'])
 
 
-# several processes -----------------------------------------------------------------------------------------------------
+# several processes --------------------------------------------------------------------------------
 
 TWO = '''
 import copy, os, sys, torch
@@ -559,17 +558,21 @@ sys.path.insert(0, sys.argv[4])
 from restore_lib.dit import FlowUNet
 from restore_lib.meanflow import MeanFlow, straight_path
 rank, folder, world = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
+store = f'file://{folder}/store'
+torch.distributed.init_process_group('gloo', init_method=store, rank=rank, world_size=world)
 torch.manual_seed(0)
 flow = MeanFlow(FlowUNet(base=4, mults=(1, 2), waves=8, scale=.3), power=0, reduce='mean')
 with torch.no_grad():
     for p in flow.parameters(): p.add_(.1*torch.randn(p.shape))
-x, e, t, r = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.tensor([.9, .4, .7, .6]), torch.tensor([.2, .4, .1, .3])
+x, e = torch.rand(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+t, r = torch.tensor([.9, .4, .7, .6]), torch.tensor([.2, .4, .1, .3])
 mine = slice(rank*4//world, (rank + 1)*4//world)
 x, e, t, r = x[mine], e[mine], t[mine], r[mine]
 grads = lambda: [p.grad.clone() for p in flow.net.parameters()]
 wrapped = nn.parallel.DistributedDataParallel(flow)
-for _ in range(2): flow.zero_grad(), wrapped(x, e, t=t, r=r).mean.backward()
+for _ in range(2):
+    flow.zero_grad()
+    wrapped(x, e, t=t, r=r).mean.backward()
 ours = grads()
 z, v = straight_path(x, e, t)
 def by_hand(broadcast, inside):
@@ -577,21 +580,27 @@ def by_hand(broadcast, inside):
     net = copy.deepcopy(flow.net)
     net.zero_grad()
     parallel = nn.parallel.DistributedDataParallel(net, broadcast_buffers=broadcast)
-    u, du = torch.func.jvp(parallel.module if inside else parallel, (z, t, r), (v, torch.ones_like(t), torch.zeros_like(r)))
+    f, along = parallel.module if inside else parallel, (v, torch.ones_like(t), torch.zeros_like(r))
+    u, du = torch.func.jvp(f, (z, t, r), along)
     (u - (v - (t - r)[:, None, None, None]*du).detach()).square().mean().backward()
     return [p.grad.clone() for p in net.parameters()]
 refused = ''
 try: by_hand(True, False)
 except RuntimeError as error: refused = str(error)
-torch.save(dict(ours=ours, trap=by_hand(True, True), wrapper=by_hand(False, False), refused=refused), f'{folder}/{world}_{rank}.pt')
+trap, wrapper = by_hand(True, True), by_hand(False, False)
+found = dict(ours=ours, trap=trap, wrapper=wrapper, refused=refused)
+torch.save(found, f'{folder}/{world}_{rank}.pt')
 torch.distributed.barrier()
-sys.stdout.flush(), os._exit(0)
+sys.stdout.flush()
+os._exit(0)
 '''
 
 
 def test_two_processes_share_their_gradients_and_a_jvp_of_the_bare_network_does_not(tmp_path):
-    """The loss in forward gives the gradient of one process with the whole batch. torch.func.jvp of the wrapper is refused aloud where buffers are shared (and in sync, in this torch,
-    where they are not); the way out that suggests itself, the network inside, silently leaves each process its own gradient."""
+    """The loss in forward gives the gradient of one process with the whole batch. torch.func.jvp of
+    the wrapper is refused aloud where buffers are shared (and in sync, in this torch, where they
+    are not); the way out that suggests itself, the network inside, silently leaves each process
+    its own gradient."""
     (tmp_path / 'two.py').write_text(TWO)
     found = {}
     for world in (1, 2):
@@ -630,7 +639,7 @@ def test_two_processes_share_their_gradients_and_a_jvp_of_the_bare_network_does_
     assert gap(mean, whole['ours']) < 1e-4 * size
 
 
-# restoring -------------------------------------------------------------------------------------------------------------
+# restoring ----------------------------------------------------------------------------------------
 
 
 def holed(b=6, side=8):
@@ -784,7 +793,7 @@ def test_folded_is_the_network_on_folded_pixels():
     )
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 X, E = pair()
 T = torch.full((4,), 0.5)
@@ -861,7 +870,7 @@ def test_bad_input_is_named(call, error, says):
         call()
 
 
-# fused attention, times, weights, states, numbers of NumPy ---------------------------------------------------------------------
+# fused attention, times, weights, states, numbers of NumPy ----------------------------------------
 
 PICTURES = torch.rand(2, 1, 8, 8, generator=gen(11))
 
@@ -1048,12 +1057,6 @@ def test_knobs_of_a_flow(knob, bad):
 def test_what_does_not_fit_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
 
 
 FLOW = lambda **kw: FlowMatching(FlowUNet(1, base=8, mults=(1, 2), waves=8))

@@ -1,8 +1,10 @@
-"""What lesson 02 does not teach: parity with the reference libraries, hand counts, devices and dtypes, bad input."""
+"""What lesson 02 does not teach: parity with the reference libraries, hand counts, devices, dtypes,
+bad input."""
 
 import gc, math, random, threading, urllib.error, warnings, weakref
 from hashlib import sha256
 
+from common import DEVICES
 import numpy as np
 import pytest
 import torch
@@ -18,13 +20,6 @@ from restore_lib.metrics import (
     psnr, ssim, to_y,
 )
 from restore_lib.tables import Table
-
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +43,7 @@ def sk_ssim(a, b, data_range=1):
     )
 
 
-# PSNR and SSIM ---------------------------------------------------------------------------------------------------------
+# PSNR and SSIM ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 5])
@@ -225,7 +220,7 @@ def test_half_normalised_perfect_restoration_on_mnist():
         assert abs(-10 * (2 * z - 1 - z).square().mean().log10().item() - db) < 0.03
 
 
-# Y channel -------------------------------------------------------------------------------------------------------------
+# Y channel ----------------------------------------------------------------------------------------
 
 
 def test_to_y_equals_skimage(photo):
@@ -240,7 +235,7 @@ def test_to_y_equals_skimage(photo):
         to_y(photo[:, :1])
 
 
-# LPIPS -----------------------------------------------------------------------------------------------------------------
+# LPIPS --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -356,7 +351,8 @@ def test_damaged_trunk(hub):
 
 
 def test_pretrained_trunk_is_the_file(hub, monkeypatch, photo):
-    "A stand-in file with the right name: its weights, and no others, are in every layer of the trunk."
+    """A stand-in file with the right name: its weights, and no others, are in every layer
+    of the trunk."""
     from torchvision import models
 
     reference = models.squeezenet1_1(weights=None).eval()
@@ -377,7 +373,7 @@ def test_pretrained_trunk_is_the_file(hub, monkeypatch, photo):
     assert torch.equal(m.model.net(photo)[-1], reference.features(photo))
 
 
-# counting --------------------------------------------------------------------------------------------------------------
+# counting -----------------------------------------------------------------------------------------
 
 
 def test_count_params():
@@ -547,7 +543,7 @@ def test_peak_memory_on_cuda():
     assert 4 * x.numel() <= peak_memory(lambda x: x + 1, x) < 4 * x.numel() + 2**20
 
 
-# tables ----------------------------------------------------------------------------------------------------------------
+# tables -------------------------------------------------------------------------------------------
 
 
 def test_table():
@@ -691,7 +687,11 @@ def test_evaluate_bad_input(pairs):
 def test_import_is_light():
     import subprocess, sys
 
-    code = 'import sys, restore_lib.metrics; print([m for m in ("lpips", "torchvision", "matplotlib", "skimage", "accelerate") if m in sys.modules])'
+    code = (
+        'import sys, restore_lib.metrics; '
+        'heavy = "lpips torchvision matplotlib skimage accelerate".split(); '
+        'print([m for m in heavy if m in sys.modules])'
+    )
     assert (
         subprocess.run(
             [sys.executable, '-c', code], capture_output=True, text=True, check=True
@@ -700,7 +700,7 @@ def test_import_is_light():
     )
 
 
-# what once was wrong without a word --------------------------------------------------------------------------------------
+# what once was wrong without a word ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize('value', [0.01, 0.5, 0.91, 1.0])
@@ -927,7 +927,7 @@ def test_two_random_trunks_keep_columns_of_their_own(squeeze):
     )
 
 
-def states():
+def random_states():
     return torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
 
@@ -937,7 +937,7 @@ def equal(a, b):
 
 def test_measuring_leaves_no_trace():
     net = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm2d(4), nn.Dropout(0.5))
-    x, before, start = X - 0.5, {k: v.clone() for k, v in net.state_dict().items()}, states()
+    x, before, start = X - 0.5, {k: v.clone() for k, v in net.state_dict().items()}, random_states()
     kept = x.clone()
 
     def noise(x):
@@ -949,10 +949,11 @@ def test_measuring_leaves_no_trace():
         lambda f: peak_memory(f, x),
     ):
         call(net)
-        assert torch.equal(x, kept) and equal(start, states()) and net.training and net[2].training
+        assert torch.equal(x, kept) and equal(start, random_states())
+        assert net.training and net[2].training
         assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
         call(noise)
-        assert torch.equal(x, kept) and equal(start, states())
+        assert torch.equal(x, kept) and equal(start, random_states())
         net.load_state_dict(before)  # a function's own module is out of sight
     nested = dict(x=[x, (x,)])
     count_macs(lambda d: d['x'][1][0].mul_(0), nested)
@@ -985,9 +986,9 @@ def test_measuring_refuses_what_is_no_count():
 
 
 def test_making_a_random_trunk_leaves_all_random_states():
-    start = states()
+    start = random_states()
     trunk = lpips_distance('alex', 'random', seed=np.int64(3))
-    assert equal(start, states())
+    assert equal(start, random_states())
     weights, again = (
         next(trunk.parameters()),
         next(lpips_distance('alex', 'random', seed=3).parameters()),

@@ -1,10 +1,12 @@
-"""What lesson 05 does not teach: parity with timm and with formulas written anew, adjoints, exact counts, dtypes and devices, bad input."""
+"""What lesson 05 does not teach: parity with timm and with formulas written anew, adjoints,
+exact counts, dtypes and devices, bad input."""
 
 import json, math
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 
+from common import DEVICES, shake
 import numpy as np
 import pytest
 import torch
@@ -29,12 +31,6 @@ from restore_lib.patching import (
     unshuffle,
 )
 
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 MASKINGS = {
     'random': random_masking,
     'block': partial(block_masking, hw=(6, 8)),
@@ -51,7 +47,7 @@ def gen(s=0, device='cpu'):
     return torch.Generator(device).manual_seed(s)
 
 
-# patches ---------------------------------------------------------------------------------------------------------------
+# patches ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,7 +122,7 @@ def test_bad_patches(call, error, says):
         call()
 
 
-# positions -------------------------------------------------------------------------------------------------------------
+# positions ----------------------------------------------------------------------------------------
 
 
 def positions_by_formula(dim, h, w, cls):
@@ -185,7 +181,7 @@ def test_bad_interpolation(shape, extra):
         interpolate_pos_embed(torch.zeros(shape), (7, 5), 4, extra)
 
 
-# masks -----------------------------------------------------------------------------------------------------------------
+# masks --------------------------------------------------------------------------------------------
 
 
 def test_count_is_exact_for_every_n_and_ratio():
@@ -374,21 +370,13 @@ def test_gradient_of_pixels_through_the_encoder_and_of_the_mask_token():
     assert token.grad.abs().min() > 0
 
 
-# attention and blocks --------------------------------------------------------------------------------------------------
+# attention and blocks -----------------------------------------------------------------------------
 
 
 def timm_block(dim, heads, mlp=4.0):
     from timm.models.vision_transformer import Block as Theirs
 
     return Theirs(dim, heads, mlp, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
-
-
-def shake(model):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.2)
-    return model
 
 
 @pytest.mark.parametrize('dim, heads, mlp', [(64, 4, 4.0), (48, 1, 2.0), (32, 8, 4.0)])
@@ -468,7 +456,7 @@ def test_bad_heads(dim, heads):
         Attention(dim, heads)
 
 
-# the encoder -----------------------------------------------------------------------------------------------------------
+# the encoder --------------------------------------------------------------------------------------
 
 
 def test_order_counts_only_with_positions():
@@ -603,7 +591,7 @@ def test_bad_encoder_input(call, error, says):
         call()
 
 
-# what comes from NumPy, numbers out of range, states --------------------------------------------------------------------
+# what comes from NumPy, numbers out of range, states ----------------------------------------------
 
 
 def test_sizes_from_numpy_are_python_integers():

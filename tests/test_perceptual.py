@@ -1,9 +1,12 @@
-"""What lesson 16 does not teach: parity with the lpips package, its real weights where they are, ranges, sizes, types, what stays frozen, windows of an encoder, the terms of a loss, resumed runs."""
+"""What lesson 16 does not teach: parity with the lpips package, its real weights where they are,
+ranges, sizes, types, what stays frozen, windows of an encoder, the terms of a loss,
+resumed runs."""
 
 import copy
 import math
 from functools import lru_cache
 
+from common import gen, saved
 import numpy as np
 import pytest
 import torch
@@ -31,10 +34,6 @@ NETS = tuple(_TRUNKS)
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def pair(b=2, c=3, hw=(64, 48), s=0.1):
@@ -79,7 +78,7 @@ def plain(**kw):
     return PerceptualLoss(Sum(), 'sum', ([0.0], [1.0]), **(dict(channels=1) | kw))
 
 
-# parity --------------------------------------------------------------------------------------------------------------
+# parity -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('c', [1, 3])
@@ -197,7 +196,7 @@ def test_formula_by_hand():
     )
 
 
-# what every distance must do -------------------------------------------------------------------------------------------
+# what every distance must do ----------------------------------------------------------------------
 
 
 @lru_cache
@@ -288,7 +287,8 @@ def test_gradients_of_flat_and_equal_pictures_are_finite(fn):
 
 
 def test_features_that_are_all_zero():
-    "A vector of zeros has no unit length, and no slope of it: the square root of a sum would give NaN."
+    """A vector of zeros has no unit length, and no slope of it:
+    the square root of a sum would give NaN."""
     x = torch.zeros(2, 3, 8, 8)
     x[1] = 0.5
     fn, a = PerceptualLoss(Sum(), 'sum', ([0.0] * 3, [1.0] * 3)), torch.zeros(2, 3, 8, 8)
@@ -325,7 +325,7 @@ def test_making_one_leaves_the_random_state():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-# ranges, channels, sizes -----------------------------------------------------------------------------------------------
+# ranges, channels, sizes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_trunk_cuts():
     )  # no layer writes into what a stage gave
 
 
-# encoders ----------------------------------------------------------------------------------------------------------------
+# encoders -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('cls_token', [True, False])
@@ -553,7 +553,7 @@ def test_dmae_features_take_the_models_statistics(monkeypatch):
     assert (fn.mean.item(), fn.std.item()) == pytest.approx((0.3, 0.2))
 
 
-# the loss of a Learner -----------------------------------------------------------------------------------------------------
+# the loss of a Learner ----------------------------------------------------------------------------
 
 
 def scenes(n=4, hw=(48, 64)):
@@ -762,7 +762,7 @@ def test_the_distance_is_no_part_of_what_is_saved():
     assert m.state_dict().keys() == model().state_dict().keys()
 
 
-# the chain -------------------------------------------------------------------------------------------------------------------
+# the chain ----------------------------------------------------------------------------------------
 
 
 def audited(cut):
@@ -824,7 +824,7 @@ def test_on_a_gpu():
         assert torch.allclose(fn.cuda()(a.cuda(), x.cuda()).cpu(), d, rtol=1e-3, atol=1e-5)
 
 
-# dead stages, kinds of numbers, states ---------------------------------------------------------------------------------------
+# dead stages, kinds of numbers, states ------------------------------------------------------------
 
 
 def dead(net='alex', stage=4, scale=0.0, **kw):
@@ -913,12 +913,6 @@ def test_making_one_leaves_the_callers_random_state_alone(monkeypatch):
     assert state() == before and all(
         torch.equal(p, q) for p, q in zip(fn.parameters(), ours('squeeze', seed=3).parameters())
     )
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize(

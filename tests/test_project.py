@@ -2,12 +2,12 @@ import os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
+from common import ROOT
 import nbformat
 import pytest
 
 import restore_lib
 
-ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
@@ -35,7 +35,11 @@ def test_import_is_light():
 
 
 def test_modules_import_only_what_they_need():
-    code = 'import sys, restore_lib.data, restore_lib.degrade, restore_lib.learner; print([m for m in "lpips matplotlib accelerate skimage sklearn tensorboard".split() if m in sys.modules])'
+    code = (
+        'import sys, restore_lib.data, restore_lib.degrade, restore_lib.learner; '
+        'heavy = "lpips matplotlib accelerate skimage sklearn tensorboard".split(); '
+        'print([m for m in heavy if m in sys.modules])'
+    )
     assert (
         subprocess.run(
             [sys.executable, '-c', code], capture_output=True, text=True, check=True

@@ -1,4 +1,5 @@
-"""What lesson 15 does not teach: the loss written out anew, what may move in training, resumed runs, seeds, every size and kind of picture, windows, files, the commands, bad input."""
+"""What lesson 15 does not teach: the loss written out anew, what may move in training, resumed
+runs, seeds, every size and kind of picture, windows, files, the commands, bad input."""
 
 import copy, importlib, json, math, os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,8 @@ from dataclasses import FrozenInstanceError, asdict
 from functools import lru_cache
 from pathlib import Path
 
+from common import ROOT, gen, held, launcher, same
+from toy import Stop
 import numpy as np
 import pytest
 import pywt
@@ -42,7 +45,6 @@ from restore_lib.superres import (
 )
 from restore_lib.unet import SwinUNet
 
-ROOT = Path(__file__).resolve().parent.parent
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
 LOSSLESS = [n for n in CODECS if make_codec(n).lossless]
 LEARNS = [n for n in CODECS if hasattr(make_codec(n), 'loss')]
@@ -50,10 +52,6 @@ LEVELS = (1, 2, 3)
 
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def config(**kw):
@@ -95,14 +93,6 @@ def awake(before=None, **kw):
     return shake(fresh(before, **kw))
 
 
-def held(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
 def close(a, b, tol=1e-6):
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=tol)
 
@@ -129,7 +119,7 @@ class Local(nn.Module):
         return self.conv(torch.cat([z, cond], 1)) * (0.5 + t[:, None, None, None] / 14)
 
 
-# where it starts -------------------------------------------------------------------------------------------------------
+# where it starts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('c', [1, 3])
@@ -225,7 +215,7 @@ def test_make_sr_is_seeded():
     )
 
 
-# the loss --------------------------------------------------------------------------------------------------------------
+# the loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('t', [0, 6, 14])
@@ -253,7 +243,8 @@ def test_loss_written_out(name, gains, t):
 
 
 def test_the_packets_loss_is_the_pictures():
-    "An orthonormal latent of pixels in [-1, 1]: four times the squared error of the picture that the network's answer is."
+    """An orthonormal latent of pixels in [-1, 1]:
+    four times the squared error of the picture that the network's answer is."""
     model, (y, x), t = awake(), batch(), torch.tensor([3, 11])
     noise = torch.randn(2, 16, 12, 16, generator=gen(1))
     with torch.no_grad():
@@ -267,7 +258,7 @@ def test_the_packets_loss_is_the_pictures():
 
 
 def test_perfect_network_loses_nothing():
-    "A network that says the truth's correction: loss 0, and any number of steps ends at the ceiling."
+    "A network that says the true correction: loss 0, and any number of steps ends at the ceiling."
     (y, x), c = batch(), PacketCodec()
 
     class Oracle(nn.Module):
@@ -314,7 +305,7 @@ def test_regression_written_out():
     assert torch.equal(superresolve(model, y, 1, seed=0), superresolve(model, y, 3, seed=8))
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 class Only(nn.Module):
@@ -441,7 +432,8 @@ class Twice(SRLoss):
 
 
 def test_learner_takes_another_loss():
-    "It trains with the loss it was given, whose buckets the history holds; without one, with the configuration's."
+    """It trains with the loss it was given, whose buckets the history holds;
+    without one, with the configuration's."""
     loss = Twice(weight='sigma')
     learn, own = learner(awake(), loss=loss), learner(awake(weight='sigma'))
     assert learn.loss_fn is loss and (own.loss_fn.weight, own.loss_fn.degrade) == ('sigma', None)
@@ -504,15 +496,6 @@ def test_clipping_counts_the_network_only(name):
     assert norm(model.parameters()) == norm(model.net.parameters()) > 0
 
 
-class Stop(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize('name, process', [('packet', {}), ('vq', {}), ('packet', None)])
 def test_resume_is_bit_for_bit(tmp_path, name, process):
     make = lambda: learner(fresh(codec=name, process=process), valid=pairs(), n_valid=2)
@@ -562,7 +545,7 @@ class Fake:
 
 
 def test_buckets_of_several_steps_a_row():
-    "A row every third step, a validation behind step 3: its row holds no buckets, and no step is lost."
+    "A row every third step, a validation after step 3: its row holds no buckets, no step is lost."
     process, loss, learn = ResidualShift(), SRLoss(), Fake()
     cb = Buckets(loss, process)
     cb.before_fit(learn)
@@ -597,7 +580,8 @@ def test_buckets_forget_an_interrupted_fit():
 
 
 def test_validation_figures():
-    "PSNR of the averaged model in one step and in four, of pictures cut to [0, 1]; a regression has one step."
+    """PSNR of the averaged model in one step and in four, of pictures cut to [0, 1];
+    a regression has one step."""
     learn = learner(awake(), valid=pairs(), n_valid=3).fit(1)
     model = learn.trained()
     for n, name in ((1, 'PSNR, 1 step'), (4, 'PSNR, 4 steps')):
@@ -674,32 +658,18 @@ import os, sys, torch
 torch.set_num_threads(1)
 from restore_lib.superres import train_superres
 code = train_superres(sys.argv[1:])
-sys.stdout.flush(), sys.stderr.flush(), os._exit(code)      # gloo's threads now and then abort a process that is being taken down
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)      # gloo's threads now and then abort a process that is being taken down
 '''
 
 
 def test_two_processes(tmp_path, folder):
     (tmp_path / 'go.py').write_text(LAUNCHED)
-    # --multi_gpu is accelerate's word for several processes; without it, --num_processes 2 on CPU starts a single one
-    launcher = [
-        '-m',
-        'accelerate.commands.launch',
-        '--multi_gpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-        '--mixed_precision',
-        'no',
-        '--dynamo_backend',
-        'no',
-        '--main_process_port',
-        '0',
-    ]
     done = subprocess.run(
         [
             sys.executable,
-            *launcher,
+            *launcher(2),
             str(tmp_path / 'go.py'),
             '--data',
             str(folder),
@@ -733,7 +703,7 @@ def test_two_processes(tmp_path, folder):
     )
 
 
-# the way back ----------------------------------------------------------------------------------------------------------
+# the way back -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('steps', [1, 2, 7, 15, [14, 3]])
@@ -796,7 +766,7 @@ def test_two_threads():
     assert all(torch.equal(a, b) for a, b in zip(one, two))
 
 
-# cascades --------------------------------------------------------------------------------------------------------------
+# cascades -----------------------------------------------------------------------------------------
 
 
 def test_cascade_starts_where_the_first_ends():
@@ -859,7 +829,7 @@ def test_cascades_that_cannot_be():
             LatentSR(PacketCodec(), Zero(), ResidualShift(), 4, before)
 
 
-# every kind of picture -------------------------------------------------------------------------------------------------
+# every kind of picture ----------------------------------------------------------------------------
 
 MODES = {
     'L': 'L',
@@ -1021,7 +991,7 @@ def test_every_factor_and_odd_sizes(name, level):
 @pytest.mark.parametrize('level', LEVELS)
 @pytest.mark.parametrize('hw', [(13, 21), (1, 1), (3, 41), (41, 2)])
 def test_padding_leaves_no_trace(level, hw):
-    "Untrained, any size is bicubic up to the edges: what is padded is padded behind the enlargement."
+    "Untrained, any size is bicubic up to the edges: padding comes after the enlargement."
     y, model = torch.rand(1, 1, *hw), fresh(codec_options=dict(level=level))
     for kw in ({}, dict(window=8, overlap=4)):
         assert close(superresolve(model, y, **kw), bicubic_up(y, 4))
@@ -1057,7 +1027,7 @@ def test_mode_and_weights_stay():
     )
 
 
-# windows ---------------------------------------------------------------------------------------------------------------
+# windows ------------------------------------------------------------------------------------------
 
 
 def local(side=3, **kw):
@@ -1104,7 +1074,8 @@ def test_a_small_picture_is_one_window():
 
 
 def test_windows_that_disagree_are_blended():
-    "Every window says its own mean: from one latent pixel to the next the result moves by no more than the ramp does."
+    """Every window says its own mean:
+    from one latent pixel to the next the result moves by no more than the ramp does."""
     fn, z, t = (
         S._by_windows(
             lambda s, t, cond: s.mean((2, 3), keepdim=True).expand_as(s) + 0 * cond, 16, 8, 4
@@ -1130,7 +1101,8 @@ def trained():
 
 
 def test_windows_of_a_trained_network(trained):
-    "It normalises over what it sees, so windows are not the whole picture exactly: the difference is small, and no larger where windows meet."
+    """It normalises over what it sees, so windows are not the whole picture exactly:
+    the difference is small, and no larger where windows meet."""
     y = sr_pairs(scenes(1, hw=(192, 192), s=9))[0][0][None]
     whole, parts, base = (
         superresolve(trained, y),
@@ -1151,7 +1123,7 @@ def test_windows_of_a_trained_network(trained):
     assert at.sum() == 5 and jumps[at].mean() < 1.5 * jumps[~at].mean()
 
 
-# pairs and measures ----------------------------------------------------------------------------------------------------
+# pairs and measures -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -1277,7 +1249,7 @@ def test_bicubic_on_real_infrared(real, name, want):
     assert measured(real(f'ir/{name}')) == pytest.approx(want, abs=0.05)
 
 
-# files -----------------------------------------------------------------------------------------------------------------
+# files --------------------------------------------------------------------------------------------
 
 
 def halved(model):
@@ -1454,7 +1426,7 @@ def test_no_file_and_no_pickle(tmp_path):
         load_sr(tmp_path / 'c.safetensors')
 
 
-# the commands ----------------------------------------------------------------------------------------------------------
+# the commands -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1515,7 +1487,7 @@ def test_a_stopped_training_is_resumed(shell, folder, monkeypatch):
     words = ('--data', folder, *SMALL[:-1], 4)
     assert shell(train_superres, *words, '--out', 'whole.safetensors')[0] == 0
     monkeypatch.setenv('RESTORE_RUNS', str(Path('other').absolute()))
-    make, cb = S.sr_learner, Stop(2)
+    make = S.sr_learner
     with monkeypatch.context() as m:
 
         def stopped(*args, **kw):
@@ -1978,7 +1950,7 @@ def test_only_what_is_shown_is_read(key, folder, tmp_path, monkeypatch):
     assert key('--data', folder, '--valid', 'many') != before
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 NAN = torch.tensor(float('nan')).expand(1, 1, 8, 8)
 
@@ -2143,7 +2115,7 @@ def test_training_pass_gives_back_the_picture_behind_the_loss(process):
     assert model.net.last[-1].weight.grad.abs().sum() > 0
 
 
-# saved models come back as the same function ---------------------------------------------------------------------------
+# saved models come back as the same function ------------------------------------------------------
 
 
 def exact(model):
@@ -2237,7 +2209,7 @@ def test_what_was_changed_by_hand_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_callers_random_state_stays(tmp_path):
+def test_making_saving_and_loading_leave_the_callers_random_state(tmp_path):
     import random
 
     states = lambda: (
@@ -2342,7 +2314,7 @@ def test_a_file_with_more_than_its_model(saved, tmp_path):
         load_sr(path)
 
 
-# memory ----------------------------------------------------------------------------------------------------------------
+# memory -------------------------------------------------------------------------------------------
 
 
 class Pointwise(nn.Module):
@@ -2381,7 +2353,7 @@ def test_memory_grows_little_with_the_picture(codec, channels, steps, most):
 
 @pytest.mark.parametrize('name', CODECS)
 def test_strips_and_planes_are_the_whole(name, monkeypatch):
-    "A colour photograph, plane by plane, in strips: what one walk of all planes gives, under the same noise."
+    "A colour photograph, plane by plane, in strips: as one walk of all planes with the same noise."
     made = make_codec(name)
     torch.nn.init.normal_(made.gains, 1, 0.1)
     model, y = (
@@ -2417,7 +2389,7 @@ def test_a_cascade_in_planes():
     )
 
 
-# numbers of every kind, and what makes no sense ------------------------------------------------------------------------
+# numbers of every kind, and what makes no sense ---------------------------------------------------
 
 
 def test_numpy_numbers_are_numbers(tmp_path):

@@ -1,7 +1,9 @@
-"""What lesson 07 does not teach: parity with timm, scikit-learn and formulas written anew, what is frozen, devices, bad input."""
+"""What lesson 07 does not teach: parity with timm, scikit-learn and formulas written anew,
+what is frozen, devices, bad input."""
 
 import subprocess, sys
 
+from common import DEVICES
 import numpy as np
 import pytest
 import torch
@@ -30,13 +32,6 @@ from restore_lib.transfer import (
     weak_augment,
 )
 
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
-
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -60,11 +55,14 @@ def toy(n=40, classes=4, size=14):
 
 
 def test_import_is_light():
-    code = "import sys, restore_lib.transfer; sys.exit(any(m in sys.modules for m in ('timm', 'torchvision', 'accelerate')))"
+    code = (
+        'import sys, restore_lib.transfer; '
+        'sys.exit(any(m in sys.modules for m in ("timm", "torchvision", "accelerate")))'
+    )
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
-# labels and augmentation -----------------------------------------------------------------------------------------------
+# labels and augmentation --------------------------------------------------------------------------
 
 
 def test_few_labels_counts_nesting_and_seed():
@@ -153,7 +151,7 @@ def test_a_handful_of_labels_fills_batches():
     assert len(batches) == 8 and all(len(b[0]) == 16 for b in batches)
 
 
-# the loss --------------------------------------------------------------------------------------------------------------
+# the loss -----------------------------------------------------------------------------------------
 
 
 def test_losses_equal_timm():
@@ -190,7 +188,7 @@ def test_mixer_gives_probabilities_that_match_the_pixels(mixup, cutmix):
     assert same[0] is x and same[1] is labels
 
 
-# the classifier --------------------------------------------------------------------------------------------------------
+# the classifier -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('pool', ['mean', 'cls'])
@@ -314,7 +312,7 @@ def test_encoder_like():
         encoder_like(source, 30)
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('depth, decay', [(2, 0.5), (3, 0.75), (3, 1.0)])
@@ -430,7 +428,7 @@ def test_probe_of_each_head_groups_matrices_apart(head):
     )
 
 
-# answers ---------------------------------------------------------------------------------------------------------------
+# answers ------------------------------------------------------------------------------------------
 
 
 def test_predict_restores_modes_and_does_not_depend_on_the_batch():
@@ -569,7 +567,7 @@ def test_finetune_refuses_a_model_that_a_probe_froze():
         finetune(model, labelled(torch.rand(20, 1, 28, 28), torch.arange(20) % 10, 10, batch=4))
 
 
-# a saved model comes back as the same function ---------------------------------------------------------------------------
+# a saved model comes back as the same function ----------------------------------------------------
 
 STATS = dict(mean=(0.4, 0.5, 0.6), std=(0.1, 0.3, 0.25))
 
@@ -624,7 +622,7 @@ def test_a_grey_image_is_not_spread_over_the_channels_of_mean():
             model(torch.rand(2, channels, 14, 14))
 
 
-# numbers -----------------------------------------------------------------------------------------------------------------
+# numbers ------------------------------------------------------------------------------------------
 
 
 def test_numbers_from_numpy():

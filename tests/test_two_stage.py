@@ -1,4 +1,5 @@
-"""What lesson 10 does not teach: formulas derived anew, gradients, resumed runs, which truth is read, seams, every kind of picture, bad input, the command."""
+"""What lesson 10 does not teach: formulas derived anew, gradients, resumed runs, which truth is
+read, seams, every kind of picture, bad input, the command."""
 
 import copy, importlib, inspect, json, os, pickle, re, shutil, tomllib
 from configparser import ConfigParser
@@ -6,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from common import ROOT, close, gen, held, same, shake
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,6 @@ from restore_lib.two_stage import (
     save_restorer, two_stage_learner, two_stage_loss,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(img_size=16, patch=4, dim=32, depth=1, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
 TASKS = ('denoise', 'salt_pepper', 'block', 'blur', 'rain', 'x4', 'mixed')
 KINDS = ('deployed', 'truth', 'learned', 'input', 'both', 'none', 'other')
@@ -39,18 +40,6 @@ PLACES = ('end', 'branches')
 
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
-
-
-def shake(model, by=0.2):
-    "Every parameter random, biases and norms too, so that a wrong one cannot hide."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * by)
-    return model
 
 
 def dmae(**kw):
@@ -73,19 +62,7 @@ def pair(b=3, c=3, hw=(16, 16), s=0.1):
     return (x := torch.rand(b, c, *hw)), x + s * torch.randn_like(x)
 
 
-def held(module):
-    return {k: v.clone() for k, v in module.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
-
-
-def close(a, b, tol=1e-5):
-    return torch.allclose(a, b, rtol=tol, atol=tol)
-
-
-# modulation ------------------------------------------------------------------------------------------------------------
+# modulation ---------------------------------------------------------------------------------------
 
 
 def test_film_by_hand():
@@ -165,7 +142,8 @@ def test_block_without_condition_is_plain():
 
 @pytest.mark.parametrize('tokens', [1, 5])
 def test_branches_by_hand(tokens):
-    "adaLN's scale, shift and gate around torch's own attention with the same weights; the gate is 1 + g. (bench/two_stage.py has the parity with timm's parts.)"
+    """adaLN's scale, shift and gate around torch's own attention with the same weights;
+    the gate is 1 + g. (bench/two_stage.py has the parity with timm's parts.)"""
     block, x, e = (
         shake(ConditionalBlock(16, 4, 8)),
         torch.randn(3, 5, 16),
@@ -210,7 +188,7 @@ def test_end_is_film_behind_the_plain_block():
     assert close(block(x, e), (1 + gamma) * plain(block)(x) + beta)
 
 
-# the residual as a condition -------------------------------------------------------------------------------------------
+# the residual as a condition ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('norm', ['group', 'batch'])
@@ -236,7 +214,8 @@ def test_a_map_is_enlarged_to_the_tokens():
 
 @pytest.mark.parametrize('patch', [4, 8])
 def test_a_vector_for_each_token_sits_where_its_patch_is(patch):
-    "On a rectangle, so that rows and columns cannot be exchanged. With running statistics only what is near counts; the convolutions' reach is wider to the right and below."
+    """On a rectangle, so that rows and columns cannot be exchanged. With running statistics only
+    what is near counts; the convolutions' reach is wider to the right and below."""
     enc = shake(ResidualEncoder(3, 10, None, 'batch', width=8)).eval()
     r, grid = torch.randn(1, 3, 5 * patch, 9 * patch), (5, 9)
     for row, col in ((0, 0), (3, 7), (4, 2)):
@@ -292,14 +271,15 @@ def test_wrong_words(call, says):
         call()
 
 
-# the decoder -----------------------------------------------------------------------------------------------------------
+# the decoder --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('place', PLACES)
 @pytest.mark.parametrize('cls', [0, 1])
 @pytest.mark.parametrize('tokens', [1, 8])
 def test_decoder_by_hand(place, cls, tokens):
-    "Positions, then the blocks; with a vector for each patch the class token gets zeros, with a single one it gets that."
+    """Positions, then the blocks; with a vector for each patch the class token gets zeros,
+    with a single one it gets that."""
     dec, z, e = (
         shake(ConditionalDecoder(32, 16, 2, 2, 12, 8, place)),
         torch.randn(3, 8 + cls, 32),
@@ -351,7 +331,7 @@ def test_decoder_draws_as_the_dmaes_own(cond):
         assert torch.equal(dec(z, (4, 4), cond and torch.randn(2, 1, 8)), d.decode(z))
 
 
-# the model -------------------------------------------------------------------------------------------------------------
+# the model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('residual', KINDS)
@@ -456,7 +436,8 @@ def test_everything_is_a_copy():
 
 
 def test_half_precision():
-    "Under autocast decoder one is as exact as the DMAE's: positions and what runs beside the branches stay in float32."
+    """Under autocast decoder one is as exact as the DMAE's:
+    positions and what runs beside the branches stay in float32."""
     d, (_, y) = dmae(), pair()
     model, exact = fresh(d).eval(), denoise(d, y)
     with torch.autocast('cpu', torch.bfloat16), torch.no_grad():
@@ -474,7 +455,7 @@ def test_half_precision():
     )
 
 
-# which residual --------------------------------------------------------------------------------------------------------
+# which residual -----------------------------------------------------------------------------------
 
 
 def fed(model, *args, **kw):
@@ -541,7 +522,7 @@ def test_kinds_differ_and_truth_without_a_share_is_deployed():
     assert not any(close(out[a], out[b], 1e-4) for k, a in enumerate(kinds) for b in kinds[:k])
 
 
-# losses ----------------------------------------------------------------------------------------------------------------
+# losses -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('pixel', ['mse', 'l1'])
@@ -646,7 +627,7 @@ def test_critic_sees_22_pixels():
     assert out.shape == (1, 1, 15, 15) and seen.any(0).sum() == seen.any(1).sum() == 22
 
 
-# the adversary ---------------------------------------------------------------------------------------------------------
+# the adversary ------------------------------------------------------------------------------------
 
 
 def adversary(**kw):
@@ -700,7 +681,7 @@ def test_the_adversary_begins_late():
         assert two_stage_loss(model, (y, x), adversary=adv)['adversary'] == 0  # validation
 
 
-# training --------------------------------------------------------------------------------------------------------------
+# training -----------------------------------------------------------------------------------------
 
 
 class Data(torch.utils.data.Dataset):
@@ -749,7 +730,8 @@ class Stop(Callback):
 
 
 def test_stage_a_by_the_audit():
-    "Nothing of stage one learns; at the identity start the residual encoder has no gradient yet, after one step it has."
+    """Nothing of stage one learns;
+    at the identity start the residual encoder has no gradient yet, after one step it has."""
     learn = learner(model=fresh(), stage='A')
     model, (x, y) = learn.bare, pair()
     watch = dict(
@@ -915,7 +897,8 @@ def test_schedule_goes_from_one_to_nothing_and_resumes(tmp_path):
 
 
 def test_killed_with_an_adversary(tmp_path, monkeypatch, capsys):
-    "Stopped between two checkpoints, found again by fit_or_load: restorer, critic and both optimizers end as they would have."
+    """Stopped between two checkpoints, found again by fit_or_load:
+    restorer, critic and both optimizers end as they would have."""
     d = dmae()
 
     class StopFromOutside(
@@ -1012,7 +995,8 @@ def test_a_run_is_found_again(tmp_path, monkeypatch, capsys):
     ids=str,
 )
 def test_another_run_is_another(kw):
-    "What changes a run and can be seen in its parts changes its name, so that fit_or_load never takes up the wrong one."
+    """What changes a run and can be seen in its parts changes its name,
+    so that fit_or_load never takes up the wrong one."""
     d, base = (
         dmae(),
         dict(stage='end')
@@ -1074,7 +1058,7 @@ def test_first_stage_learner():
     assert torch.equal(*model(pair()[1]))
 
 
-# degradations ----------------------------------------------------------------------------------------------------------
+# degradations -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -1133,12 +1117,13 @@ def test_degradations_are_values():
         Degradation('denoise', -1)(torch.rand(1, 1, 8, 8))
 
 
-# windows ---------------------------------------------------------------------------------------------------------------
+# windows ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('size, overlap', [(32, 16), (24, 12), (32, 9)])
 def test_no_seams(size, overlap):
-    "A network without long context: windows say what the whole picture says. Issue: 1e-3 away from the border; here it is exact, and at the border too."
+    """A network without long context: windows say what the whole picture says.
+    1e-3 away from the border would do; here it is exact, and at the border too."""
     conv, y = shake(nn.Conv2d(3, 3, 5, padding=2)), torch.rand(2, 3, 75, 101)
     with torch.no_grad():
         whole, out = conv(y), windows(conv, y, size, overlap, batch=3)
@@ -1174,7 +1159,8 @@ def test_every_overlap(size):
 
 
 def test_a_windows_outer_pixels_do_not_count_inside():
-    "Where the picture ends they must; elsewhere a network that errs in the outer quarter of the overlap does no harm."
+    """Where the picture ends they must;
+    elsewhere a network that errs in the outer quarter of the overlap does no harm."""
 
     def errs(v):
         v = v.clone()
@@ -1219,11 +1205,12 @@ def test_wrong_windows(hw, size, overlap, says):
         windows(lambda v: v, torch.rand(1, 1, *hw), size, overlap)
 
 
-# pictures --------------------------------------------------------------------------------------------------------------
+# pictures -----------------------------------------------------------------------------------------
 
 
 class Negative(nn.Module):
-    "Exact, whatever the size; in training mode it would be wrong. Channels beside the first are darker by half."
+    """Exact, whatever the size; in training mode it would be wrong.
+    Channels beside the first are darker by half."""
 
     def __init__(self, channels=1, two=False):
         super().__init__()
@@ -1392,7 +1379,8 @@ def test_the_refined_image_is_taken():
 
 
 def test_colours_and_grey():
-    "A grey model takes colours one by one; a colour model sees grey three times, and the mean is taken."
+    """A grey model takes colours one by one; a colour model sees grey three times,
+    and the mean is taken."""
 
     class Own(Negative):
         def forward(self, y):
@@ -1499,7 +1487,7 @@ def test_on_a_gpu():
     )
 
 
-# files of weights ------------------------------------------------------------------------------------------------------
+# files of weights ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1515,7 +1503,8 @@ def test_on_a_gpu():
     ],
 )
 def test_save_and_load(tmp_path, kw, own):
-    "What comes back is the model with its weights rounded to half precision, exactly, and knows what it is for."
+    """What comes back is the model with its weights rounded to half precision, exactly,
+    and knows what it is for."""
     model = awake(dmae(**own), **kw)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -1632,7 +1621,7 @@ def test_missing_weights(tmp_path):
         load_restorer(tmp_path)
 
 
-# the command -----------------------------------------------------------------------------------------------------------
+# the command --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -1649,7 +1638,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def shell(trained, tmp_path, monkeypatch, capsys):
-    "The command in a folder with a photograph and weights for two tasks; gives exit status and what was said."
+    """The command in a folder with a photograph and weights for two tasks;
+    gives exit status and what was said."""
     shutil.copytree(trained, tmp_path / 'weights')
     monkeypatch.setattr(
         T, 'restorers', lambda: {p.stem: p for p in sorted((tmp_path / 'weights').glob('*'))}
@@ -1711,7 +1701,8 @@ def test_other_words(shell):
     [
         (
             ['in.png', 'out.png', '--task', 'fog'],
-            'no weights for --task fog; there are weights for: --task denoise --sigma 25, --task rain',
+            'no weights for --task fog; there are weights for: '
+            '--task denoise --sigma 25, --task rain',
         ),
         (['in.png', 'out.png', '--sigma', '50'], 'no weights for --task denoise --sigma 50'),
         (['nowhere.png', 'out.png'], 'nowhere.png'),
@@ -1992,7 +1983,7 @@ def test_numbers_of_restore():
             quiet(Negative(), x, **{name: bad})
 
 
-# the weights that come with the library --------------------------------------------------------------------------------
+# the weights that come with the library -----------------------------------------------------------
 
 WEIGHTS = ROOT / 'restore_lib' / 'weights'
 shipped = pytest.mark.skipif(
@@ -2046,7 +2037,7 @@ def test_shipped_weights_are_installed_too():
 
 @shipped
 def test_shipped_weights_restore_a_photograph(tmp_path):
-    "scikit-image's cameraman, which no lesson trains on: 6 dB at least, and the same from the shell."
+    "scikit-image's cameraman, which no lesson trains on: at least 6 dB, the same from the shell."
     from restore_lib.data import photos
 
     x = photos('test', 1)['camera'][:, 100:228, 180:308]
@@ -2074,7 +2065,7 @@ def test_shipped_weights_restore_a_photograph(tmp_path):
         assert score(torch.from_numpy(np.array(out, dtype=np.float32))[None] / 255) > score(y) + 5.5
 
 
-# saved models come back as the same function ---------------------------------------------------------------------------
+# saved models come back as the same function ------------------------------------------------------
 
 
 def rounded(model):
@@ -2137,7 +2128,8 @@ def test_every_knob_comes_back(tmp_path, knob, value, own, place):
 
 
 def test_no_knob_is_forgotten():
-    "What a file says has each argument of each constructor: a new argument that no file keeps fails here."
+    """What a file says has each argument of each constructor:
+    a new argument that no file keeps fails here."""
     from restore_lib.patching import ViTEncoder
 
     names = lambda kind: {
@@ -2291,7 +2283,8 @@ def edited(path, **changes):
 def test_metadata_of_the_wrong_kind(tmp_path, changes):
     with pytest.raises(
         ValueError,
-        match='a.safetensors does not say how its model is built .*expected a file by save_restorer',
+        match='a.safetensors does not say how its model is built .*'
+        'expected a file by save_restorer',
     ):
         load_restorer(edited(tmp_path / 'a.safetensors', **changes))
 
@@ -2317,7 +2310,7 @@ def test_a_file_with_more_than_its_model(tmp_path):
         load_restorer(edited(tmp_path / 'a.safetensors', decoder2__depth=1))
 
 
-# numbers of every kind, and what makes no sense ------------------------------------------------------------------------
+# numbers of every kind, and what makes no sense ---------------------------------------------------
 
 
 def test_numpy_numbers_are_numbers():

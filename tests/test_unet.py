@@ -1,8 +1,10 @@
-"""What lesson 14 does not teach: parity with torchvision's windows, who sees whom position by position, counts, sizes, checkpointing, devices and types, bad input."""
+"""What lesson 14 does not teach: parity with torchvision's windows, who sees whom position by
+position, counts, sizes, checkpointing, devices and types, bad input."""
 
 import copy
 import math
 
+from common import DEVICES, loud, saved
 import numpy as np
 import pytest
 import torch
@@ -26,26 +28,12 @@ from restore_lib.unet import (
 )
 
 torch.set_num_threads(1)
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 SMALL = dict(base=8, mults=(1, 2), blocks=1, embed=16, head_channels=8, window=4)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def loud(model, scale=0.1):
-    "No parameter at zero, so that nothing hides behind a zero start."
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return model
 
 
 def small(cin=4, cout=2, **kw):
@@ -60,7 +48,7 @@ def call(b=2, c=2, h=16, w=16, k=None, dtype=torch.float64):
     )
 
 
-# windows ---------------------------------------------------------------------------------------------------------------
+# windows ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('h, w, window', [(8, 12, 4), (3, 3, 3), (6, 2, 2), (1, 5, 1)])
@@ -75,7 +63,8 @@ def test_windows_are_where_they_should_be(h, w, window):
 
 
 def allowed(hw, window, shift):
-    "By a loop over positions: the pairs of a map's positions that share a shifted window and lie on the same side of the border."
+    """By a loop over positions: the pairs of a map's positions that share a shifted window
+    and lie on the same side of the border."""
     h, w = hw
     seen = torch.zeros(h * w, h * w, dtype=torch.bool)
     where = lambda i, s: (
@@ -193,7 +182,7 @@ def test_mask_made_in_inference_mode_serves_training():
     assert a.bias.grad.abs().sum() > 0
 
 
-# counts ----------------------------------------------------------------------------------------------------------------
+# counts -------------------------------------------------------------------------------------------
 
 
 def macs(model, c, s, k=None):
@@ -232,7 +221,7 @@ def test_tiny_is_tiny():
     assert 400_000 <= count_params(m) <= 600_000 and m.multiple == 16
 
 
-# the network -----------------------------------------------------------------------------------------------------------
+# the network --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -449,7 +438,7 @@ def test_it_learns_a_batch():
     assert sum(losses[-10:]) / 10 < 0.6 * sum(losses[:10]) / 10
 
 
-# two branches ----------------------------------------------------------------------------------------------------------
+# two branches -------------------------------------------------------------------------------------
 
 
 def two(**kw):
@@ -488,7 +477,7 @@ def test_two_branches_exchange():
         m(z[0], t, cond)
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -624,13 +613,7 @@ def test_bad_windows():
     assert SwinLayers(8, 16, 2, 2, 4).blocks[1].attn.shift == 2
 
 
-# states, numbers of NumPy, what callers may write into ---------------------------------------------------------------------
-
-
-def saved(model, path):
-    "The state as a file gives it back."
-    torch.save(model.state_dict(), path)
-    return torch.load(path, weights_only=True)
+# states, numbers of NumPy, what callers may write into --------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""What lesson 11 does not teach: parity with PyWavelets over all wavelets, modes and sizes, with SciPy, adjoints, energy, dtypes and devices, bad input."""
+"""What lesson 11 does not teach: parity with PyWavelets over all wavelets, modes and sizes,
+with SciPy, adjoints, energy, dtypes and devices, bad input."""
 
 import gc, math, os, warnings
 from pathlib import Path
 
+from common import DEVICES
 import numpy as np
 import pytest
 import pywt
@@ -25,12 +27,6 @@ from restore_lib.wavelets import (
 ALL = pywt.wavelist(kind='discrete')
 FEW = ('haar', 'db2', 'db3', 'sym5', 'bior1.3', 'rbio3.1', 'bior2.2', 'coif4')
 TOL = {torch.float64: 1e-10, torch.float32: 1e-5}
-DEVICES = [
-    'cpu',
-    pytest.param(
-        'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
-    ),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +52,13 @@ def numpy_of(coeffs):
 
 
 def off(ours, theirs):
-    "The largest difference, relative to the largest value where that is over 1; infinite if shapes differ."
+    "The largest difference, relative to the largest value if that is over 1; inf if shapes differ."
     if tuple(ours.shape) != theirs.shape:
         return float('inf')
     return np.abs(ours.detach().numpy() - theirs).max() / max(1, np.abs(theirs).max())
 
 
-# parity ----------------------------------------------------------------------------------------------------------------
+# parity -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('h, w', [(16, 17), (40, 9), (3, 2), (2, 5)])
@@ -275,7 +271,7 @@ def test_float32_gradient_is_that_of_float64(wavelet):
         assert (grads[0] - grads[1]).abs().max() < 1e-4, mode
 
 
-# what a basis must hold ------------------------------------------------------------------------------------------------
+# what a basis must hold ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -403,7 +399,7 @@ def test_matrices_first_made_in_inference_mode_can_be_trained_through():
         assert x.grad.isfinite().all()
 
 
-# dtypes, devices, shapes -----------------------------------------------------------------------------------------------
+# dtypes, devices, shapes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -459,7 +455,7 @@ def test_empty_batch():
         )
 
 
-# packets and cosines ---------------------------------------------------------------------------------------------------
+# packets and cosines ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('level', [0, 1, 2, 3])
@@ -512,7 +508,7 @@ def test_cosines_are_scipys(h, w, block, dtype):
     assert torch.isclose(z.square().sum(), x.square().sum(), rtol=1e-5) and z.dtype == dtype
 
 
-# bad input -------------------------------------------------------------------------------------------------------------
+# bad input ----------------------------------------------------------------------------------------
 
 OK, BAND = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
 
@@ -582,7 +578,7 @@ def test_bad_input(call, error, says):
         call()
 
 
-# what is kept between calls, and numbers of NumPy ----------------------------------------------------------------------
+# what is kept between calls, and numbers of NumPy -------------------------------------------------
 
 
 def energy(wavelet):
@@ -591,7 +587,8 @@ def energy(wavelet):
 
 @pytest.mark.parametrize('wavelet', ['db10', 'db2', 'sym9'])
 def test_a_first_hessian_leaves_nothing_behind(wavelet):
-    "The filters are first asked for inside torch.func, by a bank of their own, which no other test has made."
+    """The filters are first asked for inside torch.func,
+    by a bank of their own, which no other test has made."""
     bank = [[f * 2.0 for f in part] for part in pywt.Wavelet(wavelet).filter_bank]
     own = pywt.Wavelet('own', filter_bank=bank)
     x = torch.rand(1, 1, 5, 6, dtype=torch.float64 if len(bank[0]) > 10 else torch.float32)

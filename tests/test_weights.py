@@ -1,7 +1,11 @@
-"""What lesson 17 does not teach: thirds at every T, levels, devices and kinds of number, bad input, schedules across a kill, formulas of the relatives, gradient noise against a direct computation, the log."""
+"""What lesson 17 does not teach: thirds at every T, levels, devices and kinds of number, bad input,
+schedules across a kill, formulas of the relatives, gradient noise against a direct computation,
+the log."""
 
 import math
 
+from common import gen
+from toy import Stop
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from restore_lib.diffusion import ResidualShift
-from restore_lib.learner import Callback, Learner
+from restore_lib.learner import Learner
 from restore_lib.perceptual import PerceptualSRLoss
 from restore_lib.superres import SRConfig, make_sr, sr_learner, sr_pairs
 from restore_lib.weights import (
@@ -41,10 +45,6 @@ SAMPLE = """
 Iter 1000:  loss=0.0320, mse=0.0050, lpips=0.2800, lpips_w=0.0114, lr=5.00e-05
 Iter 50000: loss=0.0280, mse=0.0050, lpips=0.2800, lpips_w=0.0800, lr=2.50e-05
 """
-
-
-def gen(s=0):
-    return torch.Generator().manual_seed(s)
 
 
 def by_hand(t, T, levels=(1, 0.1, 0.001)):
@@ -255,15 +255,6 @@ def learner(**how):
     ), loss
 
 
-class Kill(Callback):
-    def __init__(self, at):
-        self.at = at
-
-    def after_step(self, learn):
-        if learn.step == self.at:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize('how', [{}, dict(start=0.5, end=0.0, total=6)])
 def test_every_step_has_its_weight(how):
     learn, loss = learner(**how)
@@ -278,11 +269,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, stop):
     whole, loss = learner()
     whole.fit(12)
     part, first = learner()
-    part.cbs.append(Kill(stop))
+    part.cbs.append(Stop(stop))
     with pytest.raises(KeyboardInterrupt):
         part.fit(12, folder=tmp_path, save_every=2)
     again, second = learner()
-    again.cbs.append(Kill(None))
+    again.cbs.append(Stop(None))
     again.load(tmp_path).fit(12)
     begun = 12 - len(second.seen)
     assert begun == (stop - 1) // 2 * 2  # the last save before it was killed
@@ -377,11 +368,11 @@ def test_a_killed_superresolution_keeps_its_schedule(tmp_path):
     whole, loss = learn()
     whole.fit(6)
     part, _ = learn()
-    part.cbs.append(Kill(4))
+    part.cbs.append(Stop(4))
     with pytest.raises(KeyboardInterrupt):
         part.fit(6, folder=tmp_path, save_every=3)
     again, second = learn()
-    again.cbs.append(Kill(None))
+    again.cbs.append(Stop(None))
     again.load(tmp_path).fit(6)
     assert second.lam == loss.lam == 2.0 and second.terms == loss.terms
     assert all(
@@ -477,7 +468,8 @@ def test_noise_of_batches_is_the_direct_one():
 
 
 def test_noise_is_known_where_it_is_planted():
-    "Signal of length 3, noise of length 1.5: the same estimate from few batches as from many, on average."
+    """Signal of length 3, noise of length 1.5:
+    the same estimate from few batches as from many, on average."""
     signal, p = torch.zeros(200).double(), 200
     signal[0] = 3
     found = {

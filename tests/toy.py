@@ -1,13 +1,26 @@
-"A small training that the tests share: also run by itself, `python toy.py FOLDER STEPS`, or under `accelerate launch`."
+"""A small training that the tests share.
+
+It also runs by itself, under `accelerate launch` too: `python toy.py FILE PROCESSES`."""
 
 import json, os, sys
 
 import torch
 from torch import nn
 
-from restore_lib.learner import EMA, Learner, Metrics, warmup_cosine
+from restore_lib.learner import EMA, Callback, Learner, Metrics, warmup_cosine
 
 torch.set_num_threads(1)
+
+
+class Stop(Callback):
+    "Ends the fit by an error behind a step, as Ctrl-C does."
+
+    def __init__(self, at):
+        self.at = at
+
+    def after_step(self, learn):
+        if learn.step == self.at:
+            raise KeyboardInterrupt
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -60,7 +73,7 @@ def train(folder, steps=200, save_every=10, delay=0.0):
     import time
     from pathlib import Path
 
-    class Slow(type(EMA()).__mro__[1]):  # a Callback that leaves time to be killed in
+    class Slow(Callback):  # leaves time to be killed in
         def after_step(self, learn):
             time.sleep(delay)
 
@@ -86,6 +99,5 @@ if __name__ == '__main__':  # accelerate launch: the loss curve of plain_loss, e
         )
     learn.acc.wait_for_everyone()
     sys.stdout.flush()
-    os._exit(
-        0
-    )  # everything is written; gloo's threads now and then abort a process that is being taken down
+    # everything is written; gloo's threads now and then abort a process that is being taken down
+    os._exit(0)
