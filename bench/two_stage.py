@@ -6,7 +6,7 @@ from torch import nn
 from harness import compare
 from restore_lib.dmae import dmae_tiny
 from restore_lib.metrics import peak_memory
-from restore_lib.image_files import windows
+from restore_lib.image_files import tiled
 from restore_lib.two_stage import (
     ConditionalBlock, Degradation, TwoStageDMAE, first_stage_loss, two_stage_loss,
 )
@@ -133,12 +133,12 @@ def blended(size=32, overlap=16, side=128):
     for name, fn in (('a 5x5 convolution', net), ('two stages', lambda v: model.eval()(v)[1])):
         with torch.no_grad():
             if name != 'two stages' and not torch.allclose(
-                windows(fn, y, size, overlap), fn(y), atol=1e-5
+                tiled(fn, y, size, overlap), fn(y), atol=1e-5
             ):
                 raise AssertionError('there are seams')
             yield row(
                 f'windows, {name}, {side}x{side} in {len(cut)} of {size}x{size}',
-                lambda: windows(fn, y, size, overlap, batch=64),
+                lambda: tiled(fn, y, size, overlap, batch=64),
                 'the same windows as plain batches',
                 lambda: [fn(part) for part in cut.split(64)],
                 1,

@@ -7,29 +7,31 @@ __all__ = ['SECOND_ROUND', 'KERNEL_SHAPES', 'Round', 'second_order']
 
 # %% ../nbs/appendix/realworld.ipynb #realworld-002
 import math
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from dataclasses import dataclass
 from .checks import check_images, check_interval, check_number, check_whole
 from .degrade import blur, jpeg, kernel_grid
 from restore_lib.draws import (
     draw_choice, draw_level, draw_normal, draw_uniform, draw_whole, per_image,
 )
 
-# %% ../nbs/appendix/realworld.ipynb #realworld-003
+# %% ../nbs/appendix/realworld.ipynb #realworld-005
 @dataclass(frozen=True)
 class Round:
-    "Ranges of one blur-resize-noise-JPEG round; the defaults are Real-ESRGAN's first (Wang et al. 2021, sec. 3)."
-    blur_prob: float = 1.                     # share of images that are blurred
-    sigma: tuple = (.2, 3.)                   # pixels, each axis of the kernel
-    sinc_prob: float = .1                     # share of the kernels that are sinc filters
-    resize_prob: tuple = (.2, .7, .1)         # enlarge, shrink, keep
-    resize: tuple = (.15, 1.5)                # least and largest factor
-    gaussian_prob: float = .5                 # share with Gaussian noise; the others get Poisson noise
-    noise: tuple = (1/255, 30/255)            # sigma in units of [0, 1]
-    poisson: tuple = (.05, 3.)                # times the photon noise of an 8-bit picture
-    grey_prob: float = .4                     # share whose noise is the same in all channels
-    jpeg: tuple = (30, 95)                    # quality
+    """Ranges of one blur-resize-noise-JPEG round; the defaults are Real-ESRGAN's first
+    (Wang et al. 2021, sec. 3). ValueError or TypeError names what makes no sense."""
+    blur_prob: float = 1.                # share of images that are blurred
+    sigma: tuple = (.2, 3.)              # pixels, each axis of the kernel
+    sinc_prob: float = .1                # share of the kernels that are sinc filters
+    resize_prob: tuple = (.2, .7, .1)    # enlarge, shrink, keep
+    resize: tuple = (.15, 1.5)           # least and largest factor
+    gaussian_prob: float = .5            # share with Gaussian noise; the others get Poisson noise
+    noise: tuple = (1/255, 30/255)       # sigma in units of [0, 1]
+    poisson: tuple = (.05, 3.)           # times the photon noise of an 8-bit picture
+    grey_prob: float = .4                # share whose noise is the same in all channels
+    jpeg: tuple = (30, 95)               # quality
 
     def __post_init__(self):
         for name in ('blur_prob', 'sinc_prob', 'gaussian_prob', 'grey_prob'):
@@ -39,83 +41,186 @@ class Round:
         self._range('sigma', high=100, above=0)
         self._range('resize', above=0)
         if not self.resize[0] <= 1 <= self.resize[1]:
-            raise ValueError(f'resize is {self.resize}; '
-                             'expected the least factor up to 1, the largest from 1')
+            raise ValueError(
+                f'resize is {self.resize}; expected the least factor up to 1, the largest from 1')
         probs = self.resize_prob
         if not isinstance(probs, (tuple, list)) or len(probs) != 3:
-            raise ValueError(f'resize_prob is {probs!r}; '
-                             'expected three shares: enlarge, shrink, keep')
+            raise ValueError(
+                f'resize_prob is {probs!r}; expected three shares: enlarge, shrink, keep')
         if not sum(check_number(p, 'resize_prob', 0) for p in probs):
             raise ValueError(f'resize_prob is {probs}; expected not all 0')
 
     def _range(self, name, low=None, high=None, above=None):
         "One number becomes a pair; ValueError names a bad one."
-        value = check_interval(getattr(self, name), name, low, high, above)
-        # the class is frozen
-        if not isinstance(getattr(self, name), (tuple, list)): object.__setattr__(self, name, value)
+        pair = check_interval(getattr(self, name), name, low, high, above)
+        if not isinstance(getattr(self, name), (tuple, list)):
+            object.__setattr__(self, name, pair)             # the class is frozen
 
-SECOND_ROUND = Round(blur_prob=.8, sigma=(.2, 1.5), resize_prob=(.3, .4, .3), resize=(.3, 1.2), noise=(1/255, 25/255), poisson=(.05, 2.5))
-KERNEL_SHAPES = dict(iso=.45, aniso=.25, generalized_iso=.12, generalized_aniso=.03, plateau_iso=.12, plateau_aniso=.03)
 
-# %% ../nbs/appendix/realworld.ipynb #realworld-004
-def _sinc(cutoff, size=21):
-    "Circular low-pass filters that ring: `cutoff` (b,) in radians a pixel -> (b, size, size), not yet cut or normalised."
-    along, across = kernel_grid(size, torch.zeros_like(cutoff), cutoff.device)
-    r, c = (along**2 + across**2).sqrt(), cutoff[:, None, None]
-    return torch.where(r == 0, c**2/(4*math.pi), c*torch.special.bessel_j1(c*r)/(2*math.pi*r.clamp(min=1)))
-
-def _cut(k, size):
-    "Kernels (b, n, n) set to 0 outside their own odd `size` (b,), each summing to 1."
-    r = (torch.arange(k.shape[-1], device=k.device) - k.shape[-1]//2).abs()
-    k = k*(torch.maximum(r, r[:, None]) <= (size//2)[:, None, None])
-    return k/k.sum((1, 2), keepdim=True)
-
-# %% ../nbs/appendix/realworld.ipynb #realworld-005
-def _chain_kernels(x, rnd, generator):
-    "One kernel (21, 21) an image, from the six shapes or the sinc filter of `rnd`; a point where the image is not blurred."
-    b, u = len(x), lambda low, high: low + (high - low)*draw_uniform((len(x),), x, generator)
-    size, shape = 2*draw_whole(3, 10, (b,), x, generator) + 1, draw_choice(list(KERNEL_SHAPES.values()), b, x, generator)
-    s1, s2, angle = u(*rnd.sigma), u(*rnd.sigma), u(-180, 180)
-    along, across = kernel_grid(21, angle, x.device)
-    s2 = torch.where(shape % 2 == 0, s1, s2)                                                   # even: round
-    q = (along/s1[:, None, None])**2 + (across/s2[:, None, None])**2
-    def power(low, high): return torch.where(u(0, 1) < .5, u(low, 1), u(1, high))              # as often below 1 as above
-    wide, flat = power(.5, 4.), power(1., 2.)
-    beta = torch.where(shape < 2, torch.ones_like(wide), torch.where(shape < 4, wide, flat))[:, None, None]
-    k = torch.where((shape < 4)[:, None, None], torch.exp(-.5*q**beta), 1/(1 + q**beta))
-    cutoff = torch.where(size < 13, math.pi/3, math.pi/5)
-    k = torch.where((u(0, 1) < rnd.sinc_prob)[:, None, None], _sinc(cutoff + (math.pi - cutoff)*u(0, 1)), k)
-    return _cut(k, torch.where(u(0, 1) < rnd.blur_prob, size, 1))
-
-# %% ../nbs/appendix/realworld.ipynb #realworld-007
-def _chain_noise(y, rnd, generator):
-    "Gaussian or Poisson noise, coloured or grey, chosen for each image; clipped to [0, 1] as published."
-    (b, c), grey = y.shape[:2], draw_uniform((len(y), 1, 1, 1), y, generator) < rnd.grey_prob
-    sigma, scale = draw_level(rnd.noise, y, 'noise', 0, 2, generator), draw_level(rnd.poisson, y, 'poisson', 0, 100, generator)
-    n = draw_normal(y.shape, y, generator)
-    normal = per_image(sigma)*torch.where(grey, n[:, :1], n)
-    luma = torch.tensor([.299, .587, .114] if c == 3 else [1.], device=y.device)[:, None, None]
-    base = (torch.where(grey, (y*luma).sum(1, keepdim=True), y)*255).round()/255
-    used = torch.zeros(b, 256, device=y.device).scatter_(1, (base*255).round().long().flatten(1), 1.).sum(1)
-    photons = per_image(2**used.log2().ceil())                        # as many as the image has levels, to the next power of two
-    lam = base*photons if generator is None else (base*photons).to(generator.device)
-    drawn = torch.poisson(lam, generator=generator).to(y.device)
-    drawn = torch.where(grey, drawn[:, :1], drawn)                # one draw for all channels
-    noise = torch.where(draw_uniform((b, 1, 1, 1), y, generator) < rnd.gaussian_prob, normal, per_image(scale)*(drawn/photons - base))
-    return (y + noise).clamp(0, 1)
-
-def _chain_resize(y, h, w, generator):
-    "To h x w by a method drawn for the batch; without antialias, as published."
-    mode = ('area', 'bilinear', 'bicubic')[draw_choice((1, 1, 1), 1, y, generator).item()]
-    return F.interpolate(y, size=(max(h, 1), max(w, 1)), mode=mode)
-
-def _blur_any(y, kernel):
-    "`blur`, the kernel's rim cut where the image is too small to mirror it."
-    spare = max(0, kernel.shape[-1]//2 - min(y.shape[-2:]) + 1)
-    if spare: kernel = kernel[:, spare:-spare, spare:-spare]
-    return blur(y, kernel/kernel.sum((1, 2), keepdim=True))
+SECOND_ROUND = Round(
+    blur_prob=.8,
+    sigma=(.2, 1.5),
+    resize_prob=(.3, .4, .3),
+    resize=(.3, 1.2),
+    noise=(1/255, 25/255),
+    poisson=(.05, 2.5))
 
 # %% ../nbs/appendix/realworld.ipynb #realworld-008
+KERNEL_SHAPES = dict(                # how often each is drawn; the even ones are round
+    iso=.45,
+    aniso=.25,
+    generalized_iso=.12,
+    generalized_aniso=.03,
+    plateau_iso=.12,
+    plateau_aniso=.03)
+_WIDEST = 21                         # pixels; sizes are odd, from 7
+
+
+def _sinc(cutoff, size=_WIDEST):
+    "Low-pass filters that ring: `cutoff` (b,) in radians a pixel -> (b, size, size), not yet cut."
+    along, across = kernel_grid(size, torch.zeros_like(cutoff), cutoff.device)
+    r, c = (along**2 + across**2).sqrt(), cutoff[:, None, None]
+    outside = c*torch.special.bessel_j1(c*r)/(2*math.pi*r.clamp(min=1))
+    return torch.where(r == 0, c**2/(4*math.pi), outside)
+
+
+def _cut(kernels, size):
+    "Kernels (b, n, n) set to 0 outside their own odd `size` (b,), each summing to 1."
+    n = kernels.shape[-1]
+    r = (torch.arange(n, device=kernels.device) - n//2).abs()
+    inside = torch.maximum(r, r[:, None]) <= (size//2)[:, None, None]
+    kernels = kernels*inside
+    return kernels/kernels.sum((1, 2), keepdim=True)
+
+
+def _bells(shape, wide, flat, q):
+    "exp(-q**beta/2) or, for the last two shapes, 1/(1 + q**beta)."
+    beta = torch.where(shape < 2, torch.ones_like(wide), torch.where(shape < 4, wide, flat))
+    q_beta = q**beta[:, None, None]
+    return torch.where((shape < 4)[:, None, None], torch.exp(-.5*q_beta), 1/(1 + q_beta))
+
+
+def _kernels(x, rnd, generator):
+    "One kernel (21, 21) an image, as `rnd` says; a point where the image is not blurred."
+    b = len(x)
+
+    def uniform(low, high):
+        return low + (high - low)*draw_uniform((b,), x, generator)
+
+    def power(low, high):                                # as often below 1 as above
+        return torch.where(uniform(0, 1) < .5, uniform(low, 1), uniform(1, high))
+
+    size = 2*draw_whole(3, 10, (b,), x, generator) + 1
+    shape = draw_choice(list(KERNEL_SHAPES.values()), b, x, generator)
+    s1, s2, angle = uniform(*rnd.sigma), uniform(*rnd.sigma), uniform(-180, 180)
+    s2 = torch.where(shape % 2 == 0, s1, s2)
+    along, across = kernel_grid(_WIDEST, angle, x.device)
+    q = (along/s1[:, None, None])**2 + (across/s2[:, None, None])**2
+    wide, flat = power(.5, 4.), power(1., 2.)
+    k = _bells(shape, wide, flat, q)
+    rings = uniform(0, 1) < rnd.sinc_prob
+    cutoff = torch.where(size < 13, math.pi/3, math.pi/5)
+    k = torch.where(rings[:, None, None], _sinc(cutoff + (math.pi - cutoff)*uniform(0, 1)), k)
+    return _cut(k, torch.where(uniform(0, 1) < rnd.blur_prob, size, 1))
+
+# %% ../nbs/appendix/realworld.ipynb #realworld-011
+def _photon_noise(y, grey, scale, generator):
+    "What photon noise adds, in units of [0, 1]; where `grey` (b, 1, 1, 1), alike in all channels."
+    luma = torch.tensor([.299, .587, .114] if y.shape[1] == 3 else [1.], device=y.device)
+    base = torch.where(grey, (y*luma[:, None, None]).sum(1, keepdim=True), y)
+    base = (base*255).round()/255
+    levels = (base*255).round().long().flatten(1)
+    used = torch.zeros(len(y), 256, device=y.device).scatter_(1, levels, 1.).sum(1)
+    photons = per_image(2**used.log2().ceil())                # for white
+    mean = base*photons if generator is None else (base*photons).to(generator.device)
+    drawn = torch.poisson(mean, generator=generator).to(y.device)
+    drawn = torch.where(grey, drawn[:, :1], drawn)
+    return per_image(scale)*(drawn/photons - base)
+
+
+def _noisy(y, rnd, generator):
+    "Gaussian or Poisson noise, coloured or grey, for each image; clipped to [0, 1] as published."
+    def flip(share):
+        return draw_uniform((len(y), 1, 1, 1), y, generator) < share
+
+    grey = flip(rnd.grey_prob)
+    sigma = draw_level(rnd.noise, y, 'noise', 0, 2, generator)
+    scale = draw_level(rnd.poisson, y, 'poisson', 0, 100, generator)
+    n = draw_normal(y.shape, y, generator)
+    normal = per_image(sigma)*torch.where(grey, n[:, :1], n)
+    photon = _photon_noise(y, grey, scale, generator)
+    return (y + torch.where(flip(rnd.gaussian_prob), normal, photon)).clamp(0, 1)
+
+# %% ../nbs/appendix/realworld.ipynb #realworld-014
+def _blurred(y, kernels):
+    "`blur`, the kernel's rim cut where the image is too small to mirror it."
+    spare = max(0, kernels.shape[-1]//2 - min(y.shape[-2:]) + 1)
+    if spare:
+        kernels = kernels[:, spare:-spare, spare:-spare]
+    return blur(y, kernels/kernels.sum((1, 2), keepdim=True))
+
+
+def _resized(y, h, w, generator):
+    "To h x w by a method drawn for the batch; without antialias, as published."
+    modes = ('area', 'bilinear', 'bicubic')
+    mode = modes[draw_choice((1, 1, 1), 1, y, generator).item()]
+    return F.interpolate(y, size=(max(h, 1), max(w, 1)), mode=mode)
+
+
+def _one_uniform(y, generator):
+    "One number for the whole batch."
+    return draw_uniform((1,), y, generator).item()
+
+
+def _round(y, rnd, side, generator, watch):
+    "Blur, resize to a drawn multiple of `side` (h, w), noise."
+    y = _blurred(y, _kernels(y, rnd, generator))
+    watch('blur', y)
+    way, u = draw_choice(rnd.resize_prob, 1, y, generator).item(), _one_uniform(y, generator)
+    larger, smaller = 1 + u*(rnd.resize[1] - 1), rnd.resize[0] + u*(1 - rnd.resize[0])
+    factor = (larger, smaller, 1.)[way]
+    y = _resized(y, int(side[0]*factor), int(side[1]*factor), generator).clamp(0, 1)
+    watch(f'resize x {factor:.2f}', y)
+    y = _noisy(y, rnd, generator)
+    watch('noise', y)
+    return y
+
+# %% ../nbs/appendix/realworld.ipynb #realworld-016
+def _check_chain(x, scale, final_sinc_prob, first, second):
+    "The arguments of `second_order`, checked: scale and final_sinc_prob."
+    check_images(x, 'x', channels=(1, 3))
+    scale = check_whole(scale, 'scale', 1)
+    final_sinc_prob = check_number(final_sinc_prob, 'final_sinc_prob', 0, 1)
+    for name, rnd in (('first', first), ('second', second)):
+        if not isinstance(rnd, Round):
+            raise TypeError(f'{name} is {rnd!r}; expected a Round')
+    h, w = x.shape[-2:]
+    if h % scale or w % scale:
+        raise ValueError(f'x is {h} x {w}; expected multiples of scale={scale}')
+    return scale, final_sinc_prob
+
+
+def _delivered(y, jpeg_range, side, final_sinc_prob, generator, watch):
+    "The last resize with its sinc filter, and the last JPEG, in an order that is drawn."
+    b = len(y)
+    cutoff = math.pi*(1/3 + 2/3*draw_uniform((b,), y, generator))
+    rings = draw_uniform((b,), y, generator) < final_sinc_prob
+    size = torch.where(rings, 2*draw_whole(3, 10, (b,), y, generator) + 1, 1)
+
+    def resized(y):
+        y = _blurred(_resized(y, *side, generator), _cut(_sinc(cutoff), size)).clamp(0, 1)
+        watch('resize, sinc', y)
+        return y
+
+    def compressed(y):
+        y = jpeg(y, jpeg_range, generator)
+        watch('JPEG', y)
+        return y
+
+    resize_first = _one_uniform(y, generator) < .5
+    return compressed(resized(y)) if resize_first else resized(compressed(y))
+
+# %% ../nbs/appendix/realworld.ipynb #realworld-017
 def second_order(
     x,                      # (b, 1 or 3, h, w) in [0, 1]; h and w multiples of scale
     scale=4,                # how many times smaller the result is
@@ -123,25 +228,17 @@ def second_order(
     first=Round(),          # ranges of the first round
     second=SECOND_ROUND,    # ranges of the second round
     final_sinc_prob=.8,     # share of images that get the last, ringing filter
+    watch=None,             # is told (name, image) after each step
 ) -> torch.Tensor:          # (b, c, h/scale, w/scale) in [0, 1], on 8-bit levels, without gradient
-    "Real-ESRGAN's two rounds of blur, resize, noise and JPEG (Wang et al. 2021, sec. 3; without its sharpening of x); resizes are drawn once a batch, the rest for each image."
-    check_images(x, 'x', channels=(1, 3))
-    scale = check_whole(scale, 'scale', 1)
-    final_sinc_prob = check_number(final_sinc_prob, 'final_sinc_prob', 0, 1)
-    for name, rnd in (('first', first), ('second', second)):
-        if not isinstance(rnd, Round): raise TypeError(f'{name} is {rnd!r}; expected a Round')
-    h, w = x.shape[-2:]
-    if h % scale or w % scale: raise ValueError(f'x is {h} x {w}; expected multiples of scale={scale}')
-    y, draw, (h, w) = x.detach().float().clamp(0, 1), lambda: draw_uniform((1,), x, generator).item(), (h//scale, w//scale)
-    for k, (rnd, side) in enumerate(((first, x.shape[-2:]), (second, (h, w)))):
-        y = _blur_any(y, _chain_kernels(y, rnd, generator))
-        way, u = draw_choice(rnd.resize_prob, 1, y, generator).item(), draw()
-        factor = (1 + u*(rnd.resize[1] - 1), rnd.resize[0] + u*(1 - rnd.resize[0]), 1.)[way]
-        y = _chain_resize(y, int(side[0]*factor), int(side[1]*factor), generator).clamp(0, 1)
-        y = _chain_noise(y, rnd, generator)
-        if k == 0: y = jpeg(y, rnd.jpeg, generator)          # the second round's JPEG comes below, before or after the last resize
-    cutoff, rings = math.pi*(1/3 + 2/3*draw_uniform((len(x),), x, generator)), draw_uniform((len(x),), x, generator) < final_sinc_prob
-    size = torch.where(rings, 2*draw_whole(3, 10, (len(x),), x, generator) + 1, 1)
-    def last(y): return _blur_any(_chain_resize(y, h, w, generator), _cut(_sinc(cutoff), size)).clamp(0, 1)
-    y = jpeg(last(y), second.jpeg, generator) if draw() < .5 else last(jpeg(y, second.jpeg, generator))
+    """Real-ESRGAN's two rounds of blur, resize, noise and JPEG (Wang et al. 2021, sec. 3; without
+    its sharpening of x); resizes are drawn once a batch, the rest for each image."""
+    scale, final_sinc_prob = _check_chain(x, scale, final_sinc_prob, first, second)
+    watch = watch or (lambda name, y: None)
+    large = x.shape[-2:]
+    small = large[0]//scale, large[1]//scale
+    y = x.detach().float().clamp(0, 1)
+    y = jpeg(_round(y, first, large, generator, watch), first.jpeg, generator)
+    watch('JPEG', y)
+    y = _round(y, second, small, generator, watch)
+    y = _delivered(y, second.jpeg, small, final_sinc_prob, generator, watch)
     return ((y*255).round()/255).to(x.dtype)

@@ -25,9 +25,9 @@ from restore_lib.codecs import (
 from .data import Crops, PairedFolder
 from .degrade import bicubic_down, bicubic_up, gaussian_blur
 from .diffusion import Loss, ResidualShift, WEIGHTS
+from .draws import StepNoise
 from restore_lib.image_files import (
-    as_image, check_output, check_writable, open_image, opened_image, save_image, whole_file,
-    windows,
+    check_writable, in_strips, opened_image, planes_of, run_command, tiled, whole_file,
 )
 from .learner import Callback, EMA, Learner, Metrics, warmup_cosine
 from .metrics import psnr
@@ -353,11 +353,12 @@ def sr_learner(
 
 # %% ../nbs/15_superres.ipynb #15-046
 def _by_windows(correct, size, overlap, batch):
-    "`correct` over windows of a latent, blended: one noise field and one way back for the whole picture, so that windows agree."
+    """`correct` over windows of a latent, blended: one noise field and one way back for the whole
+    picture, so that windows agree."""
     def fn(scaled, t, cond):
-        if max(scaled.shape[-2:]) <= size: return correct(scaled, t, cond)
-        def part(z, k): return correct(z, t[:1].expand(len(z)), k)
-        return windows(part, scaled, size, overlap, batch, beside=[cond])
+        def part(z, k):
+            return correct(z, t[:1].expand(len(z)), k)
+        return tiled(part, scaled, size, overlap, batch, beside=[cond], small='whole')
     return fn
 
 def superresolve(
@@ -377,36 +378,6 @@ def superresolve(
     x, back = opened_image(image)
     return back(_enlarge(model, x.float(), steps, seed, window, overlap, batch, randomness))
 
-class _Noise:
-    """The noise of some planes, (steps, planes, c, h, w), as one generator gives it for all of
-    them; drawn step by step, when it is asked for."""
-    def __init__(self, seed, steps, planes, part, like):
-        self.generator, self.part, self.like = torch.Generator().manual_seed(seed), part, like
-        self.all, self.shape = (planes, *like.shape[1:]), (steps, *like.shape)
-    def __getitem__(self, k):
-        if not 0 <= k < self.shape[0]: raise IndexError(k)         # so that iterating ends
-        dtype = torch.promote_types(self.like.dtype, torch.float32)
-        drawn = torch.randn(self.all, generator=self.generator, dtype=dtype)
-        # the rest is freed
-        if len(drawn) > len(self.like): drawn = drawn[self.part].clone()
-        return drawn.to(self.like.device)
-
-def _by_strips(fn, height, rows, reach, *tensors):
-    """fn of strips of tensors (..., k*height, w), `rows` of `height` at a time and `reach` around
-    them; its results, a list of such tensors, put together."""
-    out = []
-    for top in range(0, height, rows):
-        end = min(top + rows, height)
-        first, last = max(top - reach, 0), min(end + reach, height)
-        def cut(t, tall, a, b): return t[..., a*(t.shape[-2]//tall):b*(t.shape[-2]//tall), :]
-        done = fn(*(cut(t, height, first, last) for t in tensors))
-        done = [cut(t, last - first, top - first, end - first) for t in done]
-        if not out:
-            tall = [t.shape[-2]//(end - top)*height for t in done]
-            out = [t.new_empty(*t.shape[:-2], n, t.shape[-1]) for t, n in zip(done, tall)]
-        for whole, t in zip(out, done): cut(whole, height, top, end).copy_(t)
-    return out
-
 def _start_latent(model, planes, start, hw, rows):
     """[z, *side] of planes enlarged, or of the `start` that is given, padded to a latent of hw
     positions, encoded in strips of so many rows."""
@@ -416,16 +387,15 @@ def _start_latent(model, planes, start, hw, rows):
     def apart(x):
         z, side = model.codec.encode(x)
         return z, *side
-    return _by_strips(apart, hw[0], rows, model.codec.reach or 0, large)
+    return in_strips(apart, hw[0], rows, model.codec.reach or 0, large)
 
 @torch.no_grad()
 def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomness=1.0):
     """(b, c, h, w) -> (b, c, h*scale, w*scale). As many planes at a time as fill a batch of
     windows, under the noise that they would get together; codecs that allow it work in strips. What
     grows with the picture, beside the result, is one plane's latents and the noise."""
-    (b, c, h, w), codec, s, f = x.shape, model.codec, model.scale, model.codec.factor
-    grey = codec.channels == 1
-    planes = x.reshape(-1, 1, h, w) if grey else x.expand(-1, codec.channels, -1, -1)
+    (h, w), codec, s, f = x.shape[-2:], model.codec, model.scale, model.codec.factor
+    planes, together = planes_of(x, codec.channels)
     planes = planes.to(model.sees)
     correct = _by_windows(model.correct, window, overlap, batch)
     # a latent fills a window if one of its sides is larger
@@ -444,14 +414,13 @@ def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomne
             how = {}
             if model.process is not None:
                 count = len(model.process.subsequence(steps))
-                how = dict(randomness=randomness, noise=_Noise(seed, count, len(planes), part, z))
+                how = dict(randomness=randomness, noise=StepNoise(seed, count, len(planes), part, z))
             z = model.restore_latent(z, steps, correct, **how)
-            def together(z, *side): return [codec.decode(z, side)[..., :w*s]]
-            sharp, = _by_strips(together, rows, strip, codec.reach or 0, z, *side)
+            def decoded(z, *side): return [codec.decode(z, side)[..., :w*s]]
+            sharp, = in_strips(decoded, rows, strip, codec.reach or 0, z, *side)
             out[part] = sharp[..., :h*s, :]
             del z, side, sharp, how                                        # before the next plane's
-    return out.reshape(b, c, h*s, w*s) if grey or c == 3 else out.mean(1, keepdim=True)
-
+    return together(out)
 
 # %% ../nbs/15_superres.ipynb #15-047
 def _codec_kinds(): return {kind.__name__: kind for kind in (*CODECS.values(), WaveletPacketCodec)}
@@ -582,20 +551,19 @@ def train_superres(args=None) -> int:  # the command line's words -> the shell's
 
 def superres_image(args=None) -> int:  # the command line's words -> the shell's exit status
     "The command `superres_image in.png out.png --weights FILE --steps 1`; never writes over its input."
-    import argparse, sys
-    p = argparse.ArgumentParser('superres_image', description='Enlarges a picture by a model of lesson 15.')
-    p.add_argument('image'), p.add_argument('out'), p.add_argument('--weights', required=True, help='a file by train_superres or save_sr')
-    p.add_argument('--steps', type=int, default=1, help='1 for the least squared error, more for more detail'), p.add_argument('--seed', type=int, default=0)
+    import argparse
+    p = argparse.ArgumentParser(
+        'superres_image', description='Enlarges a picture by a model of lesson 15.')
+    p.add_argument('image')
+    p.add_argument('out')
+    p.add_argument('--weights', required=True, help='a file by train_superres or save_sr')
+    p.add_argument('--steps', type=int, default=1, help=(
+        '1 for the least squared error, more for more detail'))
+    p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
-    say = lambda message: print(f'superres_image: {message}', file=sys.stderr)
-    try:
-        x, kept = open_image(a.image, say)
+
+    def prepare(say):
         model, _ = load_sr(a.weights)
-        check_output(a.out, kept, [model.scale*n for n in x.shape[:1:-1]], a.image, say)
-        image = as_image(superresolve(model, x, a.steps, a.seed), kept)
-        save_image(image, a.out, say=lambda note: None)                   # said before the work
-    except (OSError, ValueError) as error:
-        say(error)
-        return 2
-    print(f'{a.out}: {image.width} x {image.height}')
-    return 0
+        return (lambda x: superresolve(model, x, a.steps, a.seed)), model.scale, ''
+
+    return run_command('superres_image', a.image, a.out, prepare)

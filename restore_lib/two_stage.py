@@ -28,9 +28,7 @@ from restore_lib.degrade import (
     Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain,
     salt_and_pepper,
 )
-from restore_lib.image_files import (
-    as_image, check_output, open_image, opened_image, save_image, windows,
-)
+from .image_files import opened_image, planes_of, run_command, tiled
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
 from .mae import pretrainer
 from .metrics import psnr
@@ -74,7 +72,7 @@ def first_stage_loss(
 ):                 # a scalar
     "DMAE's loss with every patch seen, for any degradation."
     x = batch if isinstance(batch, torch.Tensor) else batch[-1]
-    return model(x, degrade(x) if degrade else batch[0], 0.0)[0]
+    return model(degrade(x) if degrade else batch[0], x, 0.0)[0]
 
 def first_stage_learner(
     model,         # a DMAE without norm_pix_loss
@@ -405,29 +403,30 @@ def two_stage_learner(
 
 # %% ../nbs/10_two_stage.ipynb #10-059
 def restore(
-    model,          # a TwoStageDMAE (its refined image is taken), or a module y (b, c, size, size) -> x_hat with .encoder.channels
-    image,          # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in the units of [0, 1]
+    model,          # a TwoStageDMAE (its refined image is taken), or a module
+                    # y (b, c, size, size) -> x_hat with .encoder.channels
+    image,          # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in [0, 1]
     size=32,        # of the windows, pixels: what the model was trained on
     overlap=16,     # pixels that neighbouring windows share
     batch=64,       # windows at a time
     progress=True,  # a bar?
-):                  # a PIL image for paths and PIL images (8 bits, or 16 where it came so), a tensor of the same shape for tensors, not clipped
+):                  # a PIL image (8 bits, or 16 where it came so) for paths and PIL images;
+                    # a tensor of the same shape for tensors, not clipped
     """Any picture through the model, in overlapping windows blended without seams. Small ones are
     padded and cut back; alpha, ICC profile, resolution and EXIF data pass by; a grey model takes
     colours one by one, a colour model sees grey three times. Warns of what is lost at reading
     (16-bit colour). ValueError or TypeError for what is no image; nothing of `image` is changed."""
-    size, batch = check_whole(size, 'size', 1), check_whole(batch, 'batch', 1)
     x, back = opened_image(image)
-    (b, c, h, w), channels, at = x.shape, model.encoder.channels, next(model.parameters())
-    planes = x.reshape(-1, 1, h, w) if channels == 1 else x.expand(-1, channels, -1, -1)
-    low, wide = (max(size - s, 0) for s in (h, w))
-    planes = F.pad(planes.to(at), (0, wide, 0, low), mode='reflect' if low < h and wide < w else 'replicate')
-    def fn(y):
+    planes, together = planes_of(x, model.encoder.channels)
+    planes = planes.to(next(model.parameters()))
+
+    def last_image(y):
         out = model(y)
         return out[1] if isinstance(out, tuple) else out
-    with in_deployment(model): out = windows(fn, planes, size, overlap, batch, tqdm if progress else None)[..., :h, :w].to(x)
-    out = out.reshape(b, c, h, w) if channels == 1 or c == 3 else out.mean(1, keepdim=True)
-    return back(out)
+
+    with in_deployment(model):
+        out = tiled(last_image, planes, size, overlap, batch, tqdm if progress else None)
+    return back(together(out.to(x)))
 
 # %% ../nbs/10_two_stage.ipynb #10-060
 def _vit_arguments(encoder):
@@ -527,48 +526,65 @@ def restorers() -> dict:  # name -> path
 def _weights_for(task, sigma):
     "The path of the weights for a task; ValueError says which there are."
     have = {name: load_restorer(name)[1] for name in restorers()}
-    fits = [n for n, s in have.items() if s.get('task') == task and (s.get('sigma') is None or sigma is None or abs(s['sigma']*255 - sigma) < 0.5)]
-    if fits: return fits[0]
-    kinds = ', '.join(f'--task {s["task"]}' + (f' --sigma {255*s["sigma"]:g}' if s.get('sigma') else '') for s in have.values())
-    wanted = f'--task {task}' + (f' --sigma {sigma:g}' if sigma is not None else '')
-    raise ValueError(f'no weights for {wanted}; there are weights for: {kinds or "nothing"}. Others can be trained with lesson 10 and given with --weights FILE')
 
-def _check_words(a, says):
+    def fits(says):
+        level = says.get('sigma')
+        near = level is None or sigma is None or abs(255*level - sigma) < 0.5
+        return says.get('task') == task and near
+
+    def words(task, sigma):
+        return f'--task {task}' + (f' --sigma {sigma:g}' if sigma else '')
+
+    found = [name for name, says in have.items() if fits(says)]
+    if found:
+        return found[0]
+    kinds = ', '.join(words(s['task'], 255*(s.get('sigma') or 0)) for s in have.values())
+    raise ValueError(
+        f'no weights for {words(task, sigma)}; there are weights for: {kinds or "nothing"}. '
+        'Others can be trained with lesson 10 and given with --weights FILE')
+
+def _check_words(task, sigma, says):
     "ValueError where --task or --sigma contradict what a file of weights says that it is for."
-    task, sigma = says.get('task'), says.get('sigma')
-    if a.task is not None and task is not None and a.task != task:
-        raise ValueError(f'--task is {a.task}; the weights are for {task} (leave it out)')
-    if a.sigma is not None and sigma and abs(255*sigma - a.sigma) >= 0.5:
-        trained = f'{255*sigma:g}'
-        raise ValueError(f'--sigma is {a.sigma:g}; the weights are for {trained} (leave it out)')
+    trained_task, trained = says.get('task'), says.get('sigma')
+    if task is not None and trained_task is not None and task != trained_task:
+        raise ValueError(f'--task is {task}; the weights are for {trained_task} (leave it out)')
+    if sigma is not None and trained and abs(255*trained - sigma) >= 0.5:
+        level = f'{255*trained:g}'
+        raise ValueError(f'--sigma is {sigma:g}; the weights are for {level} (leave it out)')
+
+def _parser():
+    import argparse
+    parser = argparse.ArgumentParser('restore_image', description=(
+        'Restores a photograph of any size, grey or colour, by a two-stage network (lesson 10).'))
+    add = parser.add_argument
+    add('image', help='the photograph, in any format that Pillow reads')
+    add('out', help='where to write; the ending chooses the format')
+    add('--task', help='what is to be undone (default: denoise)')
+    add('--sigma', type=float, help=(
+        'for denoise: the level of the noise, in grey levels of 0 to 255'))
+    add('--weights', help=(
+        'a file by save_restorer, instead of the weights that come with the library'))
+    add('--quiet', action='store_true', help='no progress bar')
+    return parser
 
 def restore_image(
     args=None,    # list of words; default the command line's
 ) -> int:         # the shell's exit status: 0, or 2 after a message
-    "The command `restore_image in.png out.png --task denoise --sigma 25`: a photograph in, its restored version out; never writes over its input."
-    import argparse, sys
-    parser = argparse.ArgumentParser('restore_image', description='Restores a photograph of any size, grey or colour, by a two-stage network (lesson 10).')
-    parser.add_argument('image', help='the photograph, in any format that Pillow reads'), parser.add_argument('out', help='where to write; the ending chooses the format')
-    parser.add_argument('--task', help='what is to be undone (default: denoise)')
-    parser.add_argument('--sigma', type=float, help='for denoise: the level of the noise, in grey levels of 0 to 255')
-    parser.add_argument('--weights', help='a file by save_restorer, instead of the weights that come with the library')
-    parser.add_argument('--quiet', action='store_true', help='no progress bar')
-    a = parser.parse_args(args)
-    say = lambda message: print(f'restore_image: {message}', file=sys.stderr)
-    try:
-        if a.sigma is not None: a.sigma = check_number(a.sigma, '--sigma', 0)
-        x, kept = open_image(a.image, say)
-        model, says = load_restorer(a.weights or _weights_for(a.task or 'denoise', a.sigma))
-        _check_words(a, says)
-        check_output(a.out, kept, x.shape[:1:-1], a.image, say)
-        if a.sigma is not None and not says.get('sigma'):
-            say(f'--sigma is not used, task {says.get("task", "?")} finds out the level itself')
+    """The command `restore_image in.png out.png --task denoise --sigma 25`: a photograph in, its
+    restored version out; never writes over its input."""
+    a = _parser().parse_args(args)
+
+    def prepare(say):
+        sigma = None if a.sigma is None else check_number(a.sigma, '--sigma', 0)
+        model, says = load_restorer(a.weights or _weights_for(a.task or 'denoise', sigma))
+        _check_words(a.task, sigma, says)
+        task, level = says.get('task', '?'), says.get('sigma')
         size = model.encoder.grid[0]*model.encoder.patch
-        image = as_image(restore(model, x, size, size//2, progress=not a.quiet), kept)
-        save_image(image, a.out, say=lambda note: None)                   # said before the work
-    except (OSError, ValueError) as error:
-        say(error)
-        return 2
-    level = f', sigma {255*says["sigma"]:g}' if says.get('sigma') else ''
-    print(f'{a.out}: {image.width} x {image.height}, task {says.get("task", "?")}{level}')
-    return 0
+
+        def work(x):
+            if sigma is not None and not level:
+                say(f'--sigma is not used, task {task} finds out the level itself')
+            return restore(model, x, size, size//2, progress=not a.quiet)
+        return work, 1, f', task {task}' + (f', sigma {255*level:g}' if level else '')
+
+    return run_command('restore_image', a.image, a.out, prepare)

@@ -19,7 +19,7 @@ from restore_lib.degrade import (
     Mixture, bicubic_down, bicubic_up, block_mask, blur, blur_kernel, gaussian, gaussian_blur,
     jpeg, motion_blur, rain, salt_and_pepper,
 )
-from restore_lib.realworld import Round, second_order
+from restore_lib.realworld import second_order
 
 
 def bytes_of(x):
@@ -255,33 +255,6 @@ def test_rain_stays_in_range_and_explains_itself():
 # second order and mixture
 
 
-@pytest.mark.parametrize(
-    'shape,scale',
-    [((3, 3, 64, 80), 4), ((2, 1, 30, 33), 3), ((1, 3, 16, 16), 1), ((2, 3, 8, 8), 4)],
-)
-def test_second_order(shape, scale):
-    x = torch.rand(shape, generator=gen())
-    for seed in range(8):
-        y = second_order(x, scale, gen(seed))
-        assert (
-            y.shape == (*shape[:2], shape[2] // scale, shape[3] // scale)
-            and torch.isfinite(y).all()
-            and 0 <= y.min()
-            and y.max() <= 1
-        )
-        assert torch.allclose(y * 255, (y * 255).round(), atol=1e-3)
-    calm = Round(
-        sigma=(0.01, 0.01),
-        sinc_prob=0,
-        resize_prob=(0, 0, 1),
-        gaussian_prob=1,
-        noise=(0, 0),
-        jpeg=(100, 100),
-    )
-    flat = second_order(torch.full(shape, 0.5), scale, gen(), calm, calm, final_sinc_prob=0)
-    assert (flat - 0.5).abs().max() < 0.02  # nothing left to do but to shrink
-
-
 def test_mixture():
     x = torch.rand(600, 1, 8, 8, generator=gen())
     keep, dark, tup = (
@@ -371,8 +344,6 @@ BAD = [
     (lambda: bicubic_down(X, 5), ValueError, 'multiples'),
     (lambda: bicubic_down(X, 0), ValueError, 'scale'),
     (lambda: bicubic_up(X, 2.5), ValueError, 'scale'),
-    (lambda: second_order(X, 3), ValueError, 'multiples'),
-    (lambda: second_order(X * float('nan')), ValueError, 'NaN'),
     (lambda: Mixture(), ValueError, 'ops'),
     (lambda: Mixture(rain, weights=[1, 2]), ValueError, 'weights'),
     (lambda: Mixture(second_order)(X), ValueError, 'same size'),
@@ -472,35 +443,8 @@ WORSE = [
     (lambda: blur(X, [[1.0]]), TypeError, 'kernel is'),
     (lambda: blur(X, torch.tensor(1.0)), TypeError, 'kernel is'),
     (lambda: bicubic_up(X, True), ValueError, 'scale is True'),
-    (lambda: second_order(X, 4, final_sinc_prob=3), ValueError, 'final_sinc_prob is 3'),
-    (lambda: second_order(X, 4, first=dict()), TypeError, 'first is'),
     (lambda: Mixture(rain, weights=['a']), TypeError, "weights is 'a'"),
     (lambda: Mixture(rain, weights=[-1]), ValueError, 'weights is -1'),
-    *[
-        (lambda kw=kw: Round(**kw), ValueError, next(iter(kw)))
-        for kw in (
-            dict(blur_prob=7),
-            dict(sinc_prob=-0.1),
-            dict(gaussian_prob=NAN),
-            dict(grey_prob=1.01),
-            dict(sigma=(-3, -1)),
-            dict(sigma=(0, 1)),
-            dict(sigma=(3, 1)),
-            dict(resize=(0, 1)),
-            dict(resize=(1.1, 1.5)),
-            dict(resize=(0.2, 0.8)),
-            dict(noise=(-0.1, 0.1)),
-            dict(noise=(0, 25)),
-            dict(poisson=(3, 1)),
-            dict(jpeg=(0, 95)),
-            dict(jpeg=(30, 101)),
-            dict(resize_prob=(0, 0, 0)),
-            dict(resize_prob=(1, -1, 1)),
-            dict(resize_prob=(1, 1)),
-            dict(sigma=(1, NAN)),
-        )
-    ],
-    (lambda: Round(blur_prob='often'), TypeError, 'blur_prob'),
 ]
 
 
@@ -509,18 +453,6 @@ def test_what_makes_no_sense_is_named(case):
     call, error, text = WORSE[case]
     with pytest.raises(error, match=text):
         call()
-
-
-def test_one_number_is_a_range_of_one():
-    assert Round(sigma=np.float32(0.5), jpeg=np.int64(40)).sigma == (0.5, 0.5)
-    y = second_order(
-        X,
-        4,
-        gen(),
-        Round(sigma=1, noise=0, poisson=0, jpeg=50),
-        Round(sigma=(1, 1), noise=(0, 0), poisson=(0, 0), jpeg=(50, 50)),
-    )
-    assert torch.isfinite(y).all()
 
 
 @pytest.mark.parametrize('name', RANDOM)

@@ -2351,6 +2351,26 @@ def test_memory_grows_little_with_the_picture(codec, channels, steps, most):
     assert 64 * channels < (large - small) / (320**2 - 192**2) < most
 
 
+def test_a_file_takes_little_more_memory_than_its_tensor():
+    "Rounding a result to levels was the peak: doubles, twice, of all of it."
+    import tracemalloc
+
+    from restore_lib.metrics import peak_memory
+
+    made = make_codec('packet')
+    model = LatentSR(made, Pointwise(made.latent_channels), ResidualShift())
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 240, 3), np.uint8))
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    torchs = [peak_memory(lambda: superresolve(model, x)) for x in (image, tensor)]
+    assert torchs[0] < 1.1 * torchs[1]
+    tracemalloc.start()
+    out = superresolve(model, image)
+    numpys = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a byte a value of the result, its copy for Pillow, and a strip in doubles
+    assert numpys < 2.5 * np.asarray(out).size + 6e6
+
+
 @pytest.mark.parametrize('name', CODECS)
 def test_strips_and_planes_are_the_whole(name, monkeypatch):
     "A colour photograph, plane by plane, in strips: as one walk of all planes with the same noise."

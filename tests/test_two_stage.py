@@ -25,7 +25,7 @@ from restore_lib.dmae import DMAE, denoise
 from restore_lib.learner import Callback
 from restore_lib.metrics import psnr
 from restore_lib.patching import Block, sincos_pos_embed
-from restore_lib.image_files import windows
+from restore_lib.image_files import tiled
 from restore_lib.two_stage import (
     Adversary, ConditionalBlock, ConditionalDecoder, Degradation, FiLM, PatchCritic,
     ResidualEncoder, ShareSchedule, TwoStageDMAE, adaptive_weight, first_stage_learner,
@@ -1117,94 +1117,6 @@ def test_degradations_are_values():
         Degradation('denoise', -1)(torch.rand(1, 1, 8, 8))
 
 
-# windows ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('size, overlap', [(32, 16), (24, 12), (32, 9)])
-def test_no_seams(size, overlap):
-    """A network without long context: windows say what the whole picture says.
-    1e-3 away from the border would do; here it is exact, and at the border too."""
-    conv, y = shake(nn.Conv2d(3, 3, 5, padding=2)), torch.rand(2, 3, 75, 101)
-    with torch.no_grad():
-        whole, out = conv(y), windows(conv, y, size, overlap, batch=3)
-    assert (
-        out.shape == y.shape
-        and (out - whole)[..., 4:-4, 4:-4].abs().max() < 1e-5
-        and (out - whole).abs().max() < 1e-5
-    )
-    with torch.no_grad():
-        cut = windows(conv, y, size, 0)
-    assert (cut - whole).abs().max() > 0.05  # the measure does see seams
-
-
-@pytest.mark.parametrize('hw', [(8, 8), (8, 9), (23, 8), (17, 30), (16, 24)])
-@pytest.mark.parametrize('overlap', [0, 1, 2, 3, 4, 5, 6, 7])
-def test_windows_of_the_identity(hw, overlap):
-    "Weights sum to one everywhere, whatever overlaps; every pixel is covered."
-    y = torch.randn(2, 3, *hw)
-    out = windows(lambda v: v, y, 8, overlap, batch=5)
-    assert torch.allclose(out, y, atol=1e-6) if overlap else torch.equal(out, y)
-    assert torch.allclose(windows(torch.ones_like, y, 8, overlap), torch.ones(()), atol=1e-6)
-
-
-@pytest.mark.parametrize('size', [7, 8, 15])
-def test_every_overlap(size):
-    for overlap in range(size):
-        for n in range(size, 3 * size):
-            assert torch.allclose(
-                windows(lambda v: v, torch.ones(1, 1, n, size), size, overlap),
-                torch.ones(()),
-                atol=1e-6,
-            ), (overlap, n)
-
-
-def test_a_windows_outer_pixels_do_not_count_inside():
-    """Where the picture ends they must;
-    elsewhere a network that errs in the outer quarter of the overlap does no harm."""
-
-    def errs(v):
-        v = v.clone()
-        v[..., :2, :], v[..., -2:, :], v[..., :2], v[..., -2:] = 9, 9, 9, 9
-        return v
-
-    y = torch.rand(1, 1, 50, 50)
-    out = windows(errs, y, 16, 8)
-    assert (
-        torch.allclose(out[..., 2:-2, 2:-2], y[..., 2:-2, 2:-2], atol=1e-6)
-        and (out[..., :2, :] > 8).all()
-        and (out[..., -2:] > 8).all()
-    )
-
-
-def test_windows_batches_order_and_progress():
-    y, seen, bars = torch.rand(3, 2, 20, 33), [], []
-
-    def fn(v):
-        seen.append(v.shape)
-        return v * 2
-
-    out = windows(fn, y, 8, 4, batch=4, progress=lambda it: bars.append(len(it)) or it)
-    assert (
-        torch.allclose(out, 2 * y, atol=1e-6)
-        and all(s[0] <= 12 and s[1:] == (2, 8, 8) for s in seen)
-        and bars == [len(seen)]
-        and sum(s[0] for s in seen) == 3 * 4 * 8
-    )
-
-
-@pytest.mark.parametrize(
-    'hw, size, overlap, says',
-    [
-        ((40, 40), 8, 8, 'overlap is 8; expected 0 to 7'),
-        ((40, 40), 8, -1, 'overlap is -1'),
-        ((7, 40), 8, 4, 'y is 7 x 40; expected at least 8'),
-    ],
-)
-def test_wrong_windows(hw, size, overlap, says):
-    with pytest.raises(ValueError, match=says):
-        windows(lambda v: v, torch.rand(1, 1, *hw), size, overlap)
-
-
 # pictures -----------------------------------------------------------------------------------------
 
 
@@ -1402,7 +1314,7 @@ def test_a_two_stage_model(channels):
     assert close(run(y), model(y[None])[1][0].detach(), 1e-5)
     y = torch.rand(channels, 37, 50)
     with torch.no_grad():
-        hand = windows(lambda v: model(v)[1], y[None], 16, 8)[0]
+        hand = tiled(lambda v: model(v)[1], y[None], 16, 8)[0]
     assert close(run(y), hand, 1e-5)
     for hw in ((1, 1), (3, 50), (18, 21)):
         assert run(torch.rand(hw)).shape == hw and run(picture('RGB', hw)).size == hw[::-1]
@@ -2331,11 +2243,6 @@ def test_numpy_numbers_are_numbers():
     assert Degradation('denoise', np.float64(0.1)) == Degradation('denoise', 0.1) and repr(
         Degradation('denoise', np.float64(0.1))
     ) == repr(Degradation('denoise', 0.1))
-    y = torch.rand(1, 1, 20, 20)
-    assert torch.equal(
-        windows(lambda v: v * 2, y, i(8), i(4), batch=i(3)),
-        windows(lambda v: v * 2, y, 8, 4, batch=3),
-    )
 
 
 @pytest.mark.parametrize(
@@ -2379,32 +2286,6 @@ def test_numpy_numbers_are_numbers():
                 ('fourier', -1),
             )
         ],
-        *[
-            (
-                lambda kw=kw: windows(
-                    lambda v: v, torch.rand(1, 1, 20, 20), **(dict(size=8, overlap=4) | kw)
-                ),
-                says,
-            )
-            for kw, says in (
-                (dict(batch=0), 'batch is 0'),
-                (dict(batch=-1), 'batch is -1'),
-                (dict(size=8.5), 'size is 8.5'),
-                (dict(overlap=float('nan')), 'overlap is nan'),
-            )
-        ],
-        (
-            lambda: windows(lambda v: v, torch.rand(0, 1, 20, 20), 8, 4),
-            'expected at least one image',
-        ),
-        (lambda: windows(lambda v: v[:1], torch.rand(1, 1, 20, 20), 8, 4), 'fn gave shape'),
-        (lambda: windows(lambda v: v.mean(), torch.rand(1, 1, 20, 20), 8, 4), 'fn gave shape'),
-        (
-            lambda: windows(
-                lambda v, w: v, torch.rand(1, 1, 20, 20), 8, 4, beside=[torch.rand(1, 1, 20, 19)]
-            ),
-            'beside has shapes',
-        ),
     ],
 )
 def test_what_makes_no_sense_is_named(call, says):
@@ -2442,20 +2323,3 @@ def test_an_adversary_leaves_frozen_parts_frozen():
     assert (
         adversary.__getstate__()['pair'] is None and adversary.pair is not None
     )  # a fingerprint of the run does not see the last batch
-
-
-def test_windows_of_several_tensors():
-    a, b = torch.rand(2, 2, 3, 30, 21)
-    assert torch.allclose(
-        windows(lambda u, v: u - v, a, 8, 4, batch=5, beside=[b]), a - b, atol=1e-6
-    )
-
-
-def test_windows_take_no_second_copy():
-    from restore_lib.metrics import peak_memory
-
-    small, large = (
-        peak_memory(lambda y: windows(lambda v: v, y, 32, 16), torch.rand(1, 3, s, s))
-        for s in (128, 512)
-    )
-    assert (large - small) / (512**2 - 128**2) < 18  # bytes a pixel: the result and the weights, 16
