@@ -13,10 +13,11 @@ from torch import nn
 from .checks import check_images, check_interval, check_number, check_whole
 from .mae import MAE
 from .metrics import _TRUNKS, _trunk_file
+from .model_files import load_model
 from .patching import ViTEncoder
 from .states import random_kept
 from .superres import SRLoss
-from .two_stage import adaptive_weight, load_restorer
+from .two_stage import adaptive_weight
 from .unet import Knobbed
 
 # %% ../nbs/16_perceptual.ipynb #16-007
@@ -215,7 +216,7 @@ class PerceptualLoss(FeatureDistance):
 # %% ../nbs/16_perceptual.ipynb #16-016
 def dmae_features(range=(0, 1)):
     "A stand-in for LPIPS that needs no download: the encoder that lesson 10 trained on photographs (grey, windows of 32 pixels) and that comes with the library."
-    model = load_restorer('mixed')[0]
+    model = load_model('mixed')[0]
     stats = model.mean.flatten().tolist(), model.std.flatten().tolist()
     return PerceptualLoss.encoder(model.encoder, 'DMAE features', stats=stats, range=range)
 
