@@ -1,2 +1,2 @@
-"Image restoration built from its parts. Each module is exported from the notebook of the same name in nbs/."
+"Image restoration built from its parts: each module is exported from a notebook below nbs/."
 __version__ = "0.1.0"

@@ -301,7 +301,7 @@ def _as_markdown(text): return escape(str(text), quote=False).translate(_SPECIAL
 def _as_html(table):
     "A `Table` as HTML; text is escaped."
     line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in cells) + '</tr>'
-    body = ''.join(line([table._cell(c, r.get(c)) for c in table.columns], 'td') for r in table.rows)
+    body = ''.join(line([table.text(c, r.get(c)) for c in table.columns], 'td') for r in table.rows)
     return f'<table><caption>{escape(table.caption)}</caption><thead>{line(table.columns, "th")}</thead><tbody>{body}</tbody></table>'
 
 class Ablation(_Runs):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from restore_lib import project
 from restore_lib.checks import check_images
 from restore_lib.data import (
     Crops, FACES, ImageFolder, PHOTOS, PairedFolder, cifar10, digits, dihedral, photos,
@@ -23,32 +22,6 @@ def save(path, array):
 
 def scene(seed=0, h=64, w=80):
     return (thermal(1, size=(h, w), seed=seed)[0, 0] * 255).round().byte().numpy()
-
-
-# budgets
-
-
-@pytest.mark.parametrize(
-    'env, expect',
-    [
-        ({'IN_TEST': '1'}, 20),
-        ({'RESTORE_BUDGET': 'study'}, 20_000),
-        ({'RESTORE_BUDGET': 'cpu'}, 1500),
-    ],
-)
-def test_budget(monkeypatch, env, expect):
-    for k in ('IN_TEST', 'RESTORE_BUDGET'):
-        monkeypatch.delenv(k, raising=False)
-    for k, v in env.items():
-        monkeypatch.setenv(k, v)
-    assert budget() == expect
-
-
-def test_budget_unknown(monkeypatch):
-    monkeypatch.delenv('IN_TEST', raising=False)
-    monkeypatch.setenv('RESTORE_BUDGET', 'huge')
-    with pytest.raises(ValueError, match="'huge'"):
-        budget()
 
 
 # embedded sources
@@ -246,22 +219,6 @@ def test_crops_bad_input():
 # the checker and the plots
 
 
-@pytest.mark.parametrize(
-    'x, error, says',
-    [
-        (np.zeros((1, 1, 4, 4)), TypeError, 'ndarray'),
-        (torch.zeros(1, 1, 4, 4).byte(), TypeError, 'uint8'),
-        (torch.zeros(4, 4), ValueError, r'\(4, 4\)'),
-        (torch.zeros(1, 2, 4, 4), ValueError, '2 channels'),
-        (torch.full((1, 1, 4, 4), 200.0), ValueError, '0 to 255'),
-        (torch.full((1, 1, 4, 4), float('inf')), ValueError, 'infinite'),
-    ],
-)
-def test_check_images(x, error, says):
-    with pytest.raises(error, match=says):
-        check_images(x, 'picture', channels=(1, 3))
-
-
 def test_show_images_never_stretches_and_names_clipping(monkeypatch):
     plt = pytest.importorskip('matplotlib.pyplot')
     plt.switch_backend('agg')
@@ -283,52 +240,6 @@ def test_show_images_never_stretches_and_names_clipping(monkeypatch):
 import pickle, random
 
 import restore_lib.data as D
-
-
-@pytest.mark.parametrize(
-    'value, mode',
-    [
-        ('0', 'study'),
-        ('false', 'study'),
-        ('No', 'study'),
-        (' off ', 'study'),
-        ('', 'study'),
-        ('1', 'test'),
-        ('true', 'test'),
-        ('yes', 'test'),
-    ],
-)
-def test_in_test_zero_is_no_test(monkeypatch, value, mode):
-    monkeypatch.setenv('IN_TEST', value)
-    monkeypatch.setenv('RESTORE_BUDGET', 'study')
-    assert project.budget_mode() == mode
-
-
-@pytest.mark.parametrize(
-    'name, value',
-    [('test', -1), ('cpu', -3), ('study', -1.0), ('gpu', np.int64(-2)), ('test', float('nan'))],
-)
-def test_budgets_are_not_negative(monkeypatch, name, value):
-    monkeypatch.setenv('IN_TEST', '1')
-    with pytest.raises(ValueError, match=f'{name} is .*; expected a number from 0'):
-        budget(**{name: value})
-    assert budget(test=(0, 1)) == (0, 1) and budget(test=0) == 0 and budget(np.int64(3)) == 3
-
-
-@pytest.mark.parametrize('shape', [(0, 1, 4, 4), (1, 0, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0)])
-def test_empty_batches_are_one_clear_error(shape):
-    with pytest.raises(ValueError, match='y has shape .*; expected at least one image'):
-        check_images(torch.zeros(shape), 'y')
-
-
-def test_check_images_takes_numpys_channels_and_short_floats():
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        x = torch.rand(1, 1, 4, 4).to(dtype)
-        assert check_images(x, channels=np.int64(1)) is x
-        with pytest.raises(ValueError, match='is it 0 to 255'):
-            check_images(x + 200)
-    with pytest.raises(ValueError, match='expected 3'):
-        check_images(torch.rand(1, 1, 4, 4), channels=np.int64(3))
 
 
 # sources under other settings

@@ -1,7 +1,7 @@
 """What lesson 02 does not teach: parity with the reference libraries, hand counts, devices, dtypes,
 bad input."""
 
-import gc, math, random, threading, urllib.error, warnings, weakref
+import math, random, threading, urllib.error, warnings
 from hashlib import sha256
 
 from common import DEVICES
@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from restore_lib import metrics as M, states
+from restore_lib import metrics as M
 from restore_lib.data import digits, photos
 from restore_lib.project import data_home
 from restore_lib.metrics import (
     Scores, count_macs, count_params, evaluate, human, latency, lpips_distance, peak_memory,
     psnr, ssim, to_y,
 )
-from restore_lib.tables import Table
 
 
 @pytest.fixture(scope='module')
@@ -543,39 +542,6 @@ def test_peak_memory_on_cuda():
     assert 4 * x.numel() <= peak_memory(lambda x: x + 1, x) < 4 * x.numel() + 2**20
 
 
-# tables -------------------------------------------------------------------------------------------
-
-
-def test_table():
-    t = Table(
-        [
-            dict(name='a|b', n=3, v=1.23456),
-            dict(name='c', v=torch.tensor(2.0), extra=np.float32(0.5)),
-        ],
-        'caption',
-    )
-    assert t.markdown().splitlines() == [
-        '**caption**',
-        '',
-        '| name | n | v | extra |',
-        '| :--- | ---: | ---: | ---: |',
-        '| a\\|b | 3 | 1.23 |  |',
-        '| c |  | 2.00 | 0.50 |',
-    ]
-    assert t._repr_markdown_() == t.markdown() and len(t.rows) == 2
-    assert repr(t).splitlines()[1:] == [
-        'name  n     v  extra',
-        'a|b   3  1.23',
-        'c        2.00   0.50',
-    ]
-    assert '1.2346' in Table([dict(v=1.23456)], digits=4).markdown()
-    assert (
-        Table([dict(u=1.23456, v=1.23456)], digits={'u': 0}).rows
-        and '| 1 | 1.23 |' in Table([dict(u=1.23456, v=1.23456)], digits={'u': 0}).markdown()
-    )
-    assert repr(Table([])) == ''
-
-
 @pytest.fixture(scope='module')
 def pairs():
     g = torch.Generator().manual_seed(0)
@@ -824,34 +790,6 @@ def test_overlapping_evaluations_leave_the_modes(pairs):
         and not net.conv.training
         and net.modes == [(False, False)] * 2
     )
-
-
-def test_evaluating_nests_and_lets_go():
-    from restore_lib.states import evaluating
-
-    net = nn.Sequential(
-        nn.Dropout(), nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout()).eval(), nn.Dropout()
-    )
-    modes = [m.training for m in net.modules()]
-    outer, part, inner = evaluating(net), evaluating(net[2]), evaluating(net)
-    for c in (outer, part, inner):
-        c.__enter__()
-    outer.__exit__(None, None, None)  # overlapping, not nested, and a part beside the whole
-    assert not any(m.training for m in net.modules())
-    inner.__exit__(None, None, None)
-    assert not net[2].training and net.training
-    part.__exit__(None, None, None)
-    assert [m.training for m in net.modules()] == modes
-    with pytest.raises(KeyError), evaluating(net):
-        raise KeyError
-    with evaluating(lambda y: y), evaluating(None):
-        assert torch.is_grad_enabled()
-    assert [m.training for m in net.modules()] == modes and not len(states._EVALUATED)
-    with evaluating(net):
-        ref = weakref.ref(net)
-    del net, outer, part, inner, c
-    gc.collect()
-    assert ref() is None
 
 
 def test_a_perfect_image_is_named_where_it_makes_a_mean_infinite(pairs):

@@ -1,34 +1,41 @@
-"""The gate behind `make test`: export in sync, notebooks clean, lessons under IN_TEST, pytest. Leaves the tree as it was."""
+"""The gate behind `make test`; it leaves the tree as it was.
 
-import os, shutil, subprocess, sys, tempfile, time
+Export in sync, notebooks clean, style, lessons and appendix under IN_TEST, pytest.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
-def snapshot(*globs):
-    return {p: p.read_bytes() for g in globs for p in sorted(ROOT.glob(g))}
+def snapshot(glob):
+    "The bytes of each file that `glob` finds, but for the copies that Jupyter keeps."
+    found = [p for p in sorted(ROOT.glob(glob)) if '.ipynb_checkpoints' not in p.parts]
+    return {p: p.read_bytes() for p in found}
 
 
-def unchanged(what, command, *globs):
-    "Runs `command`; files below `globs` that it changes are put back and reported."
-    before = snapshot(*globs)
+def unchanged(what, command, glob):
+    "Runs `command`; files that `glob` finds and that it changes are put back and reported."
+    before = snapshot(glob)
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    after = snapshot(*globs)
-    differ = sorted(
-        str(p.relative_to(ROOT))
-        for p in before.keys() | after.keys()
-        if before.get(p) != after.get(p)
-    )
-    for p in after.keys() - before.keys():
-        p.unlink()
-    for p, data in before.items():
-        p.write_bytes(data) if after.get(p) != data else None
-    if differ:
-        sys.exit(
-            f'{what}: {", ".join(differ)}\nrun `{" ".join(str(c) for c in command)}` and commit what it writes'
-        )
+    after = snapshot(glob)
+    changed = sorted(p for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    for p in changed:
+        if p in before:
+            p.write_bytes(before[p])
+        else:
+            p.unlink()
+    if changed:
+        names = ', '.join(str(p.relative_to(ROOT)) for p in changed)
+        run = ' '.join(str(word) for word in command)
+        sys.exit(f'{what}: {names}\nrun `{run}` and commit what it writes')
 
 
 def step(name, fn):
@@ -44,23 +51,29 @@ def main():
     def run(*command):
         subprocess.run(command, cwd=ROOT, check=True, env=env)
 
+    def in_sync():
+        what = 'restore_lib/ is not what nbs/ exports'
+        unchanged(what, [BIN / 'nbdev-export'], 'restore_lib/*.py')
+
+    def clean():
+        unchanged('notebooks are not clean', [BIN / 'nbdev-clean'], 'nbs/**/*.ipynb')
+
+    def style():
+        run(sys.executable, ROOT / 'tools/style.py')
+
+    def notebooks():
+        run(BIN / 'nbdev-test', '--n-workers', '1', '--timing', '--cell-timeout', '0')
+
+    def tests():
+        run(sys.executable, '-m', 'pytest')
+
     t0 = time.time()
     try:
-        step(
-            'export is in sync',
-            lambda: unchanged(
-                'restore_lib/ is not what nbs/ exports', [BIN / 'nbdev-export'], 'restore_lib/*.py'
-            ),
-        )
-        step(
-            'notebooks are clean',
-            lambda: unchanged('notebooks are not clean', [BIN / 'nbdev-clean'], 'nbs/*.ipynb'),
-        )
-        step(
-            'lessons under IN_TEST',
-            lambda: run(BIN / 'nbdev-test', '--n-workers', '1', '--timing', '--cell-timeout', '0'),
-        )
-        step('tests', lambda: run(sys.executable, '-m', 'pytest'))
+        step('export is in sync', in_sync)
+        step('notebooks are clean', clean)
+        step('style', style)
+        step('lessons and appendix under IN_TEST', notebooks)
+        step('tests', tests)
     except subprocess.CalledProcessError as failed:
         sys.exit(f'the gate failed at: {" ".join(str(c) for c in failed.cmd)}')
     finally:
