@@ -4,287 +4,387 @@
 
 # %% auto #0
 __all__ = ['as_json', 'flatten_state', 'unflatten_state', 'file_hash', 'saved_steps', 'save_checkpoint', 'load_checkpoint',
-           'load_report', 'fetch_file', 'read_published', 'check_archive']
+           'load_report', 'fetch_file', 'read_published', 'check_archive', 'open_published', 'check_dense',
+           'published_arguments', 'check_shapes', 'count_blocks']
 
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-002
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-003
 import argparse
 import hashlib
 import json
 import math
-import numpy as np
 import os
 import re
 import shutil
-import torch
 import warnings
 import zipfile
 from collections import Counter
-from hashlib import blake2b
 from pathlib import Path
-from torch import nn
 from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from torch import nn
+
 from .checks import check_number, check_whole
 from .states import memory_of
 from .tables import Report
 
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-003
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-006
 def as_json(
-    value,        # plain data: dicts, lists, text, numbers; NumPy's numbers, tuples and paths, too
-    name,         # the argument's name, for the message
+    value,  # plain data: dicts, lists, text, numbers; NumPy's numbers, tuples and paths, too
+    name,  # the argument's name, for the message
     finite=True,  # refuse NaN and infinity?
-):                # as a JSON file would give it back: tuples are lists, paths and keys are text
+    arrays=False,  # take tensors and arrays, as lists?
+):  # as a JSON file would give it back: tuples are lists, paths and keys are text
     "Plain data as JSON holds it; ValueError for NaN and colliding keys, TypeError for the rest."
-    if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, os.PathLike): return os.fspath(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if arrays and hasattr(value, 'tolist'):
+        value = value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, (list, tuple)):
-        return [as_json(v, f'{name}[{k}]', finite) for k, v in enumerate(value)]
+        return [as_json(v, f'{name}[{k}]', finite, arrays) for k, v in enumerate(value)]
     if isinstance(value, dict):
-        out = {}
-        for key, v in value.items():
-            text = as_json(key, f'a key of {name}')
-            text = text if isinstance(text, str) else json.dumps(text)
-            if text in out: raise ValueError(f'{name} has two keys that are {text!r} in JSON')
-            out[text] = as_json(v, f'{name}[{text!r}]', finite)
-        return out
+        return _dict_as_json(value, name, finite, arrays)
     if isinstance(value, float) and finite and not math.isfinite(value):
         raise ValueError(f'{name} is {value!r}, which JSON cannot hold; expected a finite number')
     if value is not None and not isinstance(value, (str, bool, int, float)):
-        raise TypeError(f'{name} is {type(value).__name__}, which JSON cannot hold; '
-                        'expected text, numbers, lists and dicts')
+        raise TypeError(
+            f'{name} is {type(value).__name__}, which JSON cannot hold; '
+            'expected text, numbers, lists and dicts'
+        )
     return json.loads(json.dumps(value))
 
-def flatten_state(state):
+
+def _dict_as_json(value, name, finite, arrays):
+    "The same for a dict, whose keys become text."
+    out = {}
+    for key, v in value.items():
+        text = as_json(key, f'a key of {name}')
+        text = text if isinstance(text, str) else json.dumps(text)
+        if text in out:
+            raise ValueError(f'{name} has two keys that are {text!r} in JSON')
+        out[text] = as_json(v, f'{name}[{text!r}]', finite, arrays)
+    return out
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-009
+def flatten_state(
+    state,  # nested dicts and lists of tensors, numbers and text
+):
     "A nested state as (tensors by dotted name, the rest with a mark where a tensor was)."
     tensors = {}
-    def plain(v, name):
-        v = v.item() if isinstance(v, np.generic) else v
-        if v is None or isinstance(v, (str, int, float, bool)): return v
-        raise TypeError(f'{name} is {type(v).__name__}; '
-                        'expected tensors, numbers, strings, lists and dicts')
-    def walk(v, name):
-        if isinstance(v, torch.Tensor):
-            while name in tensors: name += "'"       # 'a.b' beside a: {b: ...}, 1 beside '1'
-            tensors[name] = v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return {'tensor': name}
-        if isinstance(v, dict):
-            keys = [plain(k, f'a key of {name}') for k in v]
-            return {'dict': [[k, walk(w, f'{name}.{k}')] for k, w in zip(keys, v.values())]}
-        if isinstance(v, (list, tuple)):
-            kind = 'list' if isinstance(v, list) else 'tuple'
-            return {kind: [walk(w, f'{name}.{i}') for i, w in enumerate(v)]}
-        return {'value': plain(v, name)}
-    return tensors, walk(state, 'state')
+    return tensors, _form(state, 'state', tensors)
 
-def unflatten_state(form, tensors):
+
+def _form(value, name, tensors):
+    "`value` with marks for its tensors, which are noted in `tensors`."
+    if isinstance(value, torch.Tensor):
+        while name in tensors:  # 'a.b' beside a: {b: ...}, 1 beside '1'
+            name += "'"
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {'tensor': name}
+    if isinstance(value, dict):
+        keys = [_plain(k, f'a key of {name}') for k in value]
+        values = value.values()
+        return {'dict': [[k, _form(v, f'{name}.{k}', tensors)] for k, v in zip(keys, values)]}
+    if isinstance(value, (list, tuple)):
+        kind = 'list' if isinstance(value, list) else 'tuple'
+        return {kind: [_form(v, f'{name}.{k}', tensors) for k, v in enumerate(value)]}
+    return {'value': _plain(value, name)}
+
+
+def _plain(value, name):
+    "A number, text or None as Python's own; TypeError for anything else."
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    expected = 'expected tensors, numbers, strings, lists and dicts'
+    raise TypeError(f'{name} is {type(value).__name__}; {expected}')
+
+
+def unflatten_state(
+    form,  # the second result of `flatten_state`
+    tensors,  # the first
+):
     "The inverse of `flatten_state`; ValueError, KeyError or TypeError for a form that is none."
-    (kind, v), = form.items()
-    if kind == 'tensor': return tensors[v]
-    if kind == 'dict': return {k: unflatten_state(w, tensors) for k, w in v}
-    if kind == 'list': return [unflatten_state(w, tensors) for w in v]
-    if kind == 'tuple': return tuple(unflatten_state(w, tensors) for w in v)
-    if kind != 'value': raise ValueError(f'{kind!r} is no part of a state')
-    return v
+    ((kind, value),) = form.items()
+    if kind == 'tensor':
+        return tensors[value]
+    if kind == 'dict':
+        return {k: unflatten_state(v, tensors) for k, v in value}
+    if kind == 'list':
+        return [unflatten_state(v, tensors) for v in value]
+    if kind == 'tuple':
+        return tuple(unflatten_state(v, tensors) for v in value)
+    if kind != 'value':
+        raise ValueError(f'{kind!r} is no part of a state')
+    return value
 
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-004
-def _sync(path):
-    "Asks the system to put a file or a folder on the disk before going on."
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-012
+_TENSORS, _JSON, _SUMS = 'state.safetensors', 'state.json', 'sums.json'
+
 
 def file_hash(path):
     "32 hex digits of a file's bytes."
-    h = hashlib.blake2b(digest_size=16)
-    with open(path, 'rb') as f:
-        while chunk := f.read(2**22): h.update(chunk)
-    return h.hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, 'rb') as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
+
+def _sync(path):
+    "Asks the system to put a file or a folder on the disk before going on."
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _write_checkpoint(folder, tensors, said):
+    "The three files of a checkpoint, on the disk when it returns."
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / _TENSORS)
+    (folder / _JSON).write_text(json.dumps(said), encoding='utf-8')
+    sums = {name: file_hash(folder / name) for name in (_TENSORS, _JSON)}
+    (folder / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-013
 def saved_steps(folder):
     "The checkpoints below a folder, oldest first."
-    return sorted(Path(folder).glob('step_' + 9*'[0-9]'))
+    return sorted(Path(folder).glob('step_' + 9 * '[0-9]'))
 
-_TENSORS, _JSON, _SUMS = 'state.safetensors', 'state.json', 'sums.json'
 
 def save_checkpoint(
-    folder,      # where checkpoints are kept, one folder a step below it
-    step,        # whole number of at most nine digits
-    state,       # nested dicts and lists of tensors, numbers and strings
-    info=None,   # what a reader may want to know: configuration, metric, ...; see `as_json`
-    keep=2,      # how many to keep, from 1, of those up to this step; later ones stay
+    folder,  # where checkpoints are kept, one folder a step below it
+    step,  # whole number of at most nine digits
+    state,  # nested dicts and lists of tensors, numbers and strings
+    info=None,  # what a reader may want to know: configuration, metric, ...; see `as_json`
+    keep=2,  # how many to keep, from 1, of those up to this step; later ones stay
 ) -> Path:
     """Writes `step_NNN/state.safetensors`, `state.json` and checksums beside the older ones, then
     renames: OSError leaves those intact."""
-    from safetensors.torch import save_file
     step, keep = check_whole(step, 'step', 0, 10**9 - 1), check_whole(keep, 'keep', 1)
     folder, name = Path(folder), f'step_{step:09d}'
-    part = folder/f'{name}.part'
+    part = folder / f'{name}.part'
     said = {k: as_json(v, k, finite=k == 'config') for k, v in (info or {}).items()}
     if own := said.keys() & {'step', 'form'}:
-        raise ValueError(f'info has the key {min(own)!r}, which is the checkpoint\'s own')
+        raise ValueError(f"info has the key {min(own)!r}, which is the checkpoint's own")
     tensors, form = flatten_state(state)
     try:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file(tensors, part/_TENSORS)
-        (part/_JSON).write_text(json.dumps(dict(said, step=step, form=form)), encoding='utf-8')
-        sums = {f: file_hash(part/f) for f in (_TENSORS, _JSON)}
-        (part/_SUMS).write_text(json.dumps(sums), encoding='utf-8')
-        for p in (*part.iterdir(), part): _sync(p)
-        shutil.rmtree(folder/name, ignore_errors=True)
-        part.rename(folder/name)
+        _write_checkpoint(part, tensors, dict(said, step=step, form=form))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        part.rename(folder / name)
         _sync(folder)
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f'checkpoint {folder/name} could not be written ({error}); the ones before it are intact') from error
+        what = f'checkpoint {folder / name} could not be written ({error})'
+        raise OSError(f'{what}; the ones before it are intact') from error
     up_to_this = [p for p in saved_steps(folder) if p.name <= name]
-    for old in up_to_this[:-keep]: shutil.rmtree(old, ignore_errors=True)
-    return folder/name
+    for old in up_to_this[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder / name
 
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-016
 def _read_checkpoint(path):
     "State and info of one checkpoint; raises where it is not as it was written."
     from safetensors.torch import load_file
-    if (path/_SUMS).exists():                                # older versions wrote none
-        sums = json.loads((path/_SUMS).read_text(encoding='utf-8'))
-        changed = [f for f in (_TENSORS, _JSON) if sums[f] != file_hash(path/f)]
-        if changed: raise ValueError(f'{", ".join(changed)}: not the bytes that were written')
-    info = json.loads((path/_JSON).read_text(encoding='utf-8'))
-    if not isinstance(info, dict): raise ValueError(f'{_JSON} holds {info!r}; expected a dict')
-    if info['step'] != int(path.name[5:]): raise ValueError(f'{_JSON} is of step {info["step"]}')
-    return unflatten_state(info.pop('form'), load_file(path/_TENSORS)), info
 
+    if (path / _SUMS).exists():  # older versions wrote none
+        sums = json.loads((path / _SUMS).read_text(encoding='utf-8'))
+        changed = [name for name in (_TENSORS, _JSON) if sums[name] != file_hash(path / name)]
+        if changed:
+            raise ValueError(f'{", ".join(changed)}: not the bytes that were written')
+    info = json.loads((path / _JSON).read_text(encoding='utf-8'))
+    if not isinstance(info, dict):
+        raise ValueError(f'{_JSON} holds {info!r}; expected a dict')
+    if info['step'] != int(path.name[5:]):
+        raise ValueError(f'{_JSON} is of step {info["step"]}')
+    return unflatten_state(info.pop('form'), load_file(path / _TENSORS)), info
+
+
+def _check_config(path, there, here):
+    "ValueError that names the settings in which two configurations differ."
+    if here is None or there == here:
+        return
+    there = there if isinstance(there, dict) else {}
+    differ = [k for k in {**there, **here} if there.get(k, there) != here.get(k, here)]
+    told = ', '.join(f'{k}: {there.get(k)!r} there, {here.get(k)!r} here' for k in differ)
+    raise ValueError(f'{path} was made with another configuration; {told}')
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-017
 def load_checkpoint(
-    folder,        # as given to `save_checkpoint`
-    config=None,   # if given, must be the one in the checkpoint
+    folder,  # as given to `save_checkpoint`
+    config=None,  # if given, must be the one in the checkpoint
 ) -> tuple[dict, dict]:  # state, info
-    "The newest checkpoint that is whole; a damaged one is named in a warning and the one before it is taken."
+    """The newest checkpoint that is whole; a damaged one is named in a warning and the one before
+    it is taken. ValueError for another configuration, FileNotFoundError if none is whole."""
     from safetensors import SafetensorError
+
     if config is not None and not isinstance(config, dict):
         raise TypeError(f'config is {type(config).__name__}; expected a dict')
     config = None if config is None else as_json(config, 'config')
-    damage = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
-              SafetensorError)
+    damage = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
     found = saved_steps(folder)[::-1]
     for path in found:
-        try: state, info = _read_checkpoint(path)
-        except damage as error:
+        try:
+            state, info = _read_checkpoint(path)
+        except (*damage, SafetensorError) as error:
             reason = f'{type(error).__name__}: {error}'
             warnings.warn(f'{path} is damaged ({reason}); taking the one before it')
             continue
-        was = info.get('config')
-        if config is not None and was != config:
-            was = was if isinstance(was, dict) else {}
-            told = ', '.join(f'{k}: {was.get(k)!r} there, {config.get(k)!r} here'
-                             for k in {**was, **config} if was.get(k, was) != config.get(k, config))
-            raise ValueError(f'{path} was made with another configuration; {told}')
+        _check_config(path, info.get('config'), config)
         return state, info
     raise FileNotFoundError(f'{folder} holds no whole checkpoint ({len(found)} damaged)')
 
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-005
-def _checksum(tensors):
-    "16 hex digits of names, types and bytes."
-    h = blake2b(digest_size=8)
-    for name, t in sorted(tensors.items()):
-        h.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
-
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-021
 def _flat_state(state, name='state_dict'):
     "`state` if it is a flat dict of tensors; TypeError or ValueError says what to pass instead."
-    if isinstance(state, nn.Module): raise TypeError(f'{name} is a module; expected its .state_dict()')
+    if isinstance(state, nn.Module):
+        raise TypeError(f'{name} is a module; expected its .state_dict()')
     if not isinstance(state, dict):
-        raise TypeError(f'{name} is {type(state).__name__}; expected a dict name -> tensor (read a file with safetensors.torch.load_file)')
-    nested = [k for k, v in state.items() if isinstance(v, dict) and any(isinstance(t, torch.Tensor) for t in v.values())]
-    if nested: raise ValueError(f'{name} is a checkpoint that holds dicts of tensors: {", ".join(map(repr, nested))}; pass one of them, such as checkpoint[{nested[0]!r}]')
+        expected = 'a dict name -> tensor (read a file with safetensors.torch.load_file)'
+        raise TypeError(f'{name} is {type(state).__name__}; expected {expected}')
+
+    def holds_tensors(v):
+        return isinstance(v, dict) and any(isinstance(t, torch.Tensor) for t in v.values())
+
+    nested = [k for k, v in state.items() if holds_tensors(v)]
+    if nested:
+        raise ValueError(
+            f'{name} is a checkpoint that holds dicts of tensors: '
+            f'{", ".join(map(repr, nested))}; pass one of them, such as checkpoint[{nested[0]!r}]'
+        )
     odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor)]
-    if odd: raise ValueError(f'{name} holds {odd[0]!r}, a {type(state[odd[0]]).__name__}; expected tensors only')
+    if odd:
+        kind = type(state[odd[0]]).__name__
+        raise ValueError(f'{name} holds {odd[0]!r}, a {kind}; expected tensors only')
     return state
 
-def _renamed(state, rename):
-    "`state` under new names; ValueError for two tensors of one name and for a prefix that nothing begins with."
-    if isinstance(rename, dict):
-        idle = [p for p in rename if not any(k.startswith(p) for k in state)]
-        if idle: raise ValueError(f'rename names {idle[0]!r}; no tensor of state_dict begins so, the first is {next(iter(state), None)!r}')
-    out, source = {}, {}
-    for old, t in state.items():
-        new = _new_name(old, rename)
-        if new is None: continue
-        if new in out: raise ValueError(f'rename makes {new!r} of both {source[new]!r} and {old!r}')
-        out[new], source[new] = t, old
-    return out
 
 def _new_name(name, rename):
     "`name` after the rule of `rename`: the longest prefix that fits, or a function; None drops it."
-    if rename is None: return name
-    if callable(rename): return rename(name)
-    fits = max((p for p in rename if name.startswith(p)), key=len, default=None)
-    if fits is None: return name
-    return None if rename[fits] is None else rename[fits] + name[len(fits):]
+    if rename is None:
+        return name
+    if callable(rename):
+        return rename(name)
+    prefix = max((p for p in rename if name.startswith(p)), key=len, default=None)
+    if prefix is None:
+        return name
+    return None if rename[prefix] is None else rename[prefix] + name[len(prefix) :]
 
-def _memory(t):
+
+def _renamed(state, rename):
+    """`state` under new names; ValueError for two tensors of one name and for a prefix that
+    nothing begins with."""
+    if isinstance(rename, dict):
+        idle = [p for p in rename if not any(k.startswith(p) for k in state)]
+        if idle:
+            first = next(iter(state), None)
+            told = f'no tensor of state_dict begins so, the first is {first!r}'
+            raise ValueError(f'rename names {idle[0]!r}; {told}')
+    out, source = {}, {}
+    for old, t in state.items():
+        new = _new_name(old, rename)
+        if new is None:
+            continue
+        if new in out:
+            raise ValueError(f'rename makes {new!r} of both {source[new]!r} and {old!r}')
+        out[new], source[new] = t, old
+    return out
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-024
+def _place(t):
     "Where all values of `t` lie: equal for tensors that are tied."
-    if not memory_of(t): return id(t)
+    if not memory_of(t):
+        return id(t)
     return t.device, memory_of(t), t.storage_offset(), t.shape, t.stride(), t.dtype
 
-def _fitting(own, state): return [k for k, t in state.items() if k in own and own[k].shape == t.shape]
 
+def _fitting(own, state):
+    return [k for k, t in state.items() if k in own and own[k].shape == t.shape]
+
+
+def _compared(own, state):
+    "What of `state` fits the tensors `own` of a model, and what of both does not."
+    copied = _fitting(own, state)
+    places = {k: _place(p) for k, p in own.items()}
+    filled = {places[k] for k in copied}
+    sizes = {places[k]: p.numel() for k, p in own.items()}
+    other = [k for k in state if k in own and k not in copied]
+    cast = [k for k in copied if state[k].dtype != own[k].dtype]
+    types = {k: f'{state[k].dtype} to {own[k].dtype}'.replace('torch.', '') for k in cast}
+    return dict(
+        copied=copied,
+        cast=types,
+        missing=[k for k in own if k not in state and places[k] not in filled],
+        extra=[k for k in state if k not in own],
+        mismatched={k: (tuple(own[k].shape), tuple(state[k].shape)) for k in other},
+        share=sum(sizes[place] for place in filled) / max(1, sum(sizes.values())),
+        bytes=sum({places[k]: own[k].nbytes for k in copied}.values()),
+    )
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-025
 def _suggestion(own, state):
     "A rename of one prefix that would copy more, as text, or ''."
-    votes, free = Counter(), [(m, p.shape) for m, p in own.items() if m not in state]
-    for e in [e for e in state if e not in own][:40]:
-        for m in [m for m, shape in free if shape == state[e].shape]:
-            a, b = e.split('.'), m.split('.')
-            while a and b and a[-1] == b[-1]: a.pop(), b.pop()
-            if len(a) < len(e.split('.')): votes[tuple('.'.join(p) + '.' if p else '' for p in (a, b))] += 1
-    fits = lambda rule: len(_fitting(own, {_new_name(k, rule): t for k, t in state.items()}))
-    best = max(({a: b} for (a, b), _ in votes.most_common(5)), key=fits, default=None)
-    return f'; rename={best} would copy {fits(best)} of {len(own)}' if best and fits(best) > len(_fitting(own, state)) else ''
+    free = [(name, p.shape) for name, p in own.items() if name not in state]
+    votes = Counter()
+    for extra in [k for k in state if k not in own][:40]:
+        for name in [name for name, shape in free if shape == state[extra].shape]:
+            theirs, ours = extra.split('.'), name.split('.')
+            while theirs and ours and theirs[-1] == ours[-1]:
+                theirs.pop()
+                ours.pop()
+            if len(theirs) < len(extra.split('.')):
+                votes[tuple('.'.join(p) + '.' if p else '' for p in (theirs, ours))] += 1
 
-def load_report(
-    model,          # a module; nothing of it changes if ValueError is raised
-    state_dict,     # name -> tensor, from a file that is not a pickle
-    rename=None,    # {prefix: prefix}, or a function of the name; None instead of a name drops the tensor
-    at_least=1.0,   # the smallest share of the model's elements (parameters, persistent buffers) that must be copied
-) -> Report:        # `.copied`, `.missing`, `.extra` (names), `.mismatched`: name -> (model's shape, file's), `.cast`: name -> types,
-                    # `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model); true if nothing of the model is left out
-    "Copies tensors whose name and shape fit, and says what was not: load_state_dict(strict=False) says nothing to those who do not ask."
-    if not isinstance(model, nn.Module): raise TypeError(f'model is {type(model).__name__}; expected a module')
-    at_least = check_number(at_least, 'at_least', 0, 1)
-    own = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
-    if not own: raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
-    state = _renamed(_flat_state(state_dict), rename)
-    copied = _fitting(own, state)
-    place = {k: _memory(p) for k, p in own.items()}
-    filled = {place[k] for k in copied}      # a tied weight is filled by either name, counts once
-    sizes = {place[k]: p.numel() for k, p in own.items()}
-    missing = [k for k in own if k not in state and place[k] not in filled]
-    found = dict(copied=copied, missing=missing,
-                 extra=[k for k in state if k not in own],
-                 mismatched={k: (tuple(own[k].shape), tuple(t.shape)) for k, t in state.items() if k in own and k not in copied},
-                 cast={k: f'{state[k].dtype} to {own[k].dtype}'.replace('torch.', '') for k in copied if state[k].dtype != own[k].dtype})
-    share = sum(sizes[i] for i in filled)/max(1, sum(sizes.values()))
-    counts = f'copied {len(copied)} of {len(own)} tensors, {share:.1%} of the elements'
-    if share < at_least: raise ValueError(f'{counts}; expected at least {at_least:.0%}{_first(found)}{_suggestion(own, state)}')
-    ready = _ready(own, state, copied)
-    before = _checksum(own)
-    _fill(own, ready)
-    nbytes = sum({place[k]: own[k].nbytes for k in copied}.values())
-    found |= dict(bytes=nbytes, share=share, before=before, after=_checksum(own))
-    rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in ('copied', 'cast', 'missing', 'extra', 'mismatched')]
-    rows += [{'what': 'checksum', 'first': f'{before} before, {found["after"]} after'}]
-    says = f'{counts}, {found["bytes"]:,} bytes' + (f'; {len(found["extra"])} of the file were not wanted' if found['extra'] else '') + (', but every value was there already' if before == found['after'] else '')
-    return Report(not found['missing'] and not found['mismatched'], says[0].upper() + says[1:], rows, **found)
+    def fits(rule):
+        return len(_fitting(own, {_new_name(k, rule): t for k, t in state.items()}))
 
+    best = max(({old: new} for (old, new), _ in votes.most_common(5)), key=fits, default=None)
+    if not best or fits(best) <= len(_fitting(own, state)):
+        return ''
+    return f'; rename={best} would copy {fits(best)} of {len(own)}'
+
+
+def _entry(found):
+    "The first of a list or a dict, as text."
+    k = next(iter(found), '')
+    return f'{k}: {found[k]}' if isinstance(found, dict) and k else k
+
+
+def _first(found):
+    "How many are missing, extra and mismatched, and the first of each, as text."
+    kinds = [k for k in ('missing', 'extra', 'mismatched') if found[k]]
+    return ''.join(f'; {len(found[k])} {k}, the first {_entry(found[k])!r}' for k in kinds)
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-028
 def _ready(own, state, names):
-    "The tensors as the model will hold them; ValueError, before anything is copied, for values that are lost on the way or are no numbers."
-    out, held = {}, {memory_of(p) for p in own.values()}
+    """The tensors as the model will hold them; ValueError, before anything is copied, for values
+    that are lost on the way or are no numbers."""
+    held = {memory_of(p) for p in own.values()}
+    out = {}
     for k in names:
-        if state[k].is_meta or own[k].is_meta or state[k].layout is not torch.strided: raise ValueError(f'{k!r} is {state[k].device}, {state[k].layout}; expected values in memory')
-        if state[k].is_complex() and not own[k].is_complex(): raise ValueError(f'{k!r} is {state[k].dtype}; the model holds {own[k].dtype}')
-        out[k] = state[k].to(own[k].dtype)
-        if memory_of(out[k]) in held: out[k] = out[k].clone()  # it would change with the model
+        t, kind = state[k], own[k].dtype
+        if t.is_meta or own[k].is_meta or t.layout is not torch.strided:
+            raise ValueError(f'{k!r} is {t.device}, {t.layout}; expected values in memory')
+        if t.is_complex() and not kind.is_complex:
+            raise ValueError(f'{k!r} is {t.dtype}; the model holds {kind}')
+        out[k] = t.to(kind)
+        if memory_of(out[k]) in held:  # it would change with the model
+            out[k] = out[k].clone()
         if out[k].is_floating_point() and not torch.isfinite(out[k]).all():
-            raise ValueError(f'{k!r} holds values that are NaN or infinite' + (f' as {own[k].dtype}' if torch.isfinite(state[k]).all() else ''))
+            lost = f' as {kind}' if torch.isfinite(t).all() else ''
+            raise ValueError(f'{k!r} holds values that are NaN or infinite{lost}')
     return out
+
 
 @torch.no_grad()
 def _fill(own, ready):
@@ -292,46 +392,109 @@ def _fill(own, ready):
     users = Counter(memory_of(p) for p in own.values())
     shared = [k for k in ready if users[memory_of(own[k])] > 1]
     old = [own[k].detach().clone() for k in shared]
-    for k in shared: own[k].copy_(ready[k])
+    for k in shared:
+        own[k].copy_(ready[k])
     lost = [k for k in shared if not torch.equal(own[k], ready[k].to(own[k].device))]
     if lost:
-        for k, value in zip(shared, old): own[k].copy_(value)
-        others = [k for k in shared if k != lost[0] and memory_of(own[k]) == memory_of(own[lost[0]])]
-        raise ValueError(f'{lost[0]!r} shares its memory in the model with {others[0]!r}, and '
-                         'state_dict holds other values for it; drop one of them with rename')
-    for k in ready.keys() - set(shared): own[k].copy_(ready[k])
+        for k, value in zip(shared, old):
+            own[k].copy_(value)
+        same = [k for k in shared if memory_of(own[k]) == memory_of(own[lost[0]])]
+        other = next(k for k in same if k != lost[0])
+        raise ValueError(
+            f'{lost[0]!r} shares its memory in the model with {other!r}, and '
+            'state_dict holds other values for it; drop one of them with rename'
+        )
+    for k in ready.keys() - set(shared):
+        own[k].copy_(ready[k])
 
-def _entry(found):
-    "The first of a list or a dict, as text."
-    k = next(iter(found), '')
-    return f'{k}: {found[k]}' if isinstance(found, dict) and k else k
 
-def _first(found):
-    "How many are missing, extra and mismatched, and the first of each, as text."
-    return ''.join(f'; {len(found[k])} {k}, the first {_entry(found[k])!r}' for k in ('missing', 'extra', 'mismatched') if found[k])
+def _checksum(tensors):
+    "16 hex digits of names, types and bytes."
+    digest = hashlib.blake2b(digest_size=8)
+    for name, t in sorted(tensors.items()):
+        digest.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-006
-def fetch_file(source):
-    "The file at a path, or at an address: kept below torch hub's folder, by the whole address."
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-029
+def load_report(
+    model,  # a module; nothing of it changes if ValueError is raised
+    state_dict,  # name -> tensor, from a file that is not a pickle
+    rename=None,  # {prefix: prefix}, or a function of the name; None for a name drops the tensor
+    at_least=1.0,  # the smallest share of the model's elements (parameters, persistent buffers)
+    # that must be copied
+) -> Report:  # true if nothing of the model is left out; `.copied`, `.missing`, `.extra`
+    # (names), `.mismatched`: name -> (model's shape, file's), `.cast`: name ->
+    # types, `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model)
+    """Copies tensors whose name and shape fit, and says what was not. ValueError if that is less
+    than `at_least`, TypeError for what is no model or no dict of tensors."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model is {type(model).__name__}; expected a module')
+    at_least = check_number(at_least, 'at_least', 0, 1)
+    held = model.state_dict(keep_vars=True)
+    own = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)}
+    if not own:
+        raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
+    state = _renamed(_flat_state(state_dict), rename)
+    found = _compared(own, state)
+    counts = f'copied {len(found["copied"])} of {len(own)} tensors'
+    counts = f'{counts}, {found["share"]:.1%} of the elements'
+    if found['share'] < at_least:
+        what = f'{counts}; expected at least {at_least:.0%}'
+        raise ValueError(f'{what}{_first(found)}{_suggestion(own, state)}')
+    ready = _ready(own, state, found['copied'])
+    found['before'] = _checksum(own)
+    _fill(own, ready)
+    found['after'] = _checksum(own)
+    return _as_report(counts, found)
+
+
+def _as_report(counts, found):
+    "The figures of a load as a Report."
+    kinds = ('copied', 'cast', 'missing', 'extra', 'mismatched')
+    rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in kinds]
+    sums = f'{found["before"]} before, {found["after"]} after'
+    rows.append({'what': 'checksum', 'first': sums})
+    says = f'{counts[0].upper()}{counts[1:]}, {found["bytes"]:,} bytes'
+    if found['extra']:
+        says += f'; {len(found["extra"])} of the file were not wanted'
+    if found['before'] == found['after']:
+        says += ', but every value was there already'
+    return Report(not found['missing'] and not found['mismatched'], says, rows, **found)
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-033
+def fetch_file(
+    source,  # a path, or an address that begins with http:// or https://
+) -> Path:
+    """The file at a path, or at an address: fetched once and kept below torch hub's folder.
+    FileNotFoundError if it cannot be fetched, ValueError for an address without a file's name."""
     address = str(source)
-    if not address.startswith(('http://', 'https://')): return Path(source).expanduser()
+    if not address.startswith(('http://', 'https://')):
+        return Path(source).expanduser()
     name = Path(urlsplit(address).path).name
     if name in ('', '..'):
         raise ValueError(f'{address} ends in no file name; expected the address of a file')
-    key = hashlib.sha256(address.encode()).hexdigest()[:16]         # two sites may use one name
-    path = Path(torch.hub.get_dir())/'checkpoints'/key/name
-    if path.exists(): return path
+    key = hashlib.sha256(address.encode()).hexdigest()[:16]  # two sites may use one name
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / key / name
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = re.search(r'-([0-9a-f]{8,})\.', name)       # torch hub's custom: its SHA-256 begins so
+    found = re.search(r'-([0-9a-f]{8,})\.', name)  # torch hub's custom: its SHA-256 begins so
     begins = found[1] if found else None
-    try: torch.hub.download_url_to_file(address, str(path), hash_prefix=begins, progress=False)
+    try:
+        torch.hub.download_url_to_file(address, str(path), hash_prefix=begins, progress=False)
     except (OSError, RuntimeError) as error:
         said = f'{address} could not be fetched ({error}); put the file at {path}'
         raise FileNotFoundError(said) from error
     return path
 
-def read_published(path, device):
-    "A file by torch.save, without running code from it; 'meta' reads names and shapes only."
+
+def read_published(
+    path,  # of a file by torch.save
+    device,  # 'cpu', or 'meta' for names and shapes alone
+):
+    """A file by torch.save, without running code from it. ValueError for a file that is damaged or
+    would run some."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location=device, weights_only=True)
@@ -340,13 +503,90 @@ def read_published(path, device):
         what = f'{path} is no checkpoint that can be read without running code from it'
         raise ValueError(f'{what}: {said}') from error
 
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-036
 def check_archive(path):
     "ValueError for an archive that says that it unpacks to far more than it holds."
+    path = Path(path)
     try:
-        with zipfile.ZipFile(path) as archive: members = archive.infolist()
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
     except zipfile.BadZipFile as error:
         raise ValueError(f'{path} is no checkpoint that can be read: {error}') from error
     size, unpacked = path.stat().st_size, sum(m.file_size for m in members)
-    if unpacked <= 2*size + 2**20: return                           # weights can hardly be packed
+    if unpacked <= 2 * size + 2**20:  # weights can hardly be packed
+        return
     expected = 'expected a file by torch.save, which does not compress'
     raise ValueError(f'{path} has {size:,} bytes and unpacks to {unpacked:,}; {expected}')
+
+
+def open_published(
+    source,  # a path or an address of a file by torch.save
+    look,  # a function (content, path) that raises ValueError for what it does not expect
+):  # what `look` gives
+    """A published file, looked at before its values are read, for an archive: `look` sees names
+    and shapes first, tensors on 'meta', then the values. FileNotFoundError for no file."""
+    path = fetch_file(source)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist')
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+        look(read_published(path, 'meta'), path)
+    return look(read_published(path, 'cpu'), path)
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-039
+def check_dense(
+    state,  # what should be name -> tensor
+    path,  # of the file, for the message
+):
+    "ValueError for a state that holds anything but names with dense tensors, all values there."
+
+    def dense(v):
+        return isinstance(v, torch.Tensor) and v.layout is torch.strided
+
+    odd = [k for k, v in state.items() if not isinstance(k, str) or not dense(v)]
+    if odd:
+        kind = type(state[odd[0]]).__name__
+        raise ValueError(f'{path} holds {odd[0]!r}: {kind}; expected names with dense tensors')
+    short = [k for k, v in state.items() if v.nbytes > v.untyped_storage().nbytes()]
+    if short:
+        shape = tuple(state[short[0]].shape)
+        raise ValueError(f'{path}: {short[0]} has shape {shape}, but fewer numbers than that')
+
+
+def published_arguments(
+    content,  # of a published file
+    path,  # of the file, for the message
+) -> dict:
+    "What a training script kept as 'args', as a dict; empty if nothing. ValueError for the rest."
+    args = content.get('args')
+    if args is None:
+        return {}
+    if isinstance(args, (dict, argparse.Namespace)):
+        return args if isinstance(args, dict) else vars(args)
+    expected = 'expected a dict or an argparse.Namespace'
+    raise ValueError(f'{path}: args is {type(args).__name__}; {expected}')
+
+
+def check_shapes(
+    state,  # name -> tensor
+    shapes,  # name -> the shape it should have; None fits any length
+):
+    "ValueError for a tensor that is absent or has another shape."
+    for name, shape in shapes.items():
+        wanted = ', '.join('any' if s is None else str(s) for s in shape)
+        if name not in state:
+            raise ValueError(f'the file lacks {name}; expected a tensor ({wanted})')
+        found = tuple(state[name].shape)
+        if len(found) != len(shape) or any(s not in (None, n) for n, s in zip(found, shape)):
+            raise ValueError(f'{name} has shape {found}; expected ({wanted})')
+
+
+def count_blocks(
+    state,  # name -> tensor
+    part,  # such as 'blocks', where names are 'blocks.0.attn.weight'
+) -> int:
+    "How many blocks a part has; ValueError unless they are numbered from 0 on."
+    numbers = {k.split('.')[1] for k in state if k.startswith(part + '.')}
+    if not numbers or numbers != {str(k) for k in range(len(numbers))}:
+        raise ValueError(f'{part} has the numbers {sorted(numbers)[:9]}; expected 0, 1, 2, ...')
+    return len(numbers)

@@ -5,35 +5,46 @@
 # %% auto #0
 __all__ = ['positioned']
 
-# %% ../nbs/appendix/loaders.ipynb #loaders-002
+# %% ../nbs/appendix/loaders.ipynb #loaders-003
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
 from .checks import check_whole
 from .states import random_kept, seed_all
 
-# %% ../nbs/appendix/loaders.ipynb #loaders-003
+# %% ../nbs/appendix/loaders.ipynb #loaders-008
 class _SeededItems(Dataset):
-    "Item (epoch, i) of a data set, drawn under a random state that depends on the seed, the epoch and i alone."
-    def __init__(self, dataset, seed): self.dataset, self.seed = dataset, seed
+    """Item (epoch, i) of a data set, drawn under a random state that depends on the seed, the epoch
+    and i alone."""
+
+    def __init__(self, dataset, seed):
+        self.dataset, self.seed = dataset, seed
+
     def __getitem__(self, key):
         seed_all(self.seed, 'item', *key)
         return self.dataset[key[1]]
 
+# %% ../nbs/appendix/loaders.ipynb #loaders-011
 class _Position(Sampler):
-    "Batches of (epoch, i) without end from batch `start` on: this process's share of each round's order."
+    """Batches of (epoch, i) without end from batch `start` on: this process's share of each
+    round's order."""
+
     def __init__(self, loader, seed, rank, world):
         self.loader, self.seed, self.rank, self.world, self.start = loader, seed, rank, world, 0
-        self.per_round = len(loader.sampler)//(loader.batch_size*world)
+        items = len(loader.sampler)
+        self.per_round = items // (loader.batch_size * world)
         if not self.per_round:
-            raise ValueError(f'train holds {len(loader.sampler)} items; expected at least a batch for each process, {loader.batch_size}*{world}')
+            expected = f'at least a batch for each process, {loader.batch_size}*{world}'
+            raise ValueError(f'train holds {items} items; expected {expected}')
 
     def __iter__(self):
         size, k = self.loader.batch_size, self.start
         while True:
             epoch, at = divmod(k, self.per_round)
-            if at == 0 or k == self.start: order = self.order(epoch)
-            first = (at*self.world + self.rank)*size
-            yield [(epoch, i) for i in order[first:first + size]]
+            if at == 0 or k == self.start:
+                order = self.order(epoch)
+            first = (at * self.world + self.rank) * size
+            yield [(epoch, i) for i in order[first : first + size]]
             k += 1
 
     def order(self, epoch):
@@ -42,35 +53,36 @@ class _Position(Sampler):
         generator = getattr(sampler, 'generator', None)
         with random_kept(generator):
             seed_all(self.seed, 'order', epoch)
-            if generator is not None: generator.manual_seed(self.seed + epoch)
+            if generator is not None:
+                generator.manual_seed(self.seed + epoch)
             return list(sampler)
 
+# %% ../nbs/appendix/loaders.ipynb #loaders-014
 class _Endless(DataLoader):
     "A DataLoader that leaves the random state of whoever asks for the next batch as it was."
+
     def __iter__(self):
-        with random_kept(): batches = super().__iter__()
+        with random_kept():
+            batches = super().__iter__()
         while True:
-            with random_kept(): batch = next(batches)
+            with random_kept():
+                batch = next(batches)
             yield batch
 
-def positioned(
-    loader,      # a DataLoader over a map-style data set
-    seed=0,      # of the order and of every item
-    rank=0,      # this process
-    world=1,     # of so many
-) -> DataLoader: # endless; `.batch_sampler.start = k` sets the batch to begin with
-    """Batches as `loader` gives them (no short last one); their randomness and position can be set.
 
-    The caller's random state, and that of the loader's generator, stay as they are."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        raise TypeError(f'train is {type(loader).__name__}; expected a torch DataLoader with a batch size over a map-style data set')
+def positioned(
+    loader,  # a DataLoader over a map-style data set
+    seed=0,  # of the order and of every item
+    rank=0,  # this process
+    world=1,  # of so many
+) -> DataLoader:  # endless; `.batch_sampler.start = k` sets the batch to begin with
+    """Batches as `loader` gives them (no short last one); their randomness and position can be set.
+    The caller's random state, and that of the loader's generator, stay as they are. TypeError for
+    what is no such loader, ValueError for less than a batch for each process."""
+    _check_loader(loader)
     seed = check_whole(seed, 'seed')
     world = check_whole(world, 'world', 1)
     rank = check_whole(rank, 'rank', 0, world - 1)
-    generator = getattr(loader.sampler, 'generator', None)
-    if not isinstance(generator, torch.Generator | None):
-        raise TypeError(f"train's sampler draws from a {type(generator).__name__}; "
-                        'expected a torch Generator, or none')
     # in_order=False is not passed on: which worker is first would decide the order
     return _Endless(
         _SeededItems(loader.dataset, seed),
@@ -82,6 +94,20 @@ def positioned(
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator().manual_seed(seed),       # of the workers' first states
+        generator=torch.Generator().manual_seed(seed),  # of the workers' first states
         prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers)
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _check_loader(loader):
+    "TypeError for a loader whose position cannot be set."
+    is_loader = isinstance(loader, DataLoader) and loader.batch_size is not None
+    if not is_loader or isinstance(loader.dataset, IterableDataset):
+        expected = 'a torch DataLoader with a batch size over a map-style data set'
+        raise TypeError(f'train is {type(loader).__name__}; expected {expected}')
+    generator = getattr(loader.sampler, 'generator', None)
+    if not isinstance(generator, torch.Generator | None):
+        kind = type(generator).__name__
+        expected = 'expected a torch Generator, or none'
+        raise TypeError(f"train's sampler draws from a {kind}; {expected}")

@@ -7,14 +7,14 @@ __all__ = ['mask_pixels', 'inpaint_mean', 'inpaint_bilinear', 'masked_psnr', 'ma
            'mae_vit_large', 'mae_vit_huge', 'pretrainer', 'reconstruct', 'features', 'load_pretrained']
 
 # %% ../nbs/06_mae.ipynb #06-003
-import argparse
 import math
-import zipfile
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .checkpoints import check_archive, fetch_file, load_report, read_published
+from restore_lib.checkpoints import (
+    check_dense, check_shapes, count_blocks, load_report, open_published, published_arguments,
+)
 from .checks import check_images, check_number, check_whole
 from .learner import Learner, param_groups, warmup_cosine
 from restore_lib.patching import (
@@ -281,66 +281,29 @@ def _named(kept, path):
         raise ValueError(f"{path} holds no MAE: expected 'model' with 'patch_embed.proj.weight' and others")
     lacks = [k for k in ('cls_token', 'pos_embed', 'patch_embed.proj.bias', 'blocks.0.norm1.weight') if k not in state]
     if lacks: raise ValueError(f'{path} lacks {", ".join(lacks)}; expected the names of a published MAE')
-    plain = lambda v: isinstance(v, torch.Tensor) and v.layout is torch.strided
-    odd = [k for k, v in state.items() if not isinstance(k, str) or not plain(v)]
-    if odd:
-        kind = type(state[odd[0]]).__name__
-        raise ValueError(f'{path} holds {odd[0]!r}: {kind}; expected names with dense tensors')
-    short = [k for k, v in state.items() if v.nbytes > v.untyped_storage().nbytes()]
-    if short:
-        shape = tuple(state[short[0]].shape)
-        raise ValueError(f'{path}: {short[0]} has shape {shape}, but fewer numbers than that')
-    args = kept.get('args')
-    if not isinstance(args, (dict, argparse.Namespace, type(None))):
-        expected = 'expected a dict or an argparse.Namespace'
-        raise ValueError(f'{path}: args is {type(args).__name__}; {expected}')
-    return state, args if isinstance(args, dict) else vars(args or argparse.Namespace())
-
-def _state_of(path):
-    "(state, args as a dict) of a published file; argparse.Namespace is the one class allowed."
-    if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
-    if zipfile.is_zipfile(path):
-        check_archive(path)
-        _named(read_published(path, 'meta'), path)                           # before anything is unpacked
-    return _named(read_published(path, 'cpu'), path)
-
-def _check_shapes(state, shapes):
-    "ValueError for a tensor that is absent or has another shape; None fits any length."
-    for name, shape in shapes.items():
-        if name not in state:
-            raise ValueError(f'the file lacks {name}; expected the names of a published MAE')
-        found = tuple(state[name].shape)
-        if len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape)):
-            wanted = ', '.join('any' if s is None else str(s) for s in shape)
-            raise ValueError(f'{name} has shape {found}; expected ({wanted})')
-
-def _depth(state, part):
-    "How many blocks a part has; ValueError unless they are numbered from 0 on."
-    numbers = {k.split('.')[1] for k in state if k.startswith(part + '.')}
-    if not numbers or numbers != {str(k) for k in range(len(numbers))}:
-        raise ValueError(f'{part} has the numbers {sorted(numbers)[:9]}; expected 0, 1, 2, ...')
-    return len(numbers)
+    check_dense(state, path)
+    return state, published_arguments(kept, path)
 
 def _like(state, norm_pix_loss):
     "An untrained MAE of the sizes of a published state, which are compared before memory is taken."
-    _check_shapes(state, {'patch_embed.proj.weight': (None,)*4, 'pos_embed': (1, None, None)})
+    check_shapes(state, {'patch_embed.proj.weight': (None,)*4, 'pos_embed': (1, None, None)})
     dim, channels, patch, _ = state['patch_embed.proj.weight'].shape
     n = state['pos_embed'].shape[1] - 1
     side = math.isqrt(max(n, 0))
-    _check_shapes(state, {'patch_embed.proj.weight': (dim, channels, patch, patch),
-                          'pos_embed': (1, side**2 + 1, dim),
-                          'blocks.0.attn.qkv.weight': (3*dim, dim)})
+    check_shapes(state, {'patch_embed.proj.weight': (dim, channels, patch, patch),
+                         'pos_embed': (1, side**2 + 1, dim),
+                         'blocks.0.attn.qkv.weight': (3*dim, dim)})
     dec_dim, dec_depth = 512, 8
     if 'mask_token' in state:
-        _check_shapes(state, {'mask_token': (1, 1, None)})
-        dec_dim, dec_depth = state['mask_token'].shape[2], _depth(state, 'decoder_blocks')
-        _check_shapes(state, {'decoder_embed.weight': (dec_dim, dim),
-                              'decoder_pred.weight': (patch**2*channels, dec_dim),
-                              'decoder_blocks.0.attn.qkv.weight': (3*dec_dim, dec_dim)})
+        check_shapes(state, {'mask_token': (1, 1, None)})
+        dec_dim, dec_depth = state['mask_token'].shape[2], count_blocks(state, 'decoder_blocks')
+        check_shapes(state, {'decoder_embed.weight': (dec_dim, dim),
+                             'decoder_pred.weight': (patch**2*channels, dec_dim),
+                             'decoder_blocks.0.attn.qkv.weight': (3*dec_dim, dec_dim)})
     heads, dec_heads = 16 if dim > 768 else max(1, dim//64), max(1, dec_dim//32)
     stats = _IMAGENET if channels == 3 else {}
     with random_kept():             # the caller's random state stays
-        return MAE(side*patch, patch, dim, _depth(state, 'blocks'), heads, dec_dim, dec_depth,
+        return MAE(side*patch, patch, dim, count_blocks(state, 'blocks'), heads, dec_dim, dec_depth,
                    dec_heads, norm_pix_loss, channels, **stats)
 
 def _was_normalised(state, args, model):
@@ -356,10 +319,10 @@ def load_pretrained(
     path_or_url,         # a published MAE checkpoint (.pth), or its address, from which it is then fetched
     model=None,          # a MAE of its sizes; default one is made
     norm_pix_loss=None,  # was it trained on normalised patches? Default what the file's arguments say, else what `model` says, else True as in the paper
-):  # -> model, report (see `audit.load_report`)
+):  # -> model, report (see `load_report`)
     """A MAE with the published weights; encoder-only files leave the decoder untrained, and the report says so. ValueError for another size.
     Heads and pixel statistics are in no file: without `model`, those of the published models (64 numbers a head, 80 in ViT-H, 32 in decoders; ImageNet's)."""
-    state, args = _state_of(fetch_file(path_or_url))
+    state, args = open_published(path_or_url, _named)
     if norm_pix_loss is None: norm_pix_loss = _was_normalised(state, args, model)
     model = _like(state, norm_pix_loss) if model is None else model
     own = model.state_dict()

@@ -12,10 +12,11 @@ from .checks import check_number, check_whole
 from .knobs import Knobbed
 from .mae import MAE
 from .padding import mirror_to
+from .model_files import load_model
 from .patching import ViTEncoder
 from .superres import SRLoss
 from .trunks import FeatureDistance, lpips
-from .two_stage import adaptive_weight, load_restorer
+from .two_stage import gradient_balance
 
 # %% ../nbs/16_perceptual.ipynb #16-011
 class TokenMaps(Knobbed):
@@ -67,7 +68,7 @@ def encoder_distance(
 # %% ../nbs/16_perceptual.ipynb #16-016
 def dmae_features(range=(0, 1)):
     "A stand-in for LPIPS that needs no download: the encoder that lesson 10 trained on photographs (grey, windows of 32 pixels) and that comes with the library."
-    model = load_restorer('mixed')[0]
+    model = load_model('mixed')[0]
     stats = model.mean.flatten().tolist(), model.std.flatten().tolist()
     return encoder_distance(model.encoder, 'DMAE features', stats=stats, range=range)
 
@@ -125,7 +126,7 @@ class PerceptualSRLoss(SRLoss):
         self.perceptual, self.t = per.detach(), self.last.t
         term = (per if self.by_step is None else self.by_step.to(per)[self.t]*per).mean()
         lam = _check_lam(self.lam)
-        if lam == 'adaptive': lam = adaptive_weight(self.last.mean, term, self.shared(model))
+        if lam == 'adaptive': lam = gradient_balance(self.last.mean, term, self.shared(model))
         self.terms = dict(mse=self.last.mean.item(), perceptual=float(lam)*term.item(), lam=float(lam))
         return self.last.mean + lam*term
     def shared(self, model):

@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['sr_pairs', 'unsharp', 'detail_scores', 'LatentSR', 'SRLoss', 'Buckets', 'SRConfig', 'make_sr', 'sr_learner',
-           'superresolve', 'save_sr', 'load_sr', 'train_superres', 'superres_image']
+           'superresolve', 'train_superres', 'superres_image']
 
 # %% ../nbs/15_superres.ipynb #15-002
-import hashlib, json, os
+import hashlib, os
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from .checkpoints import as_json
 from .checks import check_images, check_number, check_whole
 from restore_lib.codecs import (
     CODECS, SCALES, WaveletPacketCodec, check_options, codec_learner, make_codec,
@@ -31,9 +31,7 @@ from restore_lib.image_files import (
 )
 from .learner import Callback, EMA, Learner, Metrics, warmup_cosine
 from .metrics import psnr
-from restore_lib.pretrained import (
-    as_half, check_rebuilt, constructor_arguments, describes, json_text, load_built,
-)
+from .model_files import constructor_arguments, load_model, save_model
 from .realworld import second_order
 from .states import in_deployment, random_seeded, seed_all
 from .unet import SwinUNet
@@ -144,6 +142,25 @@ class LatentSR(nn.Module):
         z, side = self.codec.encode(self.start(y))
         return self.codec.decode(self.restore_latent(z, steps, **how), side)
 
+    # for a file of the model, see the appendix `model_files`: all but the network is exact
+    exact = ('codec.', 'sees', 'says')
+
+    def made_of(self):
+        "What `from_made` builds the same model from; ValueError for one that no `make_sr` made."
+        return _parts_of(self)
+
+    @classmethod
+    def from_made(cls, made):
+        "An untrained model from what `made_of` gave."
+        return _from_parts(made)
+
+    def rehearsal(self):
+        "A small random picture enlarged, and the tables of the process."
+        y = torch.rand(1, self.codec.channels, *2*[2*self.codec.factor]).to(self.sees)
+        if self.process is None:
+            return [self(y)]
+        return self(y), self.process.sqrt_etas, self.process.kappa, self.process.latent_std
+
 def _latent_loss(model, y, x, t, decoded, how):
     check_images(x, 'x', channels=(model.codec.channels,))
     if x.shape[-2:] != (y.shape[-2]*model.scale, y.shape[-1]*model.scale) or len(x) != len(y):
@@ -204,9 +221,7 @@ def _plain(options, name):
     """A dict of options as a file gives it back: NumPy's numbers and tensors as Python's.
     TypeError for what JSON cannot hold."""
     if not isinstance(options, dict): raise TypeError(f'{name} is {options!r}; expected a dict')
-    options = {k: v.tolist() if hasattr(v, 'tolist') else v for k, v in options.items()}
-    json_text(options, name)
-    return options
+    return as_json(options, name, finite=False, arrays=True)
 
 @dataclass(frozen=True)
 class SRConfig:
@@ -351,6 +366,32 @@ def sr_learner(
                    opt=lambda params: torch.optim.AdamW([p for p in params if p.requires_grad], lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay),
                    sched=warmup_cosine(c.warmup, c.lr_floor), cbs=hung, clip=c.clip, seed=c.seed, **{**dict(precision=c.precision), **options})
 
+# %% ../nbs/15_superres.ipynb #15-047
+def _codec_kinds():
+    return {kind.__name__: kind for kind in (*CODECS.values(), WaveletPacketCodec)}
+
+def _parts_of(model):
+    "What a file says of a LatentSR: its configuration and, since it may have been swapped, its codec."
+    if model.before is not None:
+        raise ValueError('model has a `before`; expected each model of a cascade by itself')
+    if not hasattr(model, 'config'):
+        raise ValueError('model has no configuration; expected one by make_sr')
+    kind = type(model.codec).__name__
+    if kind not in _codec_kinds():
+        raise ValueError(f'the codec is {kind}; expected one of {", ".join(_codec_kinds())}')
+    codec = dict(kind=kind, arguments=constructor_arguments(model.codec))
+    return dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec)
+
+def _from_parts(made):
+    "The LatentSR that `_parts_of` describes."
+    config, codec = SRConfig(**made['config']), made['codec']
+    kind = _codec_kinds()[codec['kind']]
+    if not issubclass(kind, CODECS[config.codec]):
+        raise ValueError(f'the codec is {kind.__name__}, the configuration says {config.codec!r}')
+    model = _around(kind(**codec['arguments']), config)
+    with torch.device('cpu'):         # its tables are numbers, on whatever device the model is built
+        return _with_process(model, config, made['latent_std'])
+
 # %% ../nbs/15_superres.ipynb #15-046
 def _by_windows(correct, size, overlap, batch):
     """`correct` over windows of a latent, blended: one noise field and one way back for the whole
@@ -422,63 +463,6 @@ def _enlarge(model, x, steps=1, seed=0, window=64, overlap=16, batch=8, randomne
             del z, side, sharp, how                                        # before the next plane's
     return together(out)
 
-# %% ../nbs/15_superres.ipynb #15-047
-def _codec_kinds(): return {kind.__name__: kind for kind in (*CODECS.values(), WaveletPacketCodec)}
-
-def _sr_of(made):
-    """The LatentSR, without its process, that a file describes: its configuration and, since a
-    codec may have been swapped, its codec."""
-    # the first files had no 'codec'
-    config, codec = SRConfig(**made['config']), made.get('codec')
-    if codec is None:
-        return _around(make_codec(config.codec, config.channels, **config.codec_options), config)
-    kind = _codec_kinds()[codec['kind']]
-    if not issubclass(kind, CODECS[config.codec]):
-        raise ValueError(f'the codec is {kind.__name__}, the configuration says {config.codec!r}')
-    return _around(kind(**codec['arguments']), config)
-
-def _process_of(model, made):
-    return _with_process(model, SRConfig(**made['config']), made['latent_std'])
-
-def save_sr(
-    model,   # a LatentSR by make_sr, without `before`
-    path,    # of the file, .safetensors
-    **says,  # JSON to be kept with it: what it was trained on, what it scores
-):
-    """Weights in half precision in one safetensors file that says how to build the model.
-    ValueError for a model that would not come back."""
-    if model.before is not None: raise ValueError('model has a `before`; expected each model of a cascade by itself')
-    if not hasattr(model, 'config'):
-        raise ValueError('model has no configuration; expected one by make_sr')
-    kind = type(model.codec).__name__
-    if kind not in _codec_kinds():
-        raise ValueError(f'the codec is {kind}; '
-                         f'expected one of {", ".join(_codec_kinds())}, which load_sr can build')
-    codec = dict(kind=kind, arguments=constructor_arguments(model.codec))
-    made = dict(config=asdict(model.config), latent_std=model.latent_std, codec=codec)
-    made = json_text(made, 'model')
-    info = dict(superres=made, says=json_text(says, 'says'))
-    with random_seeded(0): again = _process_of(_sr_of(json.loads(made)), json.loads(made))
-    side, g = 2*model.codec.factor, torch.Generator().manual_seed(0)
-    y = torch.rand(1, model.codec.channels, side, side, generator=g).to(model.sees)
-    def run(m):
-        if m.process is None: return [m(y)]
-        tables = (m.process.sqrt_etas, m.process.kappa, m.process.latent_std)
-        return m(y, generator=torch.Generator().manual_seed(0)), *tables
-    check_rebuilt(model, again, run)
-    state = model.state_dict()
-    net = as_half({k: v for k, v in state.items() if k.startswith('net.')})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rest = {k: v.detach().cpu().contiguous() for k, v in state.items() if k not in net}
-    save_file({**net, **rest}, path, metadata=info)
-
-def load_sr(path):  # -> the model, in evaluation mode; what the file says of it
-    "A LatentSR from a file by save_sr; nothing is unpickled. FileNotFoundError or ValueError names what is wrong."
-    model, made, says = load_built(path, 'superres', _sr_of, 'save_sr')
-    with describes(path, 'save_sr'): _process_of(model, made)
-    return model, says
-
-
 # %% ../nbs/15_superres.ipynb #15-051
 def _train_parser():
     import argparse
@@ -541,7 +525,7 @@ def train_superres(args=None) -> int:  # the command line's words -> the shell's
         learn.fit_or_load('15_cli', dict(config=asdict(c), **files), c.steps, max(1, c.steps//20))
         if learn.acc.is_main_process:
             says = dict(data=Path(data).name, **learn.metrics)
-            with whole_file(out) as part: save_sr(learn.trained(), part, **says)
+            with whole_file(out) as part: save_model(learn.trained(), part, **says)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f'train_superres: {error}', file=sys.stderr)
         return 2
@@ -556,14 +540,14 @@ def superres_image(args=None) -> int:  # the command line's words -> the shell's
         'superres_image', description='Enlarges a picture by a model of lesson 15.')
     p.add_argument('image')
     p.add_argument('out')
-    p.add_argument('--weights', required=True, help='a file by train_superres or save_sr')
+    p.add_argument('--weights', required=True, help='a file by train_superres or save_model')
     p.add_argument('--steps', type=int, default=1, help=(
         '1 for the least squared error, more for more detail'))
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args(args)
 
     def prepare(say):
-        model, _ = load_sr(a.weights)
+        model, _ = load_model(a.weights, 'superres.LatentSR')
         return (lambda x: superresolve(model, x, a.steps, a.seed)), model.scale, ''
 
     return run_command('superres_image', a.image, a.out, prepare)

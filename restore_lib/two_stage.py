@@ -4,24 +4,20 @@
 
 # %% auto #0
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
-           'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
-           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore', 'save_restorer', 'load_restorer',
-           'restorers', 'restore_image']
+           'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'gradient_balance', 'Adversary',
+           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
-import copy, json
+import copy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-import restore_lib
 from .checkpoints import load_report
 from .checks import check_interval, check_number, check_whole
 from restore_lib.degrade import (
@@ -32,11 +28,9 @@ from .image_files import opened_image, planes_of, run_command, tiled
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
 from .mae import pretrainer
 from .metrics import psnr
+from .model_files import constructor_arguments, load_model, pretrained
 from .patching import Block, ViTEncoder, sincos_pos_embed, unpatchify
-from restore_lib.pretrained import (
-    as_half, check_rebuilt, constructor_arguments, json_text, load_built,
-)
-from .states import in_deployment, random_seeded
+from .states import in_deployment
 
 # %% ../nbs/10_two_stage.ipynb #10-006
 _HOLES, _DOTS, _SOFT, _RAIN = dict(blocks=2, size=(4, 10)), dict(amount=(0.02, 0.2)), dict(sigma=(0.7, 1.8)), dict(density=(0.01, 0.03))
@@ -192,6 +186,20 @@ class ConditionalDecoder(nn.Module):
 # %% ../nbs/10_two_stage.ipynb #10-018
 _RESIDUALS = dict(deployed=1, truth=1, learned=1, input=1, both=2, none=1, other=1)   # what e may be made of, and how many images that is
 
+def _vit_arguments(encoder):
+    "The arguments of ViTEncoder that build an encoder like this one."
+    dim, first = encoder.patch_embed.out_features, encoder.blocks[0]
+    return dict(
+        img_size=[encoder.patch*g for g in encoder.grid],
+        patch=encoder.patch,
+        dim=dim,
+        depth=len(encoder.blocks),
+        heads=first.attn.heads,
+        channels=encoder.channels,
+        cls_token=encoder.cls_token is not None,
+        mlp=(first.mlp.fc1.out_features + 0.5)/dim,          # dim*mlp is rounded down
+        drop_path=encoder.blocks[-1].drop_path.p)
+
 class TwoStageDMAE(nn.Module):
     "A restorer in two stages: forward(y (b, c, h, w), x=None) -> (x_hat, x_refined), not clipped; any size that the patch divides."
     def __init__(self,
@@ -244,6 +252,34 @@ class TwoStageDMAE(nn.Module):
 
     def extra_repr(self): return f'residual={self.residual!r}'
 
+    # for a file of the model, see the appendix `model_files`: these are kept in full precision,
+    exact = ('mean', 'std')
+
+    def made_of(self):
+        "What `from_made` builds the same model from; ValueError for one without a condition."
+        if self.residual_encoder is None:
+            raise ValueError('model has no residual encoder; expected a model with a condition')
+        parts = {k: constructor_arguments(getattr(self, k))
+                 for k in ('decoder1', 'decoder2', 'residual_encoder')}
+        stats = {k: getattr(self, k).flatten().tolist() for k in self.exact}
+        return dict(parts, encoder=_vit_arguments(self.encoder), residual=self.residual,
+                    share=self.share, **stats)
+
+    @classmethod
+    def from_made(cls, made):
+        "An untrained model from what `made_of` gave."
+        one, two = (ConditionalDecoder(**made[k]) for k in ('decoder1', 'decoder2'))
+        encoder, sees = ViTEncoder(**made['encoder']), ResidualEncoder(**made['residual_encoder'])
+        model = cls(encoder, one, two, sees, made['residual'], made['mean'], made['std'])
+        model.share = check_number(made['share'], 'share', 0, 1)
+        return model
+
+    def rehearsal(self):
+        "Both images of both ways through the model, for random pictures."
+        hw = [self.encoder.patch*k for k in self.encoder.grid]
+        x, y = torch.rand(2, 2, self.encoder.channels, *hw).to(self.mean)
+        return *self(y), *self(y, x)
+
     def seen(self, y, x_hat, x=None, r=None):  # images; r: the estimate of 'learned' -> (b, c or 2*c, h, w)
         "What the residual encoder is fed with."
         if self.residual == 'other' and len(y) < 2: raise ValueError("y holds one image; expected two or more where residual is 'other', the next image's")
@@ -283,7 +319,7 @@ def _grad_norm(value, last, name):
         raise ValueError(f'{name} has a gradient of {norm.item()} at last; expected a finite one')
     return norm
 
-def adaptive_weight(
+def gradient_balance(
     nll,            # a scalar: the reconstruction losses
     g,              # a scalar: the adversarial loss
     last,           # the weight of the last layer that both go through
@@ -321,7 +357,7 @@ class Adversary(Callback):
         try: g = -self.critic(fake).mean()
         finally:
             for p in learns: p.requires_grad_(True)
-        return self.weight*adaptive_weight(nll, g, last)*g
+        return self.weight*gradient_balance(nll, g, last)*g
     def after_step(self, learn):
         if self.pair is None:
             raise ValueError('adversary is among the callbacks, but the loss does not use it; '
@@ -428,104 +464,12 @@ def restore(
         out = tiled(last_image, planes, size, overlap, batch, tqdm if progress else None)
     return back(together(out.to(x)))
 
-# %% ../nbs/10_two_stage.ipynb #10-060
-def _vit_arguments(encoder):
-    "The arguments of ViTEncoder that build an encoder like this one."
-    dim, first = encoder.patch_embed.out_features, encoder.blocks[0]
-    return dict(
-        img_size=[encoder.patch*g for g in encoder.grid],
-        patch=encoder.patch,
-        dim=dim,
-        depth=len(encoder.blocks),
-        heads=first.attn.heads,
-        channels=encoder.channels,
-        cls_token=encoder.cls_token is not None,
-        mlp=(first.mlp.fc1.out_features + 0.5)/dim,          # dim*mlp is rounded down
-        drop_path=encoder.blocks[-1].drop_path.p)
-
-def _made_of(model):
-    "What `load_restorer` needs to build the same model again."
-    if model.residual_encoder is None:
-        raise ValueError('model has no residual encoder; expected a model with a condition')
-    return dict(
-        encoder=_vit_arguments(model.encoder),
-        decoder1=constructor_arguments(model.decoder1),
-        decoder2=constructor_arguments(model.decoder2),
-        residual_encoder=constructor_arguments(model.residual_encoder),
-        residual=model.residual,
-        share=model.share,
-        mean=model.mean.flatten().tolist(),
-        std=model.std.flatten().tolist())
-
-def _of_first_version(made):
-    "The same from a file that names the arguments of `dmae_tiny` and of `from_pretrained` instead."
-    dmae, two = made['dmae'], made['two']
-    encoder = {k: dmae[k] for k in ('img_size', 'patch', 'channels', 'dim', 'depth', 'heads')}
-    decoder = dict(
-        dim=dmae['dim'],
-        dec_dim=dmae['dec_dim'],
-        depth=dmae['dec_depth'],
-        heads=dmae['dec_heads'],
-        out=dmae['patch']**2*dmae['channels'])
-    seen = dmae['channels']*_RESIDUALS[two['residual']]
-    return dict(
-        encoder=encoder,
-        decoder1=decoder,
-        decoder2=dict(decoder, cond=two['cond'], place=two['place']),
-        residual_encoder=dict(channels=seen, dim=two['cond'], pool=two['pool'], norm=two['norm']),
-        residual=two['residual'],
-        share=1.0,
-        mean=made['mean'],
-        std=made['std'])
-
-def _restorer(made):
-    "The TwoStageDMAE that `_made_of` describes."
-    if 'dmae' in made: made = _of_first_version(made)
-    one, two = (ConditionalDecoder(**made[k]) for k in ('decoder1', 'decoder2'))
-    encoder, sees = ViTEncoder(**made['encoder']), ResidualEncoder(**made['residual_encoder'])
-    model = TwoStageDMAE(encoder, one, two, sees, made['residual'], made['mean'], made['std'])
-    model.share = check_number(made['share'], 'share', 0, 1)
-    return model
-
-def save_restorer(
-    model,        # a TwoStageDMAE with a residual encoder
-    path,         # of the file, .safetensors
-    **says,       # JSON to be kept with it: the task, its sigma, what it was trained on, what it scores
-):
-    """The weights in half precision, in one safetensors file that also says how to build the model
-    and what it is for. ValueError for a model that would not come back."""
-    made = json_text(_made_of(model), 'model')
-    info = dict(made_of=made, says=json_text(says, 'says'))
-    with random_seeded(0): again = _restorer(json.loads(made))
-    def run(m):
-        hw, g = [m.encoder.patch*k for k in m.encoder.grid], torch.Generator().manual_seed(0)
-        x, y = torch.rand(2, 2, m.encoder.channels, *hw, generator=g).to(m.mean)
-        return *m(y), *m(y, x)
-    check_rebuilt(model, again, run)
-    state = as_half({k: v for k, v in model.state_dict().items() if k not in _EXACT})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path, metadata=info)
-
-# of the state: in the file they are text, not rounded to half precision
-_EXACT = ('mean', 'std')
-
-def load_restorer(
-    path,   # of a file by `save_restorer`, or the name of weights that come with the library: see `restorers`
-):          # -> the model, in evaluation mode; what the file says of it
-    "A restorer from its file; nothing is unpickled. FileNotFoundError or ValueError names what is wrong."
-    file = restorers().get(str(path), Path(path))
-    if not file.is_file(): raise FileNotFoundError(f'{path} is neither a file nor one of the weights that come with the library: {", ".join(restorers())}')
-    model, _, says = load_built(file, 'made_of', _restorer, 'save_restorer', _EXACT)
-    return model, says
-
-def restorers() -> dict:  # name -> path
-    "The weights that come with the library."
-    return {p.stem: p for p in sorted((Path(restore_lib.__file__).parent/'weights').glob('*.safetensors'))}
-
 # %% ../nbs/10_two_stage.ipynb #10-069
+_KIND = 'two_stage.TwoStageDMAE'         # what the command restores with
+
 def _weights_for(task, sigma):
-    "The path of the weights for a task; ValueError says which there are."
-    have = {name: load_restorer(name)[1] for name in restorers()}
+    "The name of the weights for a task; ValueError says which there are."
+    have = {name: says for name, says in pretrained().items() if says['class'] == _KIND}
 
     def fits(says):
         level = says.get('sigma')
@@ -563,7 +507,7 @@ def _parser():
     add('--sigma', type=float, help=(
         'for denoise: the level of the noise, in grey levels of 0 to 255'))
     add('--weights', help=(
-        'a file by save_restorer, instead of the weights that come with the library'))
+        'a file by save_model, instead of the weights that come with the library'))
     add('--quiet', action='store_true', help='no progress bar')
     return parser
 
@@ -576,7 +520,7 @@ def restore_image(
 
     def prepare(say):
         sigma = None if a.sigma is None else check_number(a.sigma, '--sigma', 0)
-        model, says = load_restorer(a.weights or _weights_for(a.task or 'denoise', sigma))
+        model, says = load_model(a.weights or _weights_for(a.task or 'denoise', sigma), _KIND)
         _check_words(a.task, sigma, says)
         task, level = says.get('task', '?'), says.get('sigma')
         size = model.encoder.grid[0]*model.encoder.patch

@@ -723,20 +723,6 @@ def test_made_of_a_mae_it_has_its_statistics_and_state():
     assert model.norm_pix_loss is False
 
 
-def test_weights_that_come_with_the_library_still_load():
-    "Files from before the statistics were part of a state: they hold them beside it."
-    from restore_lib.two_stage import load_restorer, restorers
-
-    for name in restorers():
-        model, says = load_restorer(name)
-        x = torch.rand(1, model.encoder.channels, 32, 32, generator=gen())
-        assert (
-            says['task']
-            and model.mean.flatten().tolist() == [0.5]
-            and torch.isfinite(model(x)[1]).all()
-        )
-
-
 # certificates -------------------------------------------------------------------------------------
 
 

@@ -144,9 +144,9 @@ def test_bad_encoders():
 
 
 def test_dmae_features_are_those_of_lesson_10():
-    from restore_lib.two_stage import load_restorer
+    from restore_lib.model_files import load_model
 
-    fn, model = dmae_features(), load_restorer('mixed')[0]
+    fn, model = dmae_features(), load_model('mixed')[0]
     assert fn.name == 'DMAE features' and all(
         torch.equal(v, fn.trunk.vit.state_dict()[k]) for k, v in model.encoder.state_dict().items()
     )
@@ -156,12 +156,12 @@ def test_dmae_features_are_those_of_lesson_10():
 
 
 def test_dmae_features_take_the_models_statistics(monkeypatch):
-    from restore_lib.two_stage import load_restorer
+    from restore_lib.model_files import load_model
 
-    model = load_restorer('mixed')[0]
+    model = load_model('mixed')[0]
     model.mean.fill_(0.3)
     model.std.fill_(0.2)
-    monkeypatch.setattr(P, 'load_restorer', lambda name: (model, {}))
+    monkeypatch.setattr(P, 'load_model', lambda name: (model, {}))
     fn = dmae_features()
     assert (fn.mean.item(), fn.std.item()) == pytest.approx((0.3, 0.2))
 

@@ -27,15 +27,14 @@ from restore_lib.degrade import bicubic_up
 from restore_lib.diffusion import Loss, ResidualShift
 from restore_lib.learner import Callback
 from restore_lib.metrics import psnr
+from restore_lib.model_files import load_model, save_model
 from restore_lib.superres import (
     Buckets,
     LatentSR,
     SRConfig,
     SRLoss,
     detail_scores,
-    load_sr,
     make_sr,
-    save_sr,
     sr_learner,
     sr_pairs,
     superres_image,
@@ -695,7 +694,7 @@ def test_two_processes(tmp_path, folder):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count('trained') == done.stdout.count('two.safetensors: 2 steps') == 1
-    model, says = load_sr(tmp_path / 'two.safetensors')
+    model, says = load_model(tmp_path / 'two.safetensors')
     assert (
         says['data'] == folder.name
         and superresolve(model, torch.rand(8, 8)).shape == (32, 32)
@@ -1268,10 +1267,10 @@ def halved(model):
 @pytest.mark.parametrize('name', CODECS)
 def test_round_trip(tmp_path, name, c):
     model = awake(codec=name, channels=c, gains='residual', codec_steps=3)
-    save_sr(
+    save_model(
         model, tmp_path / 'new' / 'a.safetensors', data='toy', scores=[1, 2.5], nested={'a': None}
     )
-    back, says = load_sr(tmp_path / 'new' / 'a.safetensors')
+    back, says = load_model(tmp_path / 'new' / 'a.safetensors')
     y = torch.rand(1, c, 8, 8)
     assert (
         says == dict(data='toy', scores=[1, 2.5], nested={'a': None})
@@ -1307,8 +1306,8 @@ def test_round_trip(tmp_path, name, c):
 def test_the_config_is_kept(tmp_path, kw):
     model = awake(**kw)
     for name in 'ab':  # a loaded model can be saved again
-        save_sr(model, tmp_path / f'{name}.safetensors')
-        back, _ = load_sr(tmp_path / f'{name}.safetensors')
+        save_model(model, tmp_path / f'{name}.safetensors')
+        back, _ = load_model(tmp_path / f'{name}.safetensors')
         assert back.config == model.config and (back.process is None) == (model.process is None)
         if model.process:
             assert (
@@ -1324,7 +1323,7 @@ def test_the_config_is_kept(tmp_path, kw):
 def test_saving_leaves_the_model(tmp_path):
     model = awake().train()
     was = held(model)
-    save_sr(model, tmp_path / 'a.safetensors')
+    save_model(model, tmp_path / 'a.safetensors')
     assert (
         same(held(model), was)
         and model.training
@@ -1334,42 +1333,42 @@ def test_saving_leaves_the_model(tmp_path):
 
 def test_a_cascade_is_not_saved_whole(tmp_path):
     with pytest.raises(ValueError, match='before'):
-        save_sr(fresh(fresh()), tmp_path / 'a.safetensors')
+        save_model(fresh(fresh()), tmp_path / 'a.safetensors')
     assert not list(tmp_path.iterdir())
 
 
 def spoil(path, how):
-    "A file by save_sr with other metadata."
+    "A file by save_model with other metadata."
     from safetensors import safe_open
 
     with safe_open(path, 'pt') as f:
         info = f.metadata()
-    made = json.loads(info['superres'])
+    made = json.loads(info['made_of'])
     other = dict(
-        says=lambda: dict(superres=info['superres']),
-        text=lambda: info | dict(superres='{'),
-        list=lambda: info | dict(superres='[]'),
-        empty=lambda: info | dict(superres='{}'),
-        std=lambda: info | dict(superres=json.dumps(dict(config=made['config']))),
+        says=lambda: {k: v for k, v in info.items() if k != 'says'},
+        text=lambda: info | dict(made_of='{'),
+        list=lambda: info | dict(made_of='[]'),
+        empty=lambda: info | dict(made_of='{}'),
+        std=lambda: info | dict(made_of=json.dumps(dict(config=made['config']))),
         foreign=lambda: dict(made_of='{}', says='{}'),
         name=lambda: (
-            info | dict(superres=json.dumps(made | dict(config=made['config'] | dict(depth=3))))
+            info | dict(made_of=json.dumps(made | dict(config=made['config'] | dict(depth=3))))
         ),
         option=lambda: (
             info
             | dict(
-                superres=json.dumps(
+                made_of=json.dumps(
                     made | dict(config=made['config'] | dict(net_options=dict(deep=3)))
                 )
             )
         ),
         codec=lambda: (
-            info | dict(superres=json.dumps(made | dict(config=made['config'] | dict(codec='ll'))))
+            info | dict(made_of=json.dumps(made | dict(config=made['config'] | dict(codec='ll'))))
         ),
         process=lambda: (
             info
             | dict(
-                superres=json.dumps(
+                made_of=json.dumps(
                     made | dict(config=made['config'] | dict(process=dict(predicts='noise')))
                 )
             )
@@ -1382,7 +1381,7 @@ def spoil(path, how):
 def saved(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('saved') / 'model.safetensors'
-    save_sr(model_of(), path, data='toy')
+    save_model(model_of(), path, data='toy')
     return path
 
 
@@ -1394,7 +1393,7 @@ def test_foreign_files(saved, tmp_path, how):
     path.write_bytes(saved.read_bytes())
     spoil(path, how)
     with pytest.raises(ValueError) as caught:
-        load_sr(path)
+        load_model(path)
     assert how in ('codec', 'process') or str(path) in str(caught.value)
 
 
@@ -1402,19 +1401,19 @@ def test_foreign_files(saved, tmp_path, how):
 def test_damaged_files(saved, tmp_path, cut):
     (tmp_path / 'half.safetensors').write_bytes(saved.read_bytes()[:cut])
     with pytest.raises(ValueError, match='half.safetensors is no safetensors file'):
-        load_sr(tmp_path / 'half.safetensors')
+        load_model(tmp_path / 'half.safetensors')
 
 
 def test_no_file_and_no_pickle(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'):
-        load_sr(tmp_path / 'nowhere.safetensors')
+        load_model(tmp_path / 'nowhere.safetensors')
     with pytest.raises(FileNotFoundError):
-        load_sr(tmp_path)
+        load_model(tmp_path)
     torch.save(dict(a=torch.ones(1)), tmp_path / 'b.safetensors')
     with pytest.raises(ValueError, match='no safetensors file'):
-        load_sr(tmp_path / 'b.safetensors')
+        load_model(tmp_path / 'b.safetensors')
     model = awake()
-    save_sr(model, tmp_path / 'c.safetensors')
+    save_model(model, tmp_path / 'c.safetensors')
     state = load_file(tmp_path / 'c.safetensors')
     from safetensors import safe_open
 
@@ -1423,7 +1422,7 @@ def test_no_file_and_no_pickle(tmp_path):
     state.pop('net.last.2.weight')
     save_file(state, tmp_path / 'c.safetensors', metadata=info)
     with pytest.raises(ValueError, match='net.last.2.weight'):
-        load_sr(tmp_path / 'c.safetensors')
+        load_model(tmp_path / 'c.safetensors')
 
 
 # the commands -------------------------------------------------------------------------------------
@@ -1457,7 +1456,7 @@ def test_train_from_large_pictures(shell, folder):
         and 'new/a.safetensors: 2 steps' in out
         and 'PSNR, 1 step' in out
     )
-    model, says = load_sr('new/a.safetensors')
+    model, says = load_model('new/a.safetensors')
     assert (
         says['data'] == folder.name
         and says['PSNR, 1 step'] > 10
@@ -1539,7 +1538,7 @@ def test_train_with_other_words(shell, folder, words):
         *words,
     )
     assert code == 0, err
-    made = asdict(load_sr('a.safetensors')[0].config)
+    made = asdict(load_model('a.safetensors')[0].config)
     assert all(str(made.get(k[2:], v)) == str(v) for k, v in zip(words[::2], words[1::2]))
 
 
@@ -1565,7 +1564,7 @@ def test_train_from_pairs(shell, tmp_path):
             *SMALL,
         )[0]
         == 0
-        and load_sr('a.safetensors')[1]['data'] == 'pairs'
+        and load_model('a.safetensors')[1]['data'] == 'pairs'
     )
 
 
@@ -1627,7 +1626,7 @@ def test_enlarge_from_the_shell(shell, saved, mode):
     )
     with Image.open('out.png') as got:
         assert got.mode == MODES[mode] and np.array_equal(
-            np.asarray(got), np.asarray(superresolve(load_sr(saved)[0], 'in.png', 2, 3))
+            np.asarray(got), np.asarray(superresolve(load_model(saved)[0], 'in.png', 2, 3))
         )
 
 
@@ -1713,7 +1712,7 @@ def test_deep_grey_to_a_format_of_eight_bits(shell, saved, ending):
     Image.fromarray(np.full((11, 14), 32896, np.uint16)).save('in.png')
     code, out, err = shell(superres_image, 'in.png', f'out.{ending}', '--weights', saved)
     assert code == 0 and err.count('keeps 8 bits of grey, not 16') == 1
-    want = np.asarray(superresolve(load_sr(saved)[0], 'in.png')) / 257
+    want = np.asarray(superresolve(load_model(saved)[0], 'in.png')) / 257
     with Image.open(f'out.{ending}') as got:
         assert abs(np.asarray(got.convert('L')) - want).mean() < 4 and 60 < want.mean() < 200
 
@@ -1763,7 +1762,7 @@ def test_frames_profile_and_resolution_of_an_enlarged_image(shell, saved):
         )
         assert [round(v) for v in got.info['dpi']] == [300, 300]
     with Image.open('in.png') as image:
-        assert superresolve(load_sr(saved)[0], image).size == (44, 56)
+        assert superresolve(load_model(saved)[0], image).size == (44, 56)
     frames = [picture('L'), picture('L').rotate(180)]
     frames[0].save('many.gif', save_all=True, append_images=frames[1:])
     code, out, err = shell(superres_image, 'many.gif', 'no.png', '--weights', saved)
@@ -1794,7 +1793,7 @@ def test_validation_sets_are_told_apart(shell, folder, tmp_path):
         first[0] == second[0] == again[0] == 0 and 'loaded' in again[1] and 'trained' in second[1]
     )
     assert score_of(first[1]) == score_of(again[1]) != score_of(second[1])
-    model, says = load_sr('b.safetensors')
+    model, says = load_model('b.safetensors')
     assert same(
         load_file('a.safetensors'), load_file('b.safetensors')
     ) and f"{says['PSNR, 1 step']:.2f}" == score_of(second[1])
@@ -1911,13 +1910,13 @@ def test_a_loss_that_is_no_number_is_a_message(shell, folder, monkeypatch):
 
 def test_a_model_that_cannot_be_saved_leaves_the_old_one(shell, folder, monkeypatch):
     Path('a.safetensors').write_text('old')
-    save = S.save_sr
+    save = S.save_model
 
     def full(model, path, **says):
         save(model, path, **says)
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(S, 'save_sr', full)
+    monkeypatch.setattr(S, 'save_model', full)
     code, out, err = shell(
         train_superres, '--data', folder, '--out', 'a.safetensors', '--quiet', *SMALL
     )
@@ -2144,8 +2143,8 @@ KNOBS = [
 @pytest.mark.parametrize('kw', KNOBS)
 def test_every_knob_comes_back(tmp_path, kw):
     model = exact(awake(**kw))
-    save_sr(model, tmp_path / 'a.safetensors')
-    back, _ = load_sr(tmp_path / 'a.safetensors')
+    save_model(model, tmp_path / 'a.safetensors')
+    back, _ = load_model(tmp_path / 'a.safetensors')
     y = torch.rand(1, model.codec.channels, 8, 8)
     for steps in (1, 3):
         assert torch.equal(superresolve(back, y, steps), superresolve(model, y, steps))
@@ -2158,28 +2157,24 @@ def test_a_swapped_wavelet_comes_back(tmp_path, wavelet):
 
     for model in (exact(awake()), exact(awake(codec='full', codec_options=dict(level=1)))):
         swapped = swap_wavelet(model, wavelet)
-        save_sr(swapped, tmp_path / 'a.safetensors')
-        back, y = load_sr(tmp_path / 'a.safetensors')[0], torch.rand(1, 1, 8, 8)
+        save_model(swapped, tmp_path / 'a.safetensors')
+        back, y = load_model(tmp_path / 'a.safetensors')[0], torch.rand(1, 1, 8, 8)
         assert torch.equal(superresolve(back, y, 2), superresolve(swapped, y, 2)) and close(
             superresolve(back, y, 2), superresolve(model, y, 2), 1e-5
         ) == (wavelet == 'haar')
 
 
-def test_files_of_the_first_version_load(tmp_path):
-    from safetensors import safe_open
+def test_files_of_older_formats_are_named(saved, tmp_path):
+    path = tmp_path / 'a.safetensors'
+    save_file(load_file(saved), path, metadata=dict(superres='{}', says='{}'))
+    with pytest.raises(ValueError, match='a.safetensors is of an older format.*save .* again'):
+        load_model(path)
 
-    model, path = (
-        exact(awake(codec='ll', codec_options=dict(level=1, wavelet='db2'))),
-        tmp_path / 'a.safetensors',
-    )
-    save_sr(model, path)
-    with safe_open(path, 'pt') as f:
-        info = f.metadata()
-    made = json.loads(info['superres'])
-    made.pop('codec', None)
-    save_file(load_file(path), path, metadata=info | dict(superres=json.dumps(made)))
-    y = torch.rand(1, 1, 8, 8)
-    assert torch.equal(superresolve(load_sr(path)[0], y, 2), superresolve(model, y, 2))
+
+def test_weights_of_another_class(shell, saved):
+    picture('RGB').save('in.png')
+    code, _, err = shell(superres_image, 'in.png', 'out.png', '--weights', 'denoise')
+    assert code == 2 and 'holds a two_stage.TwoStageDMAE; expected a superres.LatentSR' in err
 
 
 def test_what_was_changed_by_hand_is_not_saved(tmp_path):
@@ -2199,13 +2194,13 @@ def test_what_was_changed_by_hand_is_not_saved(tmp_path):
         (other, 'the codec is Mine; expected one of'),
     ):
         with pytest.raises(ValueError, match=says):
-            save_sr(model, tmp_path / 'a.safetensors')
+            save_model(model, tmp_path / 'a.safetensors')
     with pytest.raises(ValueError, match='no configuration'):
-        save_sr(LatentSR(make_codec('packet'), nn.Identity()), tmp_path / 'a.safetensors')
+        save_model(LatentSR(make_codec('packet'), nn.Identity()), tmp_path / 'a.safetensors')
     large = awake()
     large.net.last[-1].bias.data[0] = 1e5
     with pytest.raises(ValueError, match='net.last.2.bias holds numbers beyond 65504'):
-        save_sr(large, tmp_path / 'a.safetensors')
+        save_model(large, tmp_path / 'a.safetensors')
     assert not list(tmp_path.iterdir())
 
 
@@ -2219,8 +2214,8 @@ def test_making_saving_and_loading_leave_the_callers_random_state(tmp_path):
     )
     was = states()
     model = make_sr(config(codec='hybrid'), pairs())
-    save_sr(model, tmp_path / 'a.safetensors')
-    load_sr(tmp_path / 'a.safetensors')
+    save_model(model, tmp_path / 'a.safetensors')
+    load_model(tmp_path / 'a.safetensors')
     assert states() == was
     assert same(
         held(model), held(make_sr(config(codec='hybrid'), pairs()))
@@ -2253,7 +2248,7 @@ def changed(saved, path, change):
 
     with safe_open(saved, 'pt') as f:
         info = f.metadata()
-    made = json.loads(info['superres'])
+    made = json.loads(info['made_of'])
     if isinstance(change, dict):
         config = change.get('config', {})
         made |= {k: v for k, v in change.items() if k != 'config'} | dict(
@@ -2261,7 +2256,7 @@ def changed(saved, path, change):
         )
     else:
         made = change
-    save_file(load_file(saved), path, metadata=info | dict(superres=json.dumps(made)))
+    save_file(load_file(saved), path, metadata=info | dict(made_of=json.dumps(made)))
     return path
 
 
@@ -2269,9 +2264,9 @@ def changed(saved, path, change):
 def test_metadata_of_the_wrong_kind(saved, tmp_path, name):
     with pytest.raises(
         ValueError,
-        match='a.safetensors does not say how its model is built .*expected a file by save_sr',
+        match='a.safetensors does not say how its model is built .*expected a file by save_model',
     ):
-        load_sr(changed(saved, tmp_path / 'a.safetensors', WRONG[name]))
+        load_model(changed(saved, tmp_path / 'a.safetensors', WRONG[name]))
 
 
 def test_what_a_file_says_is_a_dict(saved, tmp_path):
@@ -2282,7 +2277,7 @@ def test_what_a_file_says_is_a_dict(saved, tmp_path):
     for says in ('[]', 'null', '3', '"x"'):
         save_file(load_file(saved), tmp_path / 'a.safetensors', metadata=info | dict(says=says))
         with pytest.raises(ValueError, match='does not say'):
-            load_sr(tmp_path / 'a.safetensors')
+            load_model(tmp_path / 'a.safetensors')
 
 
 def test_shapes_are_compared_before_memory_is_asked_for(saved, tmp_path):
@@ -2295,7 +2290,7 @@ def test_shapes_are_compared_before_memory_is_asked_for(saved, tmp_path):
 
     def load():
         with pytest.raises(ValueError, match='copied'):
-            load_sr(path)
+            load_model(path)
 
     assert peak_memory(load) < 5e6
 
@@ -2311,7 +2306,7 @@ def test_a_file_with_more_than_its_model(saved, tmp_path):
     with pytest.raises(
         ValueError, match="holds 'extra', which the model that it describes does not have"
     ):
-        load_sr(path)
+        load_model(path)
 
 
 # memory -------------------------------------------------------------------------------------------
@@ -2429,8 +2424,8 @@ def test_numpy_numbers_are_numbers(tmp_path):
     )
     model = make_sr(c, pairs())
     assert same(held(model), held(make_sr(plain, pairs())))
-    save_sr(model, tmp_path / 'a.safetensors', psnr=r(1.5))
-    assert load_sr(tmp_path / 'a.safetensors')[0].config == plain
+    save_model(model, tmp_path / 'a.safetensors', psnr=r(1.5))
+    assert load_model(tmp_path / 'a.safetensors')[0].config == plain
     y = torch.rand(1, 1, 24, 24)
     assert torch.equal(
         superresolve(model, y, i(2), i(1), i(16), i(8), i(2), r(1)),
@@ -2486,7 +2481,7 @@ def test_a_configuration_names_what_makes_no_sense(name, value):
     ],
 )
 def test_a_configuration_names_what_is_no_number(name, value):
-    with pytest.raises(TypeError, match=f'^{name} '):
+    with pytest.raises(TypeError, match=rf'^{name}\b'):
         config(**{name: value})
 
 

@@ -1,7 +1,7 @@
 """What lesson 10 does not teach: formulas derived anew, gradients, resumed runs, which truth is
 read, seams, every kind of picture, bad input, the command."""
 
-import copy, importlib, inspect, json, os, pickle, re, shutil, tomllib
+import copy, importlib, inspect, json, os, pickle, re, shutil
 from configparser import ConfigParser
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,20 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
+from restore_lib import model_files
 from restore_lib import two_stage as T
 from restore_lib.audit import reads_truth
 from restore_lib.tracer import audit_gradient
 from restore_lib.dmae import DMAE, denoise
 from restore_lib.learner import Callback
 from restore_lib.metrics import psnr
+from restore_lib.model_files import load_model, pretrained, save_model
 from restore_lib.patching import Block, sincos_pos_embed
 from restore_lib.image_files import tiled
 from restore_lib.two_stage import (
     Adversary, ConditionalBlock, ConditionalDecoder, Degradation, FiLM, PatchCritic,
-    ResidualEncoder, ShareSchedule, TwoStageDMAE, adaptive_weight, first_stage_learner,
-    first_stage_loss, fourier_residual, load_restorer, restore, restore_image, restorers,
-    save_restorer, two_stage_learner, two_stage_loss,
+    ResidualEncoder, ShareSchedule, TwoStageDMAE, gradient_balance, first_stage_learner,
+    first_stage_loss, fourier_residual, restore, restore_image, two_stage_learner, two_stage_loss,
 )
 
 SIZES = dict(img_size=16, patch=4, dim=32, depth=1, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
@@ -602,18 +603,18 @@ def test_fourier_residual():
 def test_adaptive_weight():
     w = torch.randn(4, 3, requires_grad=True)
     a, b = torch.randn(4, 3), torch.randn(4, 3)
-    out = adaptive_weight((a * w).sum(), (b * w).sum(), w)
+    out = gradient_balance((a * w).sum(), (b * w).sum(), w)
     assert (
         out.item() == pytest.approx((a.norm() / (b.norm() + 1e-4)).item(), rel=1e-5)
         and not out.requires_grad
         and w.grad is None
     )
     assert (
-        adaptive_weight((a * w).sum(), (b * w).sum() * 0, w) == 1e4
-        and adaptive_weight((a * w).sum(), (b * w).sum() * 1e-9, w, most=7.0) == 7
+        gradient_balance((a * w).sum(), (b * w).sum() * 0, w) == 1e4
+        and gradient_balance((a * w).sum(), (b * w).sum() * 1e-9, w, most=7.0) == 7
     )
     g = (b * w).sum()
-    assert adaptive_weight((a * w).sum(), g, w) > 0 and torch.autograd.grad(g, w)[0].equal(
+    assert gradient_balance((a * w).sum(), g, w) > 0 and torch.autograd.grad(g, w)[0].equal(
         b
     )  # the graph is still there
 
@@ -641,7 +642,7 @@ def test_the_restorers_step_is_not_the_critics():
     x_hat, refined = model(y)
     last, nll = model.decoder2.decoder_pred.weight, F.mse_loss(refined, x)
     g = -adv.critic(refined).mean()
-    wanted = 0.3 * adaptive_weight(nll, g, last) * g
+    wanted = 0.3 * gradient_balance(nll, g, last) * g
     terms = two_stage_loss(model, (y, x), lam=0.0, adversary=adv)
     assert terms['adversary'].item() == pytest.approx(wanted.item(), rel=1e-3)
     pull = lambda v: torch.autograd.grad(v, last, retain_graph=True)[0].norm().item()
@@ -1424,10 +1425,10 @@ def test_save_and_load(tmp_path, kw, own):
             m.running_var.uniform_(0.5, 2.0)
             m.num_batches_tracked.fill_(7)
     before = held(model)
-    save_restorer(
+    save_model(
         model, tmp_path / 'new' / 'a.safetensors', task='denoise', sigma=25 / 255, psnr=[1, None]
     )
-    back, says = load_restorer(tmp_path / 'new' / 'a.safetensors')
+    back, says = load_model(tmp_path / 'new' / 'a.safetensors')
     assert (
         says == dict(task='denoise', sigma=25 / 255, psnr=[1, None])
         and same(held(model), before)
@@ -1465,72 +1466,17 @@ def test_save_and_load(tmp_path, kw, own):
 
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match='no residual encoder'):
-        save_restorer(fresh(conditional=False), tmp_path / 'a.safetensors')
+        save_model(fresh(conditional=False), tmp_path / 'a.safetensors')
     assert not list(tmp_path.iterdir())
 
 
 def file_of(model, path, meta=None, state=None):
-    "A file by save_restorer with something else in it."
-    save_restorer(model, path, task='denoise', sigma=25 / 255)
+    "A file by save_model with something else in it."
+    save_model(model, path, task='denoise', sigma=25 / 255)
     with safe_open(path, 'pt') as f:
         info, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
     save_file(state(tensors) if state else tensors, path, metadata=meta(info) if meta else info)
     return path
-
-
-@pytest.mark.parametrize(
-    'meta, state, says',
-    [
-        (lambda m: None, None, 'does not say how'),
-        (lambda m: dict(other='x'), None, 'does not say how'),
-        (None, lambda t: {k: v for k, v in t.items() if 'film' not in k}, 'copied .* of .*film'),
-        (None, lambda t: {k: v[:1].clone() for k, v in t.items()}, 'copied'),
-        (lambda m: dict(m, made_of='{'), None, 'a.safetensors'),
-        (lambda m: dict(m, made_of='{}'), None, 'a.safetensors'),
-        (lambda m: dict(made_of=m['made_of']), None, 'a.safetensors'),
-    ],
-)
-def test_files_that_are_not_save_restorers(tmp_path, meta, state, says):
-    with pytest.raises(ValueError, match=says):
-        load_restorer(file_of(fresh(), tmp_path / 'a.safetensors', meta, state))
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (open, (self.path, 'w'))
-
-
-def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    torch.save(dict(a=Payload(tmp_path / 'ran')), tmp_path / 'a.safetensors')
-    (tmp_path / 'b.safetensors').write_bytes(pickle.dumps(Payload(tmp_path / 'ran')))
-    (tmp_path / 'c.safetensors').write_bytes(b'')
-    for name in 'abc':
-        with pytest.raises(ValueError, match=f'{name}.safetensors is no safetensors file'):
-            load_restorer(tmp_path / f'{name}.safetensors')
-    assert not (tmp_path / 'ran').exists()
-    save_restorer(fresh(), tmp_path / 'd.safetensors')
-
-    def never(*a, **kw):
-        raise AssertionError('unpickled')
-
-    for where, what in (
-        (torch, 'load'),
-        (pickle, 'load'),
-        (pickle, 'loads'),
-        (pickle, 'Unpickler'),
-    ):
-        monkeypatch.setattr(where, what, never)
-    load_restorer(tmp_path / 'd.safetensors')
-
-
-def test_missing_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere'):
-        load_restorer(tmp_path / 'nowhere.safetensors')
-    with pytest.raises((ValueError, OSError)):
-        load_restorer(tmp_path)
 
 
 # the command --------------------------------------------------------------------------------------
@@ -1544,7 +1490,7 @@ def trained(tmp_path_factory):
         ('noise', dict(task='denoise', sigma=25 / 255)),
         ('rain', dict(task='rain')),
     ):
-        save_restorer(awake(dmae(channels=1)), folder / f'{name}.safetensors', **says)
+        save_model(awake(dmae(channels=1)), folder / f'{name}.safetensors', **says)
     return folder
 
 
@@ -1554,7 +1500,9 @@ def shell(trained, tmp_path, monkeypatch, capsys):
     gives exit status and what was said."""
     shutil.copytree(trained, tmp_path / 'weights')
     monkeypatch.setattr(
-        T, 'restorers', lambda: {p.stem: p for p in sorted((tmp_path / 'weights').glob('*'))}
+        model_files,
+        'pretrained_files',
+        lambda: {p.stem: p for p in sorted((tmp_path / 'weights').glob('*'))},
     )
     monkeypatch.chdir(tmp_path)
     picture('RGB', (37, 50)).save('in.png')
@@ -1579,7 +1527,7 @@ def test_a_photograph_from_the_shell(shell, mode):
             np.asarray(out),
             np.asarray(
                 restore(
-                    load_restorer('weights/noise.safetensors')[0],
+                    load_model('weights/noise.safetensors')[0],
                     'in.png',
                     size=16,
                     overlap=8,
@@ -1721,7 +1669,7 @@ def test_deep_grey_to_a_format_of_eight_bits(shell, ending):
     code, said = shell('in.png', f'out.{ending}', '--quiet')
     assert code == 0 and said.count('keeps 8 bits of grey, not 16') == 1
     want = (
-        np.asarray(restore(load_restorer('noise')[0], 'in.png', size=16, overlap=8, progress=False))
+        np.asarray(restore(load_model('noise')[0], 'in.png', size=16, overlap=8, progress=False))
         / 257
     )
     with Image.open(f'out.{ending}') as out:
@@ -1857,7 +1805,7 @@ def test_weights_for_what_was_asked(shell):
 
 
 def test_a_result_that_is_no_number(shell, monkeypatch):
-    save_restorer(awake(dmae(channels=1)), 'nan.safetensors', task='denoise')
+    save_model(awake(dmae(channels=1)), 'nan.safetensors', task='denoise')
     forward = TwoStageDMAE.forward
     monkeypatch.setattr(
         TwoStageDMAE,
@@ -1897,15 +1845,20 @@ def test_numbers_of_restore():
 
 # the weights that come with the library -----------------------------------------------------------
 
-WEIGHTS = ROOT / 'restore_lib' / 'weights'
-shipped = pytest.mark.skipif(
-    not WEIGHTS.exists(),
-    reason='restore_lib/weights does not exist: lesson 10 has trained no weights yet',
-)
+
+
+def test_no_shipped_weights_read_the_truth():
+    for name, says in pretrained().items():
+        if says['class'] != 'two_stage.TwoStageDMAE':
+            continue
+        model = load_model(name)[0]
+        size = 2, model.encoder.channels, 32, 32
+        assert says['task'] in TASKS and not reads_truth(model, torch.rand(size), torch.rand(size))
+        assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5]
 
 
 def test_without_weights_the_command_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(T, 'restorers', dict)
+    monkeypatch.setattr(model_files, 'pretrained_files', dict)
     picture('L').save(tmp_path / 'in.png')
     assert restore_image([str(tmp_path / 'in.png'), str(tmp_path / 'out.png')]) == 2
     said = capsys.readouterr()
@@ -1915,39 +1868,6 @@ def test_without_weights_the_command_says_so(monkeypatch, tmp_path, capsys):
     )
 
 
-@shipped
-def test_shipped_weights_are_small_and_load():
-    have = restorers()
-    assert 'denoise' in have and sum(p.stat().st_size for p in have.values()) <= 3 * 2**20
-    for name, path in have.items():
-        model, says = load_restorer(name)
-        assert (
-            path.parent == WEIGHTS
-            and says['task'] in TASKS
-            and all(torch.isfinite(p).all() for p in model.parameters())
-        )
-        assert not reads_truth(
-            lambda y: model.float()(y),
-            torch.rand(2, model.encoder.channels, 32, 32),
-            torch.rand(2, model.encoder.channels, 32, 32),
-        )
-
-
-@shipped
-def test_shipped_weights_are_installed_too():
-    "Not only where the library is worked on."
-    patterns = (
-        tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']['setuptools']
-        .get('package-data', {})
-        .get('restore_lib', [])
-    )
-    assert all(
-        any(p.relative_to(WEIGHTS.parent).match(pattern) for pattern in patterns)
-        for p in restorers().values()
-    ), patterns
-
-
-@shipped
 def test_shipped_weights_restore_a_photograph(tmp_path):
     "scikit-image's cameraman, which no lesson trains on: at least 6 dB, the same from the shell."
     from restore_lib.data import photos
@@ -1955,7 +1875,7 @@ def test_shipped_weights_restore_a_photograph(tmp_path):
     x = photos('test', 1)['camera'][:, 100:228, 180:308]
     y = x + 25 / 255 * torch.randn(x.shape, generator=gen())
     score = lambda v: psnr(v.clamp(0, 1)[None], x[None]).item()
-    model, says = load_restorer('denoise')
+    model, says = load_model('denoise')
     assert says['task'] == 'denoise' and score(quiet(model, y)) > score(y) + 6
     grey = lambda v: Image.fromarray((v[0].clamp(0, 1) * 255).round().byte().numpy())
     grey(y).save(tmp_path / 'in.png')
@@ -2030,8 +1950,8 @@ def test_every_knob_comes_back(tmp_path, knob, value, own, place):
     )
     if model.residual == 'truth':
         model.share = 0.25
-    save_restorer(model, tmp_path / 'a.safetensors')
-    back, _ = load_restorer(tmp_path / 'a.safetensors')
+    save_model(model, tmp_path / 'a.safetensors')
+    back, _ = load_model(tmp_path / 'a.safetensors')
     y, x = torch.rand(2, 2, model.encoder.channels, 16, 24)
     with torch.no_grad():
         for given in ((y,), (y, x)):
@@ -2047,7 +1967,7 @@ def test_no_knob_is_forgotten():
     names = lambda kind: {
         k for k, p in inspect.signature(kind).parameters.items() if p.kind is not p.VAR_KEYWORD
     }
-    made = T._made_of(fresh(conditional=True))
+    made = fresh(conditional=True).made_of()
     assert (
         made.keys() == names(TwoStageDMAE) | {'share'}
         and made['encoder'].keys() == names(ViTEncoder)
@@ -2072,10 +1992,10 @@ def test_parts_that_are_no_dmaes_own(tmp_path):
         ResidualEncoder(1, 8, None, 'batch', 16),
     )
     model = rounded(shake(TwoStageDMAE(enc, *parts, mean=0.2, std=0.3)))
-    save_restorer(model, tmp_path / 'a.safetensors')
+    save_model(model, tmp_path / 'a.safetensors')
     y = torch.rand(2, 1, 16, 24)
     assert all(
-        torch.equal(a, b) for a, b in zip(load_restorer(tmp_path / 'a.safetensors')[0](y), model(y))
+        torch.equal(a, b) for a, b in zip(load_model(tmp_path / 'a.safetensors')[0](y), model(y))
     )
 
 
@@ -2086,43 +2006,31 @@ def test_what_was_changed_by_hand_is_not_saved(tmp_path):
     heads.residual_encoder.linear = nn.Linear(128, 8, bias=False)
     for model in (one, other, heads):
         with pytest.raises(ValueError, match='changed by hand'):
-            save_restorer(model, tmp_path / 'a.safetensors')
+            save_model(model, tmp_path / 'a.safetensors')
     large, nan = awake(), awake()
     large.decoder1.decoder_pred.bias.data[0], nan.decoder1.decoder_pred.bias.data[0] = (
         1e5,
         float('nan'),
     )
     with pytest.raises(ValueError, match='decoder1.decoder_pred.bias holds numbers beyond 65504'):
-        save_restorer(large, tmp_path / 'a.safetensors')
+        save_model(large, tmp_path / 'a.safetensors')
     with pytest.raises(
         ValueError, match='decoder1.decoder_pred.bias of the model holds values that are NaN'
     ):
-        save_restorer(nan, tmp_path / 'a.safetensors')
-    with pytest.raises(TypeError, match='says holds set'):
-        save_restorer(awake(), tmp_path / 'a.safetensors', tasks={1})
+        save_model(nan, tmp_path / 'a.safetensors')
+    with pytest.raises(TypeError, match=r"says\['tasks'\] is set"):
+        save_model(awake(), tmp_path / 'a.safetensors', tasks={1})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_model_in_double_precision(tmp_path):
     model = awake().double()
-    save_restorer(model, tmp_path / 'a.safetensors')
+    save_model(model, tmp_path / 'a.safetensors')
     assert close(
-        load_restorer(tmp_path / 'a.safetensors')[0](y := torch.rand(1, 3, 16, 16))[1],
+        load_model(tmp_path / 'a.safetensors')[0](y := torch.rand(1, 3, 16, 16))[1],
         model.float()(y)[1],
         0.03,
     )
-
-
-def test_numpy_may_be_said(tmp_path):
-    save_restorer(
-        awake(),
-        tmp_path / 'a.safetensors',
-        psnr=np.float32(1.5),
-        n=np.int64(3),
-        all=np.arange(2),
-        t=torch.ones(1),
-    )
-    assert load_restorer(tmp_path / 'a.safetensors')[1] == dict(psnr=1.5, n=3, all=[0, 1], t=[1.0])
 
 
 def test_mean_and_std_are_of_the_state():
@@ -2143,14 +2051,14 @@ def test_the_callers_random_state_stays(tmp_path):
         random.getstate(),
     )
     was = states()
-    save_restorer(model, tmp_path / 'a.safetensors')
-    load_restorer(tmp_path / 'a.safetensors')
-    load_restorer('mixed')
+    save_model(model, tmp_path / 'a.safetensors')
+    load_model(tmp_path / 'a.safetensors')
+    load_model('mixed')
     assert states() == was
 
 
 def edited(path, **changes):
-    "A file by save_restorer whose 'made_of' is changed at 'part.name' or as a whole."
+    "A file by save_model whose 'made_of' is changed at 'part.name' or as a whole."
 
     def meta(info):
         made = json.loads(info['made_of'])
@@ -2196,9 +2104,9 @@ def test_metadata_of_the_wrong_kind(tmp_path, changes):
     with pytest.raises(
         ValueError,
         match='a.safetensors does not say how its model is built .*'
-        'expected a file by save_restorer',
+        'expected a file by save_model',
     ):
-        load_restorer(edited(tmp_path / 'a.safetensors', **changes))
+        load_model(edited(tmp_path / 'a.safetensors', **changes))
 
 
 def test_shapes_are_compared_before_memory_is_asked_for(tmp_path):
@@ -2208,7 +2116,7 @@ def test_shapes_are_compared_before_memory_is_asked_for(tmp_path):
 
     def load():
         with pytest.raises(ValueError, match='copied'):
-            load_restorer(path)
+            load_model(path)
 
     assert peak_memory(load) < 2e6
 
@@ -2219,7 +2127,7 @@ def test_a_file_with_more_than_its_model(tmp_path):
         ValueError,
         match='decoder2.decoder_blocks.1.* which the model that it describes does not have',
     ):
-        load_restorer(edited(tmp_path / 'a.safetensors', decoder2__depth=1))
+        load_model(edited(tmp_path / 'a.safetensors', decoder2__depth=1))
 
 
 # numbers of every kind, and what makes no sense ---------------------------------------------------
@@ -2297,18 +2205,18 @@ def test_adaptive_weight_without_gradients():
     w = torch.ones(2, requires_grad=True)
     nll, other = (w**2).sum(), torch.ones(1, requires_grad=True).sum()
     assert (
-        adaptive_weight(nll, 0 * w.sum(), w) == 1e4
-        and adaptive_weight(0 * w.sum(), nll, w) == 0
-        and adaptive_weight(nll, 0 * w.sum(), w, most=np.float32(3)) == 3
+        gradient_balance(nll, 0 * w.sum(), w) == 1e4
+        and gradient_balance(0 * w.sum(), nll, w) == 0
+        and gradient_balance(nll, 0 * w.sum(), w, most=np.float32(3)) == 3
     )
     with pytest.raises(ValueError, match='nll does not depend on last'):
-        adaptive_weight(other, nll, w)
+        gradient_balance(other, nll, w)
     with pytest.raises(ValueError, match='g does not depend on last'):
-        adaptive_weight(nll, other, w)
+        gradient_balance(nll, other, w)
     with pytest.raises(ValueError, match='g has a gradient of nan'):
-        adaptive_weight(nll, (w * float('nan')).sum(), w)
+        gradient_balance(nll, (w * float('nan')).sum(), w)
     with pytest.raises(ValueError, match='most is -1'):
-        adaptive_weight(nll, nll, w, most=-1)
+        gradient_balance(nll, nll, w, most=-1)
 
 
 def test_an_adversary_leaves_frozen_parts_frozen():
