@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ViTDecoder', 'straight_through', 'Quantized', 'nearest_code', 'usage', 'rotate_to', 'kmeans', 'Codebook', 'FSQ',
-           'TimmTokens', 'ViTCodebook', 'vit_codebook_tiny', 'vit_codebook_base', 'VGGPerceptual', 'tokenizer_loss',
-           'codebook_learner', 'CodebookHealth', 'ReconstructionGrid', 'code_use', 'plot_health', 'code_bits']
+           'TimmTokens', 'ViTCodebook', 'vit_codebook_tiny', 'vit_codebook_base', 'tokenizer_loss', 'codebook_learner',
+           'CodebookHealth', 'ReconstructionGrid', 'code_use', 'plot_health', 'code_bits']
 
 # %% ../nbs/08_codebook.ipynb #08-003
 import math
@@ -15,13 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VGG16_Weights
-from torchvision.models.vgg import cfgs, make_layers
 from torchvision.utils import make_grid
 from .checks import check_images, check_number, check_whole
 from .learner import Callback, Learner, TensorBoard, param_groups, warmup_cosine
 from .patching import Block, Flagged, PixelStats, ViTEncoder, sincos_pos_embed
-from .states import in_deployment, random_kept
+from .states import in_deployment
 
 # %% ../nbs/08_codebook.ipynb #08-006
 class ViTDecoder(nn.Module):
@@ -427,40 +425,9 @@ def vit_codebook_base(
     codebook = codebook or Codebook(16384, 512, decay=0.99, revive=0.01)
     return ViTCodebook(TimmTokens(pretrained=pretrained), codebook, dim=768, depth=12, heads=12)
 
-# %% ../nbs/08_codebook.ipynb #08-055
-_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-class VGGPerceptual(nn.Module):
-    "Mean squared difference of VGG-16 features up to relu3_3 (Johnson et al. 2016): forward(x_hat, x), (b, 1 or 3, h, w) in [0, 1] -> a scalar."
-    def __init__(self,
-        weights,    # 'imagenet': torchvision's, from its cache or its site (OSError where neither has them); None: random ones, a stand-in to be named so
-        layers=16,  # of vgg16.features
-    ):
-        super().__init__()
-        if weights not in ('imagenet', None): raise ValueError(f"weights is {weights!r}; expected 'imagenet' or None")
-        with random_kept():
-            torch.manual_seed(0)
-            self.features = make_layers(cfgs['D'], batch_norm=False)[:layers]
-            for m in self.features:
-                if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu'), nn.init.zeros_(m.bias)
-        if weights:
-            try: state = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
-            except OSError as error:
-                raise OSError(f'the ImageNet weights of VGG-16 are not in the cache and could not be downloaded ({type(error).__name__}). Where there is a network, '
-                              'run VGGPerceptual("imagenet") once and copy TORCH_HOME; or pass weights=None for a random network') from error
-            self.features.load_state_dict({k.removeprefix('features.'): v for k, v in state.items() if int(k.split('.')[1]) < layers and k.startswith('features.')})
-        self.requires_grad_(False).eval()
-        for k, v in _IMAGENET.items(): self.register_buffer(k, torch.tensor(v).reshape(-1, 1, 1))
-
-    def of(self, x): return self.features((x.expand(-1, 3, -1, -1) - self.mean)/self.std)       # grey images three times
-
-    def forward(self, x_hat, x):
-        with torch.no_grad(): real = self.of(x)                              # the truth has nothing to learn; x_hat must be outside
-        return F.mse_loss(self.of(x_hat), real)
-
 # %% ../nbs/08_codebook.ipynb #08-056
 def tokenizer_loss(
-    perceptual=None,  # a module (x_hat, x) -> scalar, such as VGGPerceptual
+    perceptual=None,  # a module (x_hat, x) -> (b,) or a scalar, such as `vgg` or `st_lpips` of trunks
     weight=0.1,       # of it
 ):                    # -> function (model, batch) -> {term: scalar}, for Learner
     "Terms mse, codebook, commitment and, if asked for, perceptual; their sum is the loss."
@@ -469,7 +436,7 @@ def tokenizer_loss(
         x = batch if isinstance(batch, torch.Tensor) else batch[0]
         x_hat, out = model(x)
         terms = dict(mse=F.mse_loss(x_hat.float(), x), codebook=out.codebook_loss, commitment=out.commitment_loss)
-        if perceptual is not None: terms['perceptual'] = weight*perceptual.to(x.device)(x_hat.float(), x)
+        if perceptual is not None: terms['perceptual'] = weight*perceptual.to(x.device)(x_hat.float(), x).mean()
         return terms
     return loss
 

@@ -1,8 +1,7 @@
 """What lesson 02 does not teach: parity with the reference libraries, hand counts, devices, dtypes,
 bad input."""
 
-import math, random, threading, urllib.error, warnings
-from hashlib import sha256
+import math, random, threading, warnings
 
 from common import DEVICES
 import numpy as np
@@ -12,13 +11,13 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
-from restore_lib import metrics as M
 from restore_lib.data import digits, photos
 from restore_lib.project import data_home
 from restore_lib.metrics import (
-    Scores, count_macs, count_params, evaluate, human, latency, lpips_distance, peak_memory,
+    Scores, count_macs, count_params, evaluate, human, latency, peak_memory,
     psnr, ssim, to_y,
 )
+from restore_lib.trunks import lpips, st_lpips
 
 
 @pytest.fixture(scope='module')
@@ -234,142 +233,12 @@ def test_to_y_equals_skimage(photo):
         to_y(photo[:, :1])
 
 
-# LPIPS --------------------------------------------------------------------------------------------
+# perceptual distances -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
 def squeeze():
-    return lpips_distance('squeeze', weights='random')
-
-
-def test_random_lpips(squeeze, photo):
-    assert squeeze.name == 'LPIPS-squeeze (random weights)'
-    b = noisy(photo)
-    d = squeeze(torch.cat([b, photo]), torch.cat([photo, photo]))
-    assert d.shape == (2,) and d[0] > 0 and d[1] == 0
-    assert torch.allclose(
-        d[:1], squeeze.model(b, photo, normalize=True).flatten(), atol=1e-6
-    )  # the package's own [0, 1]
-    grey = photo.mean(1, keepdim=True)
-    assert torch.allclose(
-        squeeze(grey, grey * 0.5), squeeze(grey.repeat(1, 3, 1, 1), grey.repeat(1, 3, 1, 1) * 0.5)
-    )
-
-
-def test_random_lpips_is_seeded_and_leaves_the_generator_alone(squeeze, photo):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    again, other = (
-        lpips_distance('squeeze', weights='random'),
-        lpips_distance('squeeze', weights='random', seed=1),
-    )
-    assert torch.equal(state, torch.get_rng_state())
-    b = noisy(photo)
-    assert torch.equal(again(b, photo), squeeze(b, photo)) and not torch.equal(
-        other(b, photo), squeeze(b, photo)
-    )
-
-
-def test_lpips_stays_in_eval_without_parameter_gradients(squeeze, photo):
-    holder = nn.ModuleList([squeeze]).train()
-    assert not any(m.training for m in squeeze.modules()) and holder.training
-    y = noisy(photo).requires_grad_()
-    squeeze(y, photo).sum().backward()
-    assert y.grad.abs().sum() > 0 and not any(
-        p.requires_grad or p.grad is not None for p in squeeze.parameters()
-    )
-
-
-def test_lpips_linear_weights_are_the_packages(squeeze):
-    from importlib.util import find_spec
-    from pathlib import Path
-
-    saved = torch.load(
-        Path(find_spec('lpips').origin).parent / 'weights/v0.1/squeeze.pth',
-        map_location='cpu',
-        weights_only=True,
-    )
-    mine = squeeze.model.state_dict()
-    assert saved and all(torch.equal(mine[k], v) for k, v in saved.items())
-
-
-@pytest.mark.parametrize('net, least', [('alex', 31), ('squeeze', 17)])
-def test_smallest_lpips_image(net, least):
-    m = lpips_distance(net, weights='random')
-    assert m(torch.rand(1, 3, least, least), torch.rand(1, 3, least, least)).isfinite().all()
-    with pytest.raises(ValueError, match=f'at least {least} pixels'):
-        m(torch.rand(1, 3, least - 1, 64), torch.rand(1, 3, least - 1, 64))
-    with pytest.raises(RuntimeError):
-        m.model(torch.rand(1, 3, least - 1, least - 1), torch.rand(1, 3, least - 1, least - 1))
-
-
-def test_bad_lpips(squeeze):
-    with pytest.raises(ValueError, match="net is 'resnet'"):
-        lpips_distance('resnet')
-    with pytest.raises(ValueError, match="weights is 'imagenet'"):
-        lpips_distance('vgg', weights='imagenet')
-    with pytest.raises(ValueError, match='2 channels'):
-        squeeze(torch.rand(1, 2, 32, 32), torch.rand(1, 2, 32, 32))
-
-
-@pytest.fixture
-def hub(tmp_path):
-    old = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path))
-    yield tmp_path
-    torch.hub.set_dir(old)
-
-
-def test_missing_trunk_says_what_to_do(hub):
-    with pytest.raises(FileNotFoundError) as e:
-        lpips_distance()
-    assert (
-        'vgg16-397923af.pth' in str(e.value)
-        and 'download=True' in str(e.value)
-        and str(hub) in str(e.value)
-    )
-    assert 'https://' in str(e.value)
-
-
-def test_unreachable_download(hub, monkeypatch):
-    def fail(*a, **k):
-        raise urllib.error.URLError('no route')
-
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
-    with pytest.raises(
-        FileNotFoundError, match='alexnet.*could not be fetched.*no route.*put https://'
-    ):
-        lpips_distance('alex', download=True)
-
-
-def test_damaged_trunk(hub):
-    (hub / 'checkpoints').mkdir()
-    (hub / 'checkpoints/squeezenet1_1-b8a52dc0.pth').write_bytes(b'half a file')
-    with pytest.raises(ValueError, match='damaged'):
-        lpips_distance('squeeze')
-
-
-def test_pretrained_trunk_is_the_file(hub, monkeypatch, photo):
-    """A stand-in file with the right name: its weights, and no others, are in every layer
-    of the trunk."""
-    from torchvision import models
-
-    reference = models.squeezenet1_1(weights=None).eval()
-    (hub / 'checkpoints').mkdir()
-    path = hub / 'checkpoints/squeezenet1_1-b8a52dc0.pth'
-    torch.save(reference.state_dict(), path)
-
-    class Hash:
-        def __init__(self, data):
-            assert sha256(data).hexdigest() == sha256(path.read_bytes()).hexdigest()
-
-        def hexdigest(self):
-            return 'b8a52dc0'
-
-    monkeypatch.setattr(M, 'sha256', Hash)
-    m = lpips_distance('squeeze')
-    assert m.name == 'LPIPS-squeeze'
-    assert torch.equal(m.model.net(photo)[-1], reference.features(photo))
+    return lpips('squeeze', weights='random')
 
 
 # counting -----------------------------------------------------------------------------------------
@@ -622,9 +491,29 @@ def test_evaluate_names_random_weights(squeeze, pairs):
         lambda y: y, {'a': (torch.rand(1, 32, 32), torch.rand(1, 32, 32))}, {'LPIPS': squeeze}
     )
     assert (
-        list(s.values) == ['LPIPS-squeeze (random weights)']
-        and 'random weights' in s._repr_markdown_()
+        list(s.values) == ['random-squeeze features']
+        and 'random-squeeze' in s._repr_markdown_()
     )
+
+
+def test_evaluate_knows_metrics_by_name(pairs):
+    model = lambda y: y.clamp(0, 1)
+    names = ['PSNR', 'SSIM', 'ST-LPIPS']
+    scores = evaluate(model, pairs, names)
+    asked = evaluate(model, pairs, {'PSNR': psnr, 'SSIM': ssim, 'ST-LPIPS': st_lpips()})
+    assert list(scores.values) == names
+    assert '| image | PSNR | SSIM | ST-LPIPS |' in scores.table().markdown()
+    assert all(torch.equal(scores[n], asked[n]) for n in names)
+    assert list(evaluate(model, pairs, ('SSIM',)).values) == ['SSIM']
+    by_own_name = evaluate(model, pairs, {f.name: f for f in [st_lpips()]})
+    assert torch.equal(by_own_name['ST-LPIPS-alex'], scores['ST-LPIPS'])
+    perfect = evaluate(lambda y: y, [(y, y) for y, _ in pairs.values()], ['ST-LPIPS'])
+    assert scores['ST-LPIPS'].min() > 0 and perfect['ST-LPIPS'].max() == 0
+    with pytest.raises(ValueError, match="metrics holds 'LPIPS'; expected names out of PSNR, SSIM"):
+        evaluate(model, pairs, ['PSNR', 'LPIPS'])
+    for bad in ('ST-LPIPS', [], [st_lpips]):
+        with pytest.raises(TypeError, match='expected names or a dict name -> function'):
+            evaluate(model, pairs, bad)
 
 
 def test_evaluate_bad_input(pairs):
@@ -707,13 +596,14 @@ def test_ssim_keeps_to_its_range_with_finite_gradients(dtype):
 
 def test_a_truth_out_of_its_range_is_refused(squeeze, photo):
     x, y = photo[..., :64, :64], noisy(photo[..., :64, :64])
-    for fn in (psnr, ssim, squeeze):
-        with pytest.raises(
-            ValueError, match=r'b spans -1 to 0\.9\d+; expected \[0, 1\] \(is it in \[-1, 1\]'
-        ):
+    for fn in (psnr, ssim, squeeze, st_lpips()):
+        says = r'b spans -1 to 0\.9\d+; expected \[0, 1\] \(is it in \[-1, 1\]'
+        if fn not in (psnr, ssim):
+            says = r'x reaches from -1 to 0\.9\d+; expected range=\(0\.0, 1\.0\)'
+        with pytest.raises(ValueError, match=says):
             fn(2 * y - 1, 2 * x - 1)
         for wrong in (x + 0.2, x - 0.3, 2 * x):
-            with pytest.raises(ValueError, match='b spans'):
+            with pytest.raises(ValueError, match='b spans|x reaches'):
                 fn(x, wrong)
         assert (
             fn(y + 0.5, x).isfinite().all() and fn(y, 1.005 * x / x.max()).isfinite().all()
@@ -856,12 +746,12 @@ def test_evaluate_refuses_what_has_no_mean(pairs):
 
 
 def test_two_random_trunks_keep_columns_of_their_own(squeeze):
-    im, other = torch.rand(1, 32, 32), lpips_distance('squeeze', 'random', seed=np.int64(1))
+    im, other = torch.rand(1, 32, 32), lpips('squeeze', 'random', seed=np.int64(1))
     scores = evaluate(lambda y: y * 0.5, [(im, im)], {'A': squeeze, 'B': other})
     assert (
-        list(scores.values) == [f'{k}: LPIPS-squeeze (random weights)' for k in 'AB']
-        and scores['A: LPIPS-squeeze (random weights)']
-        != scores['B: LPIPS-squeeze (random weights)']
+        list(scores.values) == [f'{k}: random-squeeze features' for k in 'AB']
+        and scores['A: random-squeeze features']
+        != scores['B: random-squeeze features']
     )
 
 
@@ -921,39 +811,3 @@ def test_measuring_refuses_what_is_no_count():
         and human(torch.tensor(7)) == '7'
         and human(np.float32(2e6)) == '2 M'
     )
-
-
-def test_making_a_random_trunk_leaves_all_random_states():
-    start = random_states()
-    trunk = lpips_distance('alex', 'random', seed=np.int64(3))
-    assert equal(start, random_states())
-    weights, again = (
-        next(trunk.parameters()),
-        next(lpips_distance('alex', 'random', seed=3).parameters()),
-    )
-    assert torch.equal(weights, again)
-    for bad, error in ((0.5, ValueError), ('1', TypeError), (None, TypeError)):
-        with pytest.raises(error, match='seed is'):
-            lpips_distance('alex', 'random', seed=bad)
-    with pytest.raises(ValueError, match='net is'):
-        lpips_distance(['alex'], 'random')
-
-
-@pytest.mark.parametrize('scale', [1e-4, 0.0])
-def test_lpips_of_a_dead_stage(scale, photo):
-    m = lpips_distance('alex', 'random')
-    for p in m.model.net.slice5.parameters():
-        p.data.mul_(scale)
-    x = photo[..., :64, :64]
-    y = noisy(x, 0.05).requires_grad_()
-    m(y, x).sum().backward()
-    assert y.grad.isfinite().all() and y.grad.abs().sum() > 0
-    outside = m(y, x)
-    with torch.autocast('cpu', torch.float16):
-        assert torch.equal(m(y, x), outside)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(m(y, x), outside)
-    if scale:
-        assert torch.equal(
-            outside, m.model(2 * y - 1, 2 * x - 1).flatten()
-        )  # to the bit what the package says

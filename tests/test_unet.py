@@ -261,7 +261,7 @@ def test_multiples_are_not_padded(monkeypatch):
     m = small()
     args = call(1, 2, 16, 24)
     want = m(*args)
-    monkeypatch.setattr(unet, '_mirror', lambda x, multiple: x)
+    monkeypatch.setattr(unet, 'mirror_to_multiple', lambda x, multiple: x)
     assert torch.equal(m(*args), want)
     with pytest.raises((ValueError, RuntimeError)):
         m(*call(1, 2, 15, 24))
