@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = ['Headroom', 'headroom', 'Ladder', 'reads_truth', 'stateless', 'parseval', 'identity_check', 'compare', 'oracle_gap',
-           'leak_probe', 'claim', 'claims', 'claims_page']
+           'leak_probe']
 
 # %% ../nbs/04_audit.ipynb #04-003
-import inspect, json, math, os, re, threading, time, types
-from collections import Counter
+import inspect, math, re, threading, time, types
 from copy import deepcopy
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from .checks import check_images, check_number, check_whole
 from .metrics import Scores, check_truth, psnr
-from .project import budget_mode, project_home
 from restore_lib.states import (
     copies, evaluating, map_tensors, random_kept, random_seeded, tensors_in,
 )
@@ -629,79 +626,3 @@ def _leak_report(judged, limit, said):
     says = f'{followed[near]:.0%} of what changes in the hidden truth comes back at t = {near:g}' if leaks else f'No leak: {followed[near]:.0%} of a hidden change comes back at t = {near:g}'
     if followed[near] < -limit: says += ', with its sign turned round'
     return Report(not leaks, says, rows, 3, followed=followed, correlation={t: v[1] for t, v in judged.items()}, said=said)
-
-# %% ../nbs/04_audit.ipynb #04-099
-_VERDICTS = {True: 'confirmed', False: 'refuted', None: 'out of reach here'}
-
-def _plain(v): return v.item() if hasattr(v, 'item') else v   # a number of NumPy or torch as Python's own
-
-def claim(
-    id,         # 'NN_lesson.short-name', such as '12_codecs.ll-ceiling'; an equal one is replaced
-    says,       # what is claimed, one sentence
-    source,     # by whom, where
-    measured,   # what came out: text, or a dict name -> number
-    holds,      # True, False, or None if it is out of reach here
-    note='',    # what a reader should know besides
-) -> dict:      # the row that was recorded
-    "Records a verdict in NN_lesson.json and rewrites the page of all; under a test budget only where RESTORE_CLAIMS points."
-    for text, name in ((id, 'id'), (says, 'says'), (source, 'source'), (note, 'note')):
-        if not isinstance(text, str): raise TypeError(f'{name} is {type(text).__name__}; expected text')
-        if not text.strip() and name != 'note': raise ValueError(f'{name} is empty; expected text')
-    if not re.fullmatch(r'[0-9]{2}_[a-z0-9_]+\.[a-z0-9-]+', id): raise ValueError(f'id is {id!r}; expected such as "12_codecs.ll-ceiling"')
-    holds = _plain(holds)
-    if not (holds is None or isinstance(holds, bool)): raise TypeError(f'holds is {holds!r}; expected True, False or None')
-    if not isinstance(measured, (str, dict)) or not measured: raise ValueError(f'measured is {measured!r}; expected text or a dict name -> number')
-    if isinstance(measured, dict):
-        for k, v in measured.items():
-            shape = tuple(getattr(v, 'shape', ()))
-            if math.prod(shape) != 1:
-                raise ValueError(f'measured[{k!r}] has shape {shape}; expected one number')
-        measured = {str(k): _plain(v) for k, v in measured.items()}
-        odd = [k for k, v in measured.items() if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v)]
-        if odd: raise ValueError(f'measured[{odd[0]!r}] is {measured[odd[0]]!r}; expected a finite number')
-    row = dict(id=id, claim=says, source=source, verdict=_VERDICTS[holds], measured=measured, note=note)
-    folder = os.environ.get('RESTORE_CLAIMS') or (None if budget_mode() == 'test' else project_home()/'data/claims')
-    if folder:
-        path = Path(folder)/f'{id.split(".")[0]}.json'
-        rows = [r for r in (_recorded(path) if path.exists() else []) if r['id'] != id] + [row]
-        _replace(path, json.dumps(sorted(rows, key=lambda r: r['id']), indent=1, ensure_ascii=False) + '\n')
-        _replace(path.with_name('README.md'), claims_page())
-    return row
-
-def _replace(path, text):
-    "Writes a file whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    part.write_text(text, encoding='utf-8')
-    part.replace(path)
-
-def _recorded(path):
-    "The rows of one file of claims."
-    try: rows = json.loads(path.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error: raise ValueError(f'{path} is no JSON: {error}') from error
-    if not isinstance(rows, list) or any(not isinstance(r, dict) or 'id' not in r for r in rows): raise ValueError(f'{path} holds no list of claims')
-    return rows
-
-def _claim_rows():
-    "lesson -> its rows; a file in RESTORE_CLAIMS wins over the project's own."
-    folders = [project_home()/'data/claims', *filter(None, [os.environ.get('RESTORE_CLAIMS')])]
-    files = {p.stem: p for f in folders for p in Path(f).glob('[0-9][0-9]_*.json')}
-    return {k: _recorded(files[k]) for k in sorted(files)}
-
-def _claim_table(rows, caption=''):
-    "Rows as a `Table`: claim, source, verdict, measured, note."
-    text = lambda m: ', '.join(f'{k} {v:.4g}' for k, v in m.items()) if isinstance(m, dict) else m
-    return Table([{k: text(r[k]) if k == 'measured' else r[k] for k in ('claim', 'source', 'verdict', 'measured', 'note')} for r in rows], caption)
-
-def claims(
-    lesson=None,  # '12_codecs'; default all lessons
-) -> Table:
-    "The claims that were tested, with their verdicts; empty if there are none."
-    return _claim_table([r for k, rows in _claim_rows().items() if lesson in (None, k) for r in rows], f'Claims of {lesson}' if lesson else '')
-
-def claims_page() -> str:
-    "All claims as one markdown page, lesson by lesson."
-    parts = _claim_rows()
-    counts = Counter(r['verdict'] for rows in parts.values() for r in rows)
-    head = '# Claims and their verdicts\n\nWritten by `restore_lib.audit.claim`; do not edit.\n\n' + ', '.join(f'{counts[v]} {v}' for v in _VERDICTS.values()) + '.\n'
-    return head + ''.join(f'\n## {k}\n\n{_claim_table(rows).markdown()}\n' for k, rows in parts.items())

@@ -16,7 +16,7 @@ from .padding import mirror_to
 from .patching import ViTEncoder
 from .superres import SRLoss
 from .trunks import FeatureDistance, lpips
-from .two_stage import adaptive_weight
+from .two_stage import gradient_balance
 
 # %% ../nbs/16_perceptual.ipynb #16-011
 class TokenMaps(Knobbed):
@@ -126,7 +126,7 @@ class PerceptualSRLoss(SRLoss):
         self.perceptual, self.t = per.detach(), self.last.t
         term = (per if self.by_step is None else self.by_step.to(per)[self.t]*per).mean()
         lam = _check_lam(self.lam)
-        if lam == 'adaptive': lam = adaptive_weight(self.last.mean, term, self.shared(model))
+        if lam == 'adaptive': lam = gradient_balance(self.last.mean, term, self.shared(model))
         self.terms = dict(mse=self.last.mean.item(), perceptual=float(lam)*term.item(), lam=float(lam))
         return self.last.mean + lam*term
     def shared(self, model):

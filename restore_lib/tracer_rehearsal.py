@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .states import memory_of, tensors_in
 from .tracer_operators import Trace, graph_nodes, line_of
-from .tracer_snapshots import TORCH_HOME, Snapshot, TensorSnapshot, codes_of
+from .tracer_snapshots import TORCH_HOME, TensorSnapshot, codes_of
 
 # %% ../nbs/appendix/tracer_rehearsal.ipynb #tracer-rehearsal-006
 class _Standing(Trace):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
-           'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'adaptive_weight', 'Adversary',
+           'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'gradient_balance', 'Adversary',
            'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore', 'restore_image']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
@@ -319,7 +319,7 @@ def _grad_norm(value, last, name):
         raise ValueError(f'{name} has a gradient of {norm.item()} at last; expected a finite one')
     return norm
 
-def adaptive_weight(
+def gradient_balance(
     nll,            # a scalar: the reconstruction losses
     g,              # a scalar: the adversarial loss
     last,           # the weight of the last layer that both go through
@@ -357,7 +357,7 @@ class Adversary(Callback):
         try: g = -self.critic(fake).mean()
         finally:
             for p in learns: p.requires_grad_(True)
-        return self.weight*adaptive_weight(nll, g, last)*g
+        return self.weight*gradient_balance(nll, g, last)*g
     def after_step(self, learn):
         if self.pair is None:
             raise ValueError('adversary is among the callbacks, but the loss does not use it; '

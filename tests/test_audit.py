@@ -1,7 +1,7 @@
 """What lesson 04 does not teach of the audit tools: broken and sound examples of each, bad input,
 coverage of the intervals."""
 
-import json, math, random, threading, time
+import math, random, threading, time
 
 from common import DEVICES
 import numpy as np
@@ -12,8 +12,15 @@ from torch import nn
 
 from restore_lib import audit
 from restore_lib.audit import (
-    Ladder, claim, claims, claims_page, compare, headroom, identity_check, leak_probe,
-    oracle_gap, parseval, reads_truth, stateless,
+    Ladder,
+    compare,
+    headroom,
+    identity_check,
+    leak_probe,
+    oracle_gap,
+    parseval,
+    reads_truth,
+    stateless,
 )
 from restore_lib.checkpoints import load_report
 from restore_lib.metrics import evaluate, psnr, ssim
@@ -1060,137 +1067,6 @@ def test_compare_bad_input():
         )
 
 
-# claim --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    "A project of its own, and no budget set by whoever runs the tests."
-    for name in ('IN_TEST', 'RESTORE_CLAIMS', 'RESTORE_BUDGET'):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / 'restore_lib').mkdir()
-    (tmp_path / 'settings.ini').touch()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / 'data/claims'
-
-
-GOOD = dict(
-    id='12_codecs.ll-ceiling',
-    says='LL alone is sharp',
-    source='report, 3.2',
-    measured={'PSNR': torch.tensor(31.25), 'images': np.int64(3)},
-    holds=False,
-)
-
-
-@pytest.mark.parametrize(
-    'holds, verdict',
-    [
-        (True, 'confirmed'),
-        (False, 'refuted'),
-        (None, 'out of reach here'),
-        (np.bool_(True), 'confirmed'),
-        (torch.tensor(False), 'refuted'),
-    ],
-)
-def test_claim_records(folder, holds, verdict):
-    row = claim(**GOOD | dict(holds=holds))
-    assert (
-        json.loads((folder / '12_codecs.json').read_text()) == [row]
-        and row['verdict'] == verdict
-        and row['measured'] == {'PSNR': 31.25, 'images': 3}
-    )
-    assert (
-        '| LL alone is sharp | report, 3.2 | ' + verdict + ' | PSNR 31.25, images 3 |'
-        in claims('12_codecs').markdown()
-    )
-    assert (
-        (folder / 'README.md').read_text() == claims_page()
-        and '## 12_codecs' in claims_page()
-        and f'1 {verdict}' in claims_page()
-    )
-    assert sorted(p.name for p in folder.iterdir()) == ['12_codecs.json', 'README.md']
-
-
-def test_claim_replaces_and_sorts(folder):
-    for id, says in (
-        ('12_codecs.b', 'one'),
-        ('12_codecs.a', 'two'),
-        ('12_codecs.b', 'three | übel'),
-        ('04_audit.z', 'four'),
-    ):
-        claim(**GOOD | dict(id=id, says=says))
-    assert [
-        r['claim'] for r in json.loads((folder / '12_codecs.json').read_text(encoding='utf-8'))
-    ] == ['two', 'three | übel']
-    assert [r['claim'] for r in claims().rows] == ['four', 'two', 'three | übel'] and list(
-        claims().columns
-    ) == ['claim', 'source', 'verdict', 'measured', 'note']
-    assert claims('99_none').rows == [] and claims_page().index('04_audit') < claims_page().index(
-        '12_codecs'
-    )
-
-
-def test_claim_under_a_test_budget(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv('IN_TEST', '1')
-    assert claim(**GOOD)['verdict'] == 'refuted' and not folder.exists() and claims().rows == []
-    with pytest.raises(ValueError, match='id is'):
-        claim(**GOOD | dict(id='x'))
-    monkeypatch.setenv('RESTORE_CLAIMS', str(tmp_path / 'mine'))
-    claim(**GOOD)
-    assert (
-        (tmp_path / 'mine/12_codecs.json').exists()
-        and (tmp_path / 'mine/README.md').exists()
-        and not folder.exists()
-        and len(claims().rows) == 1
-    )
-
-
-def test_claims_of_one_s_own_win(folder, monkeypatch, tmp_path):
-    claim(**GOOD)
-    claim(**GOOD | dict(id='13_diffusion.x'))
-    monkeypatch.setenv('RESTORE_CLAIMS', str(tmp_path / 'mine'))
-    claim(**GOOD | dict(says='mine'))
-    assert [r['claim'] for r in claims().rows] == ['mine', 'LL alone is sharp'] and len(
-        json.loads((folder / '12_codecs.json').read_text())
-    ) == 1
-    assert 'mine' not in (folder / 'README.md').read_text()
-
-
-@pytest.mark.parametrize(
-    'change, error',
-    [
-        (dict(id='codecs.x'), ValueError),
-        (dict(id='12_codecs'), ValueError),
-        (dict(id='12_codecs.a/b'), ValueError),
-        (dict(id='../12_codecs.x'), ValueError),
-        (dict(id=3), TypeError),
-        (dict(says=''), ValueError),
-        (dict(source=' '), ValueError),
-        (dict(source=None), TypeError),
-        (dict(holds='yes'), TypeError),
-        (dict(holds=1), TypeError),
-        (dict(measured={}), ValueError),
-        (dict(measured={'v': math.nan}), ValueError),
-        (dict(measured={'v': 'x'}), ValueError),
-        (dict(measured=3.0), ValueError),
-        (dict(note=None), TypeError),
-    ],
-)
-def test_claim_bad_input(folder, change, error):
-    with pytest.raises(error, match=next(iter(change))):
-        claim(**GOOD | change)
-    assert not folder.exists()
-
-
-def test_claims_name_a_damaged_file(folder):
-    claim(**GOOD)
-    for text in ('[{', '{}', '[1]'):
-        (folder / '12_codecs.json').write_text(text)
-        with pytest.raises(ValueError, match='12_codecs.json'):
-            claims()
-
-
 def test_import_is_light():
     import subprocess, sys
 
@@ -1601,21 +1477,3 @@ def test_a_ladder_names_a_mean_that_one_perfect_image_makes_infinite():
         .problems
         == []
     )
-
-
-def test_claims_keep_to_their_folder_and_to_one_number(folder):
-    for bad in ('../04_audit.x', '04_audit/../../x.y', '٠٤_audit.x', '04_audit.x\n', '04_audit./x'):
-        with pytest.raises(ValueError, match='id is'):
-            claim(**GOOD | dict(id=bad))
-    for many in (np.ones(2), torch.ones(2, 2), torch.ones(0)):
-        with pytest.raises(ValueError, match=r"measured\['dB'\] has shape"):
-            claim(**GOOD | dict(measured={'dB': many}))
-    row = claim(
-        **GOOD
-        | dict(
-            measured={'a': np.float32(0.5), 'b': np.int64(3), 'c': torch.tensor([2.0])},
-            holds=np.bool_(True),
-        )
-    )
-    assert row['measured'] == dict(a=0.5, b=3, c=2.0) and row['verdict'] == 'confirmed'
-    assert [p.name for p in folder.parent.rglob('*.json')] == [f'{row["id"].split(".")[0]}.json']

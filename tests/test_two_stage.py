@@ -30,7 +30,7 @@ from restore_lib.patching import Block, sincos_pos_embed
 from restore_lib.image_files import tiled
 from restore_lib.two_stage import (
     Adversary, ConditionalBlock, ConditionalDecoder, Degradation, FiLM, PatchCritic,
-    ResidualEncoder, ShareSchedule, TwoStageDMAE, adaptive_weight, first_stage_learner,
+    ResidualEncoder, ShareSchedule, TwoStageDMAE, gradient_balance, first_stage_learner,
     first_stage_loss, fourier_residual, restore, restore_image, two_stage_learner, two_stage_loss,
 )
 
@@ -603,18 +603,18 @@ def test_fourier_residual():
 def test_adaptive_weight():
     w = torch.randn(4, 3, requires_grad=True)
     a, b = torch.randn(4, 3), torch.randn(4, 3)
-    out = adaptive_weight((a * w).sum(), (b * w).sum(), w)
+    out = gradient_balance((a * w).sum(), (b * w).sum(), w)
     assert (
         out.item() == pytest.approx((a.norm() / (b.norm() + 1e-4)).item(), rel=1e-5)
         and not out.requires_grad
         and w.grad is None
     )
     assert (
-        adaptive_weight((a * w).sum(), (b * w).sum() * 0, w) == 1e4
-        and adaptive_weight((a * w).sum(), (b * w).sum() * 1e-9, w, most=7.0) == 7
+        gradient_balance((a * w).sum(), (b * w).sum() * 0, w) == 1e4
+        and gradient_balance((a * w).sum(), (b * w).sum() * 1e-9, w, most=7.0) == 7
     )
     g = (b * w).sum()
-    assert adaptive_weight((a * w).sum(), g, w) > 0 and torch.autograd.grad(g, w)[0].equal(
+    assert gradient_balance((a * w).sum(), g, w) > 0 and torch.autograd.grad(g, w)[0].equal(
         b
     )  # the graph is still there
 
@@ -642,7 +642,7 @@ def test_the_restorers_step_is_not_the_critics():
     x_hat, refined = model(y)
     last, nll = model.decoder2.decoder_pred.weight, F.mse_loss(refined, x)
     g = -adv.critic(refined).mean()
-    wanted = 0.3 * adaptive_weight(nll, g, last) * g
+    wanted = 0.3 * gradient_balance(nll, g, last) * g
     terms = two_stage_loss(model, (y, x), lam=0.0, adversary=adv)
     assert terms['adversary'].item() == pytest.approx(wanted.item(), rel=1e-3)
     pull = lambda v: torch.autograd.grad(v, last, retain_graph=True)[0].norm().item()
@@ -2205,18 +2205,18 @@ def test_adaptive_weight_without_gradients():
     w = torch.ones(2, requires_grad=True)
     nll, other = (w**2).sum(), torch.ones(1, requires_grad=True).sum()
     assert (
-        adaptive_weight(nll, 0 * w.sum(), w) == 1e4
-        and adaptive_weight(0 * w.sum(), nll, w) == 0
-        and adaptive_weight(nll, 0 * w.sum(), w, most=np.float32(3)) == 3
+        gradient_balance(nll, 0 * w.sum(), w) == 1e4
+        and gradient_balance(0 * w.sum(), nll, w) == 0
+        and gradient_balance(nll, 0 * w.sum(), w, most=np.float32(3)) == 3
     )
     with pytest.raises(ValueError, match='nll does not depend on last'):
-        adaptive_weight(other, nll, w)
+        gradient_balance(other, nll, w)
     with pytest.raises(ValueError, match='g does not depend on last'):
-        adaptive_weight(nll, other, w)
+        gradient_balance(nll, other, w)
     with pytest.raises(ValueError, match='g has a gradient of nan'):
-        adaptive_weight(nll, (w * float('nan')).sum(), w)
+        gradient_balance(nll, (w * float('nan')).sum(), w)
     with pytest.raises(ValueError, match='most is -1'):
-        adaptive_weight(nll, nll, w, most=-1)
+        gradient_balance(nll, nll, w, most=-1)
 
 
 def test_an_adversary_leaves_frozen_parts_frozen():

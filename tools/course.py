@@ -204,7 +204,7 @@ def course(only):
     "Runs the lessons in order, then the appendix; writes what they gave and an index to _course/."
     OUT.mkdir(exist_ok=True)
     # verdicts of this machine; the committed ones stay as they are
-    os.environ['RESTORE_CLAIMS'] = str(OUT / 'claims')
+    os.environ['RESTORE_FIGURES'] = str(OUT / 'figures')
     start = time.time()
     for path in notebooks(only):
         print(f'{path.stem:24}', end='', flush=True)
@@ -222,7 +222,7 @@ def course(only):
 
 def outputs(only):
     "Runs each notebook for real, with fresh runs and embedded data only, and keeps its outputs."
-    for name in ('RESTORE_DATA', 'RESTORE_CLAIMS'):
+    for name in ('RESTORE_DATA', 'RESTORE_FIGURES'):
         os.environ.pop(name, None)
     # here, and only here, lessons renew the README's images
     os.environ['RESTORE_IMAGES'] = str(ROOT / 'images')
