@@ -145,7 +145,7 @@ def load_dmae(
     path_or_url,         # a published DMAE or MAE checkpoint (.pth), or its address
     model=None,          # a DMAE of its sizes; default one is made
     norm_pix_loss=None,  # as in `mae.load_pretrained`
-):  # -> DMAE, report (see `audit.load_report`)
+):  # -> DMAE, report (see `load_report`)
     "`mae.load_pretrained` for a DMAE: the published files have MAE's names and shapes, and noise has no weights (Wu et al. 2023)."
     loaded, report = load_pretrained(path_or_url, model, norm_pix_loss)
     return (loaded if isinstance(loaded, DMAE) else DMAE.of(loaded)), report

@@ -250,6 +250,23 @@ def _stands(v):
             return True
     return False
 
+
+def _builtin(seen, f, name):
+    owner = f.__self__
+    if owner is not None and not isinstance(owner, types.ModuleType):
+        return 'method', f.__name__, seen.of(owner, f'what {name} is bound to')
+    module = f.__module__ or getattr(owner, '__name__', '')
+    lib = _library(module)
+    return ('library', lib, module, f.__qualname__) if lib else seen.blind(f, name)
+
+
+def _python_module(seen, m, name):
+    lib = _library(m.__name__)
+    return ('module', lib, m.__name__) if lib else seen.blind(m, name)
+
+
+_KINDS |= {types.BuiltinFunctionType: _builtin, types.ModuleType: _python_module}
+
 # %% ../nbs/appendix/fingerprints.ipynb #fingerprints-025
 def _reads(code):
     """What code, with the code inside it, reads from outside: (global, attribute, ...), and
@@ -349,24 +366,8 @@ def _descriptor(seen, v, name):
     return 'descriptor', v.__name__, seen.of(v.__objclass__, name)
 
 
-def _builtin(seen, f, name):
-    owner = f.__self__
-    if owner is not None and not isinstance(owner, types.ModuleType):
-        return 'method', f.__name__, seen.of(owner, f'what {name} is bound to')
-    module = f.__module__ or getattr(owner, '__name__', '')
-    lib = _library(module)
-    return ('library', lib, module, f.__qualname__) if lib else seen.blind(f, name)
-
-
-def _python_module(seen, m, name):
-    lib = _library(m.__name__)
-    return ('module', lib, m.__name__) if lib else seen.blind(m, name)
-
-
 _KINDS |= {
     types.MethodType: _method,
-    types.BuiltinFunctionType: _builtin,
-    types.ModuleType: _python_module,
     types.GetSetDescriptorType: _descriptor,
     types.MemberDescriptorType: _descriptor,
     types.ClassMethodDescriptorType: _descriptor,

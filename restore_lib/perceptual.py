@@ -11,8 +11,8 @@ from torch import nn
 from .checks import check_number, check_whole
 from .knobs import Knobbed
 from .mae import MAE
-from .padding import mirror_to
 from .model_files import load_model
+from .padding import mirror_to
 from .patching import ViTEncoder
 from .superres import SRLoss
 from .trunks import FeatureDistance, lpips

@@ -142,7 +142,7 @@ class LatentSR(nn.Module):
         z, side = self.codec.encode(self.start(y))
         return self.codec.decode(self.restore_latent(z, steps, **how), side)
 
-    # for a file of the model, see the appendix `model_files`: all but the network is exact
+    # for a file of the model, see `model_files`: all but the network is exact
     exact = ('codec.', 'sees', 'says')
 
     def made_of(self):

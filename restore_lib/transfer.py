@@ -177,7 +177,7 @@ def encoder_like(
 def load_encoder(
     model,    # a Classifier
     source,   # a MAE, or a ViTEncoder
-):            # the Report of `audit.load_report`
+):            # the Report of `load_report`
     "Copies the encoder's weights and a MAE's mean and std, positions interpolated to the model's size; ValueError names what has another shape or is missing besides the head."
     e, own = getattr(source, 'encoder', source), model.encoder
     if e.patch != own.patch: raise ValueError(f'source has patches of {e.patch} pixels, model of {own.patch}; expected the same')

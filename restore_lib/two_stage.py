@@ -228,7 +228,7 @@ class TwoStageDMAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, dmae, cond=64, pool=1, norm='group', place='branches', identity=True, residual='deployed', conditional=True):
-        "Both decoders from the DMAE's own, its encoder copied -> model, report of what decoder two got (see `audit.load_report`)."
+        "Both decoders from the DMAE's own, its encoder copied -> model, report of what decoder two got (see `load_report`)."
         if residual not in _RESIDUALS: raise ValueError(f'residual is {residual!r}; expected one of {", ".join(map(repr, _RESIDUALS))}')
         if dmae.norm_pix_loss: raise ValueError('dmae draws normalised patches (norm_pix_loss is True), which are no image; expected one trained with norm_pix_loss=False')
         blocks, c = dmae.decoder_blocks, dmae.encoder.channels
@@ -252,7 +252,7 @@ class TwoStageDMAE(nn.Module):
 
     def extra_repr(self): return f'residual={self.residual!r}'
 
-    # for a file of the model, see the appendix `model_files`: these are kept in full precision,
+    # for a file of the model, see `model_files`: these are kept in full precision,
     exact = ('mean', 'std')
 
     def made_of(self):

@@ -495,175 +495,6 @@ def test_oracle_gap_bad_input():
     assert net.training
 
 
-# load_report --------------------------------------------------------------------------------------
-
-
-def small(seed=0, names=('body', 'head'), width=4):
-    torch.manual_seed(seed)
-    return nn.ModuleDict(
-        {
-            names[0]: nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width)),
-            names[1]: nn.Linear(width, 2),
-        }
-    )
-
-
-def prefixed(state, p):
-    return {p + k: v for k, v in state.items()}
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Linear(3, 5, bias=False), nn.Linear(3, 5, bias=False)
-        self.head.weight = self.embed.weight
-
-
-BAD_LOADS = {
-    'data parallel': (
-        lambda: prefixed(small(1).state_dict(), 'module.'),
-        {},
-        r"copied 0 of 9.*missing.*'body.0.weight'.*extra.*'module.body.0.weight'.*"
-        r"rename=\{'module.': ''\} would copy 9 of 9",
-    ),
-    'other name': (
-        lambda: {k.replace('body', 'net'): v for k, v in small(1).state_dict().items()},
-        {},
-        r"rename=\{'net.': 'body.'\} would copy 9 of 9",
-    ),
-    'other width': (
-        lambda: small(1, width=8).state_dict(),
-        {},
-        r'mismatched, the first .body.0.weight: \(\(4, 1, 3, 3\), \(8, 1, 3, 3\)\)',
-    ),
-    'without the head': (
-        lambda: {k: v for k, v in small(1).state_dict().items() if 'head' not in k},
-        {},
-        "copied 7 of 9.*2 missing, the first 'head.weight'",
-    ),
-    'without statistics': (
-        lambda: dict(small(1).named_parameters()),
-        {},
-        '3 missing.*running_mean',
-    ),
-    'nested': (
-        lambda: dict(model=small(1).state_dict(), step=3),
-        {},
-        r"holds dicts of tensors: 'model'; pass one of them, such as checkpoint\['model'\]",
-    ),
-    'with a step': (lambda: dict(small(1).state_dict(), step=3), {}, "holds 'step', a int"),
-    'collision': (
-        lambda: small(1).state_dict() | prefixed(small(2).state_dict(), 'ema.'),
-        dict(rename={'ema.': ''}),
-        "makes 'body.0.weight' of both 'body.0.weight' and 'ema.body.0.weight'",
-    ),
-    'idle rename': (
-        lambda: small(1).state_dict(),
-        dict(rename={'nett.': 'body.'}),
-        "rename names 'nett.'; no tensor",
-    ),
-    'empty': (dict, {}, 'copied 0 of 9'),
-    'dropped': (lambda: small(1).state_dict(), dict(rename=lambda k: None), 'copied 0 of 9'),
-}
-
-
-@pytest.mark.parametrize('state, kw, text', BAD_LOADS.values(), ids=list(BAD_LOADS))
-def test_load_report_refuses_and_touches_nothing(state, kw, text):
-    model = small()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ValueError, match=text):
-        load_report(model, state(), **kw)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-GOOD_LOADS = {
-    'plain': (lambda s: s, None),
-    'data parallel': (lambda s: prefixed(s, 'module.'), {'module.': ''}),
-    'function': (lambda s: prefixed(s, 'x'), lambda k: k[1:]),
-    'longest prefix': (
-        lambda s: {
-            k.replace('body.0', 'net.conv').replace('body.1', 'net.bn'): v for k, v in s.items()
-        },
-        {'net.conv': 'body.0', 'net.bn': 'body.1'},
-    ),
-    'drops the rest': (lambda s: s | {'loss.w': torch.ones(3)}, {'loss.': None}),
-}
-
-
-@pytest.mark.parametrize('change, rename', GOOD_LOADS.values(), ids=list(GOOD_LOADS))
-@pytest.mark.parametrize('device', DEVICES)
-def test_load_report_copies(change, rename, device):
-    model, source = small().to(device), small(1)
-    report = load_report(model, change(source.state_dict()), rename)
-    assert (
-        report
-        and report.share == 1
-        and not report.missing
-        and not report.extra
-        and report.before != report.after
-    )
-    assert all(torch.equal(v.cpu(), source.state_dict()[k]) for k, v in model.state_dict().items())
-    assert (
-        report.bytes == sum(v.nbytes for v in source.state_dict().values())
-        and len(report.copied) == 9
-    )
-    assert (
-        report.after == load_report(source, source.state_dict()).before
-    )  # a checksum of the values, on any device
-    assert '9 of 9' in report.says and 'checksum' in repr(report)
-
-
-def test_load_report_says_what_was_left():
-    model, state = (
-        small(),
-        {
-            k: v.half() if v.is_floating_point() else v
-            for k, v in small(1).state_dict().items()
-            if 'head' not in k
-        }
-        | {'old': torch.ones(1)},
-    )
-    report = load_report(model, state, at_least=0.5)
-    assert (
-        not report
-        and report.missing == ['head.weight', 'head.bias']
-        and report.extra == ['old']
-        and report.cast['body.0.weight'] == 'float16 to float32'
-    )
-    assert len(report.cast) == 6 and model['body'][0].weight.dtype == torch.float32
-    report = load_report(model, small(1, width=8).state_dict(), at_least=0)
-    assert report.mismatched['head.weight'] == ((2, 4), (2, 8)) and report.copied == [
-        'body.1.num_batches_tracked',
-        'head.bias',
-    ]
-    assert 'there already' in load_report(model, model.state_dict()).says
-
-
-def test_load_report_knows_tied_weights_and_optimizers():
-    tied, w = Tied(), torch.ones(5, 3)
-    assert load_report(tied, {'embed.weight': w}).share == 1 and torch.equal(
-        tied.head.weight, w
-    )  # safetensors keeps one of the two
-    model = small()
-    held = [id(p) for p in model.parameters()]
-    load_report(model, small(1).state_dict())
-    assert held == [id(p) for p in model.parameters()] and all(
-        p.requires_grad for p in model.parameters()
-    )
-
-
-def test_load_report_bad_input():
-    for bad, text in ((small(), 'is a module'), ('weights.pth', 'is str.*safetensors')):
-        with pytest.raises(TypeError, match=text):
-            load_report(small(), bad)
-    with pytest.raises(TypeError, match='model is dict'):
-        load_report({}, {})
-    with pytest.raises(ValueError, match='at_least is 16'):
-        load_report(small(), {}, at_least=16)
-    with pytest.raises(ValueError, match='no parameter'):
-        load_report(nn.Identity(), {})
-
-
 # stateless ----------------------------------------------------------------------------------------
 
 
@@ -1326,33 +1157,6 @@ def test_stateless_finds_a_latent_that_is_only_a_key(kind):
     assert not report and list(report.failures) == ['a hair off']
 
 
-@pytest.mark.parametrize(
-    'name, spoil',
-    [
-        ('NaN', lambda t: t * math.nan),
-        ('meta', lambda t: t.to('meta')),
-        ('complex', lambda t: t.to(torch.complex64)),
-        ('sparse', lambda t: t.to_sparse()),
-    ],
-)
-def test_load_report_refuses_values_that_are_none_before_it_copies(name, spoil):
-    model, other = (
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
-    )
-    state, before = dict(other.state_dict()), {k: v.clone() for k, v in model.state_dict().items()}
-    state['1.weight'] = spoil(state['1.weight'])
-    with pytest.raises(ValueError, match='1.weight'):
-        load_report(model, state)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_load_report_refuses_an_overflow():
-    model = nn.Linear(4, 4).half()
-    with pytest.raises(ValueError, match='as torch.float16'):
-        load_report(model, {'weight': torch.full((4, 4), 1e6), 'bias': torch.zeros(4)})
-
-
 @pytest.mark.parametrize('band', range(4))
 def test_parseval_takes_an_error_in_one_band(band):
     h = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
@@ -1518,48 +1322,6 @@ def test_leak_probe_judges_a_share_by_its_size():
             leak_probe(lambda z, t: z, x, start, hole, **kw)
 
 
-def test_load_report_swaps_two_weights_of_one_model():
-    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
-    a, b = (model[k].weight.detach().clone() for k in (0, 1))
-    own = model.state_dict()
-    assert (
-        load_report(
-            model, {'0.weight': own['1.weight'], '1.weight': own['0.weight']}, at_least=0
-        ).share
-        == 0.75
-    )
-    assert torch.equal(model[0].weight, b) and torch.equal(model[1].weight, a)
-    load_report(model, model.state_dict(), rename=lambda k: {'0': '1', '1': '0'}[k[0]] + k[1:])
-    assert torch.equal(model[0].weight, a) and torch.equal(model[1].weight, b)
-
-
-def test_load_report_counts_shared_memory_once_and_refuses_two_values_for_it():
-    tied, w = Tied(), torch.ones(5, 3)
-    report = load_report(tied, {'embed.weight': w, 'head.weight': w.clone()})
-    assert report and report.bytes == w.nbytes and report.share == 1
-    twin = nn.ModuleList(
-        [nn.Linear(3, 5, bias=False), nn.Linear(3, 5, bias=False), nn.Linear(3, 5, bias=False)]
-    )
-    twin[1].weight = nn.Parameter(twin[0].weight.data)  # another parameter, the same memory
-    before = [m.weight.detach().clone() for m in twin]
-    with pytest.raises(
-        ValueError, match=r"'0.weight' shares its memory in the model with '1.weight'.*other values"
-    ):
-        load_report(twin, {'0.weight': w, '1.weight': 2 * w, '2.weight': w})
-    assert all(torch.equal(m.weight, v) for m, v in zip(twin, before))
-    report = load_report(twin, {'0.weight': w, '2.weight': 3 * w})
-    assert (
-        report
-        and report.missing == []
-        and report.share == 1
-        and report.bytes == 2 * w.nbytes
-        and torch.equal(twin[1].weight, w)
-    )
-    assert load_report(
-        twin, {'0.weight': w}, at_least=np.float32(0.5)
-    ).share == 0.5 and not load_report(twin, {}, at_least=0)
-
-
 class Scribbler(nn.Module):
     "Writes into whatever it is handed, and draws from every random state."
 
@@ -1666,7 +1428,6 @@ def test_numbers_of_numpy_and_numbers_that_are_none():
         (lambda: stateless(haar, unhaar, A, B, tol=math.nan), 'tol'),
         (lambda: stateless(haar, unhaar, A, B, timeout=0), 'timeout'),
         (lambda: identity_check(psnr, at_least=math.nan), 'at_least'),
-        (lambda: load_report(small(), {}, at_least=math.nan), 'at_least'),
     ):
         with pytest.raises(ValueError, match=name + ' is'):
             call()
