@@ -16,7 +16,9 @@ from .checks import check_number, check_times, check_whole, known_truth
 from restore_lib.patching import (
     Attention, Mlp, as_hw, patch_grid, patchify, sincos_pos_embed, unpatchify,
 )
-from .unet import Knobbed, ResBlock, UNetTrunk, _mirror, group_norm, unet_plan
+from .knobs import Knobbed
+from .padding import mirror_to_multiple
+from .unet import ResBlock, UNetTrunk, group_norm, unet_plan
 
 # %% ../nbs/19_dit.ipynb #19-016
 NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm)
@@ -315,4 +317,4 @@ class FlowUNet(_Flow):
 
     def _net(self, x, c):
         h, w = x.shape[2:]
-        return self.last(self.trunk(_mirror(x, self.multiple), F.silu(c)))[..., :h, :w]
+        return self.last(self.trunk(mirror_to_multiple(x, self.multiple), F.silu(c)))[..., :h, :w]

@@ -26,7 +26,6 @@ def _per_level(value, name, levels):
     if len(values) != levels: raise ValueError(f'{name} is {value!r}; expected a number, or {levels}: one for each level')
     return [check_whole(v, name, 1) for v in values]
 
-_mirror = mirror_to_multiple    # the name that lesson 19 imports
 
 def to_windows(
     x,              # (b, h, w, c), sides multiples of the window
