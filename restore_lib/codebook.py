@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.utils import make_grid
 from .checks import check_images, check_number, check_whole
 from .learner import Callback, Learner, TensorBoard, param_groups, warmup_cosine
 from .patching import Block, Flagged, PixelStats, ViTEncoder, sincos_pos_embed
@@ -476,6 +475,7 @@ class ReconstructionGrid(TensorBoard):
     def after_step(self, learn):
         super().after_step(learn)
         if not self.writer or learn.step % self.every or learn.step == self.drawn: return
+        from torchvision.utils import make_grid
         self.drawn = learn.step
         with in_deployment(learn.bare): x_hat = learn.bare(self.images.to(learn.acc.device))[0].float().cpu()
         self.writer.add_image('reconstruction', make_grid(torch.cat([self.images.cpu(), x_hat.clamp(0, 1)]), nrow=len(self.images)), learn.step)

@@ -20,7 +20,7 @@ from .diffusion import ResidualShift
 from .draws import draw_normal_like
 from .learner import Callback, EMA, Learner, warmup_cosine
 from .states import in_deployment
-from .unet import Knobbed
+from .knobs import Knobbed
 
 # %% ../nbs/20_meanflow.ipynb #20-006
 def _wide(t, like): return t.reshape(-1, *[1]*(like.ndim - 1))          # (b,) -> (b, 1, 1, ...)
