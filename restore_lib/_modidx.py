@@ -653,6 +653,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'restore_lib/fingerprints.py'),
                                           'restore_lib.fingerprints._thing': ( 'appendix/fingerprints.html#_thing',
                                                                                'restore_lib/fingerprints.py'),
+                                          'restore_lib.fingerprints._version': ( 'appendix/fingerprints.html#_version',
+                                                                                 'restore_lib/fingerprints.py'),
                                           'restore_lib.fingerprints._way': ( 'appendix/fingerprints.html#_way',
                                                                              'restore_lib/fingerprints.py'),
                                           'restore_lib.fingerprints._wrapper': ( 'appendix/fingerprints.html#_wrapper',

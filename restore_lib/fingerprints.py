@@ -9,6 +9,7 @@ __all__ = ['digest', 'files_digest', 'fingerprint', 'Scheduled']
 import copyreg
 import dis
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import random
@@ -236,7 +237,16 @@ def _library(module):
     folders = {part for place in places if place for part in Path(place).parts}
     if not folders & {'site-packages', 'dist-packages'}:
         return ''
-    return f'{top} {str(getattr(known, "__version__", "")).partition("+")[0]}'
+    return f'{top} {_version(top).partition("+")[0]}'
+
+
+def _version(module):
+    "The installed version of a library, whether it is imported yet or not; '' if none is known."
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:  # its package has another name: PIL, pillow
+        packages = importlib.metadata.packages_distributions().get(module, ())
+        return ' '.join(importlib.metadata.version(package) for package in packages)
 
 
 def _stands(v):

@@ -321,3 +321,21 @@ def test_digests_of_plain_data():
     assert digest(dict(a=1)) != digest(dict(a=2)) and len(digest({})) == 8
     with pytest.raises(TypeError, match=r"value\['a'\] is set"):
         digest(dict(a={1}))
+
+
+def test_what_was_imported_before_does_not_matter(monkeypatch):
+    "A library has the version that is installed, not that of the module if it is there."
+
+    def saves(m, b):
+        from PIL import Image
+
+        return Image
+
+    import PIL
+
+    assert PIL.__version__ in fingerprints._library('PIL')
+    before = fingerprint(saves)
+    fingerprints._library.cache_clear()
+    monkeypatch.delitem(sys.modules, 'PIL')
+    assert fingerprint(saves) == before
+    fingerprints._library.cache_clear()
