@@ -331,7 +331,7 @@ class Ablation(_Runs):
         if math.isnan(base):
             raise ValueError(f'reference has no {metric}; expected a finished run to draw from')
         rows = [(n, _judged(self, n, metric, paired_seeds)) for n in self.names if self.runs(n)]
-        fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.27*len(rows)), dpi=75, layout='constrained')
+        fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.27*len(rows)), layout='constrained')
         for k, (name, r) in enumerate(rows):
             seeds = [sum(v)/len(v) - base for v in self.runs(name, metric)]
             color = {'yes': 'tab:blue', 'no': '0.55'}.get(r['told apart'], 'tab:orange' if name != 'reference' else 'k')
