@@ -559,6 +559,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'restore_lib/draws.py'),
                                    'restore_lib.draws.StepNoise.__init__': ( 'appendix/draws.html#stepnoise.__init__',
                                                                              'restore_lib/draws.py'),
+                                   'restore_lib.draws._drawn': ('appendix/draws.html#_drawn', 'restore_lib/draws.py'),
                                    'restore_lib.draws.draw_choice': ('appendix/draws.html#draw_choice', 'restore_lib/draws.py'),
                                    'restore_lib.draws.draw_level': ('appendix/draws.html#draw_level', 'restore_lib/draws.py'),
                                    'restore_lib.draws.draw_normal': ('appendix/draws.html#draw_normal', 'restore_lib/draws.py'),

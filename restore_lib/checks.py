@@ -120,14 +120,17 @@ def _not_finite(x, name):
     return f'{name} holds {(~finite).sum()} values that are NaN or infinite'
 
 # %% ../nbs/appendix/checks.ipynb #checks-020
+_MOST = 16  # what no noisy image reaches, and an image from 0 to 255 does
+
+
 def check_images(
     x,  # what should be a batch of images
     name='x',  # the argument's name, for the message
     channels=None,  # a number, or a tuple of allowed numbers; None allows any
     ndim=4,  # 4 for (b, c, h, w), 3 for (c, h, w)
 ) -> torch.Tensor:  # `x` itself
-    """Passes float images through; TypeError or ValueError says what is wrong
-    with anything else."""
+    """Passes float images through; TypeError or ValueError says what is wrong with anything else.
+    Values may leave [0, 1], as noisy images do, but not [-16, 16]."""
     shape = {4: '(b, c, h, w)', 3: '(c, h, w)'}[ndim]
     floats = f'floats in [0, 1] (for 8-bit images: {name}.float()/255)'
     _check_floats(x, name, shape, f'a float tensor {shape} in [0, 1]', floats)
@@ -142,7 +145,7 @@ def check_images(
         return x
     if wrong := _not_finite(x, name):
         raise ValueError(wrong)
-    if x.abs().max() > 16:
+    if x.abs().max() > _MOST:
         raise ValueError(f'{name} reaches {x.abs().max():g}; expected [0, 1] (is it 0 to 255?)')
     return x
 

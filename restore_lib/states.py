@@ -77,7 +77,8 @@ def random_kept(
     """Whatever is drawn inside: at the end the random states of torch, NumPy and Python
     are as before.
 
-    May be nested; where threads overlap, the last one out puts back what the first one in found."""
+    May be nested; where threads overlap, the last one out puts back what the first one in found.
+    What another thread draws outside meanwhile is forgotten with the rest."""
     states = [(g.set_state, g.get_state()) for g in generators if g is not None]
     depth = getattr(_here, 'depth', 0)
     with _random_door:

@@ -33,7 +33,7 @@ class Table:
         self,
         rows,  # a list of dicts, column -> value; a missing value is an empty cell
         caption='',  # a line above
-        digits=2,  # decimals of floats, a number, or a dict column -> number
+        digits=2,  # decimals of floats, a number, or a dict column -> number; with 2, 0.003 is 0.00
     ):
         self.rows = [dict(row) for row in rows]
         self.caption, self.digits = caption, digits
