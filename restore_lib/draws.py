@@ -24,7 +24,7 @@ def draw_uniform(
     like,            # a tensor on whose device it shall be
     generator=None,  # of any device
 ):
-    "Uniform numbers in [0, 1) in float32, drawn on the generator's device (else on that of `like`)."
+    "Uniform numbers in float32, drawn on the generator's device (else on that of `like`)."
     return _drawn(torch.rand, shape, like, generator)
 
 
