@@ -266,7 +266,7 @@ def save_pretrained(
     "`save_model` into the library's folder; ValueError for a file that makes it too large."
     path = PRETRAINED / f'{check_file_name(name, "name")}.safetensors'
     record = dict(zip(RECORD, (recipe, seed, data, scores, minutes, licence)))
-    with whole_file(path) as part:
+    with whole_file(path, path.with_name(f'.{path.name}.new')) as part:  # not listed yet
         save_model(model, part, **record, **says)
         size = part.stat().st_size
         rest = sum(p.stat().st_size for p in pretrained_files().values() if p != path)
