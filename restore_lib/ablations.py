@@ -20,6 +20,7 @@ from .audit import compare
 from .checkpoints import as_json
 from .checks import check_number, check_whole
 from .codecs import PacketCodec, WaveletPacketCodec
+from .files import whole_file
 from .fingerprints import fingerprint
 from .states import random_seeded
 from .tables import Table
@@ -221,8 +222,8 @@ def _repaired(path):
         warnings.simplefilter('ignore')                        # was said at the first reading
         records, whole = _read(path)
     if path.exists() and path.read_bytes() != whole:
-        part = path.with_name(f'{path.name}.{os.getpid()}.part')
-        part.write_bytes(whole), part.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(whole)
     return records
 
 # %% ../nbs/18_ablations.ipynb #18-014

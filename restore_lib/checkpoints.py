@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from .checks import check_number, check_whole
+from .files import whole_file
 from .states import memory_of
 from .tables import Report
 
@@ -134,17 +135,8 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-def _sync(path):
-    "Asks the system to put a file or a folder on the disk before going on."
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def _write_checkpoint(folder, tensors, said):
-    "The three files of a checkpoint, on the disk when it returns."
+    "The three files of a checkpoint."
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -152,8 +144,6 @@ def _write_checkpoint(folder, tensors, said):
     (folder / _JSON).write_text(json.dumps(said), encoding='utf-8')
     sums = {name: file_hash(folder / name) for name in (_TENSORS, _JSON)}
     (folder / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
 
 # %% ../nbs/appendix/checkpoints.ipynb #checkpoints-013
 def saved_steps(folder):
@@ -178,13 +168,10 @@ def save_checkpoint(
         raise ValueError(f"info has the key {min(own)!r}, which is the checkpoint's own")
     tensors, form = flatten_state(state)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        _write_checkpoint(part, tensors, dict(said, step=step, form=form))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        part.rename(folder / name)
-        _sync(folder)
+        shutil.rmtree(part, ignore_errors=True)  # what a kill has left
+        with whole_file(folder / name, part):
+            _write_checkpoint(part, tensors, dict(said, step=step, form=form))
     except Exception as error:
-        shutil.rmtree(part, ignore_errors=True)
         what = f'checkpoint {folder / name} could not be written ({error})'
         raise OSError(f'{what}; the ones before it are intact') from error
     up_to_this = [p for p in saved_steps(folder) if p.name <= name]
