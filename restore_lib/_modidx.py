@@ -873,6 +873,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'restore_lib.loaders._SeededItems.__init__': ( 'appendix/loaders.html#_seededitems.__init__',
                                                                                     'restore_lib/loaders.py'),
                                      'restore_lib.loaders._check_loader': ('appendix/loaders.html#_check_loader', 'restore_lib/loaders.py'),
+                                     'restore_lib.loaders._without_batch_size': ( 'appendix/loaders.html#_without_batch_size',
+                                                                                  'restore_lib/loaders.py'),
                                      'restore_lib.loaders.positioned': ('appendix/loaders.html#positioned', 'restore_lib/loaders.py')},
             'restore_lib.mae': { 'restore_lib.mae.MAE': ('mae.html#mae', 'restore_lib/mae.py'),
                                  'restore_lib.mae.MAE.decode': ('mae.html#mae.decode', 'restore_lib/mae.py'),
