@@ -184,7 +184,7 @@ def _read_checkpoint(path):
     "State and info of one checkpoint; raises where it is not as it was written."
     from safetensors.torch import load_file
 
-    if (path / _SUMS).exists():  # older versions wrote none
+    if (path / _SUMS).exists():  # they may be absent: then the rest is read unchecked
         sums = json.loads((path / _SUMS).read_text(encoding='utf-8'))
         changed = [name for name in (_TENSORS, _JSON) if sums[name] != file_hash(path / name)]
         if changed:
@@ -230,6 +230,52 @@ def load_checkpoint(
         _check_config(path, info.get('config'), config)
         return state, info
     raise FileNotFoundError(f'{folder} holds no whole checkpoint ({len(found)} damaged)')
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-029
+def load_report(
+    model,  # a module; nothing of it changes if ValueError is raised
+    state_dict,  # name -> tensor, from a file that is not a pickle
+    rename=None,  # {prefix: prefix}, or a function of the name; None for a name drops the tensor
+    at_least=1.0,  # the smallest share of the model's elements (parameters, persistent buffers)
+    # that must be copied
+) -> Report:  # true if nothing of the model is left out; `.copied`, `.missing`, `.extra`
+    # (names), `.mismatched`: name -> (model's shape, file's), `.cast`: name ->
+    # types, `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model)
+    """Copies tensors whose name and shape fit, and says what was not. ValueError if that is less
+    than `at_least`, TypeError for what is no model or no dict of tensors."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model is {type(model).__name__}; expected a module')
+    at_least = check_number(at_least, 'at_least', 0, 1)
+    held = model.state_dict(keep_vars=True)
+    own = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)}
+    if not own:
+        raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
+    state = _renamed(_flat_state(state_dict), rename)
+    found = _compared(own, state)
+    counts = f'copied {len(found["copied"])} of {len(own)} tensors'
+    counts = f'{counts}, {found["share"]:.1%} of the elements'
+    if found['share'] < at_least:
+        what = f'{counts}; expected at least {at_least:.0%}'
+        raise ValueError(f'{what}{_first(found)}{_suggestion(own, state)}')
+    ready = _ready(own, state, found['copied'])
+    found['before'] = _checksum(own)
+    _fill(own, ready)
+    found['after'] = _checksum(own)
+    return _as_report(counts, found)
+
+
+def _as_report(counts, found):
+    "The figures of a load as a Report."
+    kinds = ('copied', 'cast', 'missing', 'extra', 'mismatched')
+    rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in kinds]
+    sums = f'{found["before"]} before, {found["after"]} after'
+    rows.append({'what': 'checksum', 'first': sums})
+    says = f'{counts[0].upper()}{counts[1:]}, {found["bytes"]:,} bytes'
+    if found['extra']:
+        says += f'; {len(found["extra"])} of the file were not wanted'
+    if found['before'] == found['after']:
+        says += ', but every value was there already'
+    return Report(not found['missing'] and not found['mismatched'], says, rows, **found)
 
 # %% ../nbs/appendix/checkpoints.ipynb #checkpoints-021
 def _flat_state(state, name='state_dict'):
@@ -402,52 +448,6 @@ def _checksum(tensors):
         digest.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
         digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-029
-def load_report(
-    model,  # a module; nothing of it changes if ValueError is raised
-    state_dict,  # name -> tensor, from a file that is not a pickle
-    rename=None,  # {prefix: prefix}, or a function of the name; None for a name drops the tensor
-    at_least=1.0,  # the smallest share of the model's elements (parameters, persistent buffers)
-    # that must be copied
-) -> Report:  # true if nothing of the model is left out; `.copied`, `.missing`, `.extra`
-    # (names), `.mismatched`: name -> (model's shape, file's), `.cast`: name ->
-    # types, `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model)
-    """Copies tensors whose name and shape fit, and says what was not. ValueError if that is less
-    than `at_least`, TypeError for what is no model or no dict of tensors."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'model is {type(model).__name__}; expected a module')
-    at_least = check_number(at_least, 'at_least', 0, 1)
-    held = model.state_dict(keep_vars=True)
-    own = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)}
-    if not own:
-        raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
-    state = _renamed(_flat_state(state_dict), rename)
-    found = _compared(own, state)
-    counts = f'copied {len(found["copied"])} of {len(own)} tensors'
-    counts = f'{counts}, {found["share"]:.1%} of the elements'
-    if found['share'] < at_least:
-        what = f'{counts}; expected at least {at_least:.0%}'
-        raise ValueError(f'{what}{_first(found)}{_suggestion(own, state)}')
-    ready = _ready(own, state, found['copied'])
-    found['before'] = _checksum(own)
-    _fill(own, ready)
-    found['after'] = _checksum(own)
-    return _as_report(counts, found)
-
-
-def _as_report(counts, found):
-    "The figures of a load as a Report."
-    kinds = ('copied', 'cast', 'missing', 'extra', 'mismatched')
-    rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in kinds]
-    sums = f'{found["before"]} before, {found["after"]} after'
-    rows.append({'what': 'checksum', 'first': sums})
-    says = f'{counts[0].upper()}{counts[1:]}, {found["bytes"]:,} bytes'
-    if found['extra']:
-        says += f'; {len(found["extra"])} of the file were not wanted'
-    if found['before'] == found['after']:
-        says += ', but every value was there already'
-    return Report(not found['missing'] and not found['mismatched'], says, rows, **found)
 
 # %% ../nbs/appendix/checkpoints.ipynb #checkpoints-033
 def fetch_file(

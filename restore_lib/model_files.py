@@ -180,9 +180,9 @@ def _header(path):
 
 def _described(info, path):
     "(name of the class, what it is made of, what is said of it) from a file's metadata."
-    if 'class' not in info and info.keys() & {'made_of', 'superres'}:
+    if 'class' not in info:
         raise ValueError(
-            f'{path} is of an older format, which does not say how its model is built; '
+            f'{path} names no class, so it does not say how its model is built; '
             'expected a file by save_model: save the model again'
         )
     with _told_by(path):
