@@ -20,6 +20,7 @@ from .audit import compare
 from .checkpoints import as_json
 from .checks import check_number, check_whole
 from .codecs import PacketCodec, WaveletPacketCodec
+from .files import whole_file
 from .fingerprints import fingerprint
 from .states import random_seeded
 from .tables import Table
@@ -221,8 +222,8 @@ def _repaired(path):
         warnings.simplefilter('ignore')                        # was said at the first reading
         records, whole = _read(path)
     if path.exists() and path.read_bytes() != whole:
-        part = path.with_name(f'{path.name}.{os.getpid()}.part')
-        part.write_bytes(whole), part.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(whole)
     return records
 
 # %% ../nbs/18_ablations.ipynb #18-014
@@ -331,7 +332,7 @@ class Ablation(_Runs):
         if math.isnan(base):
             raise ValueError(f'reference has no {metric}; expected a finished run to draw from')
         rows = [(n, _judged(self, n, metric, paired_seeds)) for n in self.names if self.runs(n)]
-        fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.27*len(rows)), dpi=75, layout='constrained')
+        fig, ax = plt.subplots(figsize=(6.6, 0.9 + 0.27*len(rows)), layout='constrained')
         for k, (name, r) in enumerate(rows):
             seeds = [sum(v)/len(v) - base for v in self.runs(name, metric)]
             color = {'yes': 'tab:blue', 'no': '0.55'}.get(r['told apart'], 'tab:orange' if name != 'reference' else 'k')

@@ -185,7 +185,7 @@ def _bars(rows, seeds, ladder):
     low, high = min(seen), max(seen)
     pad = 0.15*(high - low) or 0.1*abs(high) or 1
     start = low - pad if low < 0 or low > pad else 0
-    fig, ax = plt.subplots(figsize=(7, 0.36*len(bars) + 1 + 0.2*math.ceil(len(tops)/3) + 0.2*bool(ladder.caption)), dpi=75, layout='constrained')
+    fig, ax = plt.subplots(figsize=(7, 0.36*len(bars) + 1 + 0.2*math.ceil(len(tops)/3) + 0.2*bool(ladder.caption)), layout='constrained')
     for k, r in enumerate(bars):
         look = dict(color='0.72') if r['kind'] == 'floor' else dict(color='tab:blue')
         if r['problem']: look = dict(facecolor='mistyrose', edgecolor='tab:red', hatch='///')

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from .checks import check_number, check_whole
+from .files import whole_file
 from .states import memory_of
 from .tables import Report
 
@@ -134,17 +135,8 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-def _sync(path):
-    "Asks the system to put a file or a folder on the disk before going on."
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def _write_checkpoint(folder, tensors, said):
-    "The three files of a checkpoint, on the disk when it returns."
+    "The three files of a checkpoint."
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -152,8 +144,6 @@ def _write_checkpoint(folder, tensors, said):
     (folder / _JSON).write_text(json.dumps(said), encoding='utf-8')
     sums = {name: file_hash(folder / name) for name in (_TENSORS, _JSON)}
     (folder / _SUMS).write_text(json.dumps(sums), encoding='utf-8')
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
 
 # %% ../nbs/appendix/checkpoints.ipynb #checkpoints-013
 def saved_steps(folder):
@@ -178,13 +168,10 @@ def save_checkpoint(
         raise ValueError(f"info has the key {min(own)!r}, which is the checkpoint's own")
     tensors, form = flatten_state(state)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        _write_checkpoint(part, tensors, dict(said, step=step, form=form))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        part.rename(folder / name)
-        _sync(folder)
+        shutil.rmtree(part, ignore_errors=True)  # what a kill has left
+        with whole_file(folder / name, part):
+            _write_checkpoint(part, tensors, dict(said, step=step, form=form))
     except Exception as error:
-        shutil.rmtree(part, ignore_errors=True)
         what = f'checkpoint {folder / name} could not be written ({error})'
         raise OSError(f'{what}; the ones before it are intact') from error
     up_to_this = [p for p in saved_steps(folder) if p.name <= name]
@@ -197,7 +184,7 @@ def _read_checkpoint(path):
     "State and info of one checkpoint; raises where it is not as it was written."
     from safetensors.torch import load_file
 
-    if (path / _SUMS).exists():  # older versions wrote none
+    if (path / _SUMS).exists():  # they may be absent: then the rest is read unchecked
         sums = json.loads((path / _SUMS).read_text(encoding='utf-8'))
         changed = [name for name in (_TENSORS, _JSON) if sums[name] != file_hash(path / name)]
         if changed:
@@ -243,6 +230,52 @@ def load_checkpoint(
         _check_config(path, info.get('config'), config)
         return state, info
     raise FileNotFoundError(f'{folder} holds no whole checkpoint ({len(found)} damaged)')
+
+# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-029
+def load_report(
+    model,  # a module; nothing of it changes if ValueError is raised
+    state_dict,  # name -> tensor, from a file that is not a pickle
+    rename=None,  # {prefix: prefix}, or a function of the name; None for a name drops the tensor
+    at_least=1.0,  # the smallest share of the model's elements (parameters, persistent buffers)
+    # that must be copied
+) -> Report:  # true if nothing of the model is left out; `.copied`, `.missing`, `.extra`
+    # (names), `.mismatched`: name -> (model's shape, file's), `.cast`: name ->
+    # types, `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model)
+    """Copies tensors whose name and shape fit, and says what was not. ValueError if that is less
+    than `at_least`, TypeError for what is no model or no dict of tensors."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model is {type(model).__name__}; expected a module')
+    at_least = check_number(at_least, 'at_least', 0, 1)
+    held = model.state_dict(keep_vars=True)
+    own = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)}
+    if not own:
+        raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
+    state = _renamed(_flat_state(state_dict), rename)
+    found = _compared(own, state)
+    counts = f'copied {len(found["copied"])} of {len(own)} tensors'
+    counts = f'{counts}, {found["share"]:.1%} of the elements'
+    if found['share'] < at_least:
+        what = f'{counts}; expected at least {at_least:.0%}'
+        raise ValueError(f'{what}{_first(found)}{_suggestion(own, state)}')
+    ready = _ready(own, state, found['copied'])
+    found['before'] = _checksum(own)
+    _fill(own, ready)
+    found['after'] = _checksum(own)
+    return _as_report(counts, found)
+
+
+def _as_report(counts, found):
+    "The figures of a load as a Report."
+    kinds = ('copied', 'cast', 'missing', 'extra', 'mismatched')
+    rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in kinds]
+    sums = f'{found["before"]} before, {found["after"]} after'
+    rows.append({'what': 'checksum', 'first': sums})
+    says = f'{counts[0].upper()}{counts[1:]}, {found["bytes"]:,} bytes'
+    if found['extra']:
+        says += f'; {len(found["extra"])} of the file were not wanted'
+    if found['before'] == found['after']:
+        says += ', but every value was there already'
+    return Report(not found['missing'] and not found['mismatched'], says, rows, **found)
 
 # %% ../nbs/appendix/checkpoints.ipynb #checkpoints-021
 def _flat_state(state, name='state_dict'):
@@ -415,52 +448,6 @@ def _checksum(tensors):
         digest.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
         digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-# %% ../nbs/appendix/checkpoints.ipynb #checkpoints-029
-def load_report(
-    model,  # a module; nothing of it changes if ValueError is raised
-    state_dict,  # name -> tensor, from a file that is not a pickle
-    rename=None,  # {prefix: prefix}, or a function of the name; None for a name drops the tensor
-    at_least=1.0,  # the smallest share of the model's elements (parameters, persistent buffers)
-    # that must be copied
-) -> Report:  # true if nothing of the model is left out; `.copied`, `.missing`, `.extra`
-    # (names), `.mismatched`: name -> (model's shape, file's), `.cast`: name ->
-    # types, `.bytes`, `.share`, `.before`, `.after` (checksums of the whole model)
-    """Copies tensors whose name and shape fit, and says what was not. ValueError if that is less
-    than `at_least`, TypeError for what is no model or no dict of tensors."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f'model is {type(model).__name__}; expected a module')
-    at_least = check_number(at_least, 'at_least', 0, 1)
-    held = model.state_dict(keep_vars=True)
-    own = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)}
-    if not own:
-        raise ValueError('model has no parameter and no buffer; nothing can be loaded into it')
-    state = _renamed(_flat_state(state_dict), rename)
-    found = _compared(own, state)
-    counts = f'copied {len(found["copied"])} of {len(own)} tensors'
-    counts = f'{counts}, {found["share"]:.1%} of the elements'
-    if found['share'] < at_least:
-        what = f'{counts}; expected at least {at_least:.0%}'
-        raise ValueError(f'{what}{_first(found)}{_suggestion(own, state)}')
-    ready = _ready(own, state, found['copied'])
-    found['before'] = _checksum(own)
-    _fill(own, ready)
-    found['after'] = _checksum(own)
-    return _as_report(counts, found)
-
-
-def _as_report(counts, found):
-    "The figures of a load as a Report."
-    kinds = ('copied', 'cast', 'missing', 'extra', 'mismatched')
-    rows = [{'what': k, 'tensors': len(found[k]), 'first': _entry(found[k])} for k in kinds]
-    sums = f'{found["before"]} before, {found["after"]} after'
-    rows.append({'what': 'checksum', 'first': sums})
-    says = f'{counts[0].upper()}{counts[1:]}, {found["bytes"]:,} bytes'
-    if found['extra']:
-        says += f'; {len(found["extra"])} of the file were not wanted'
-    if found['before'] == found['after']:
-        says += ', but every value was there already'
-    return Report(not found['missing'] and not found['mismatched'], says, rows, **found)
 
 # %% ../nbs/appendix/checkpoints.ipynb #checkpoints-033
 def fetch_file(

@@ -494,7 +494,7 @@ def plot_health(
 ):             # -> a figure
     "The health panel: codes in use and perplexity over training, length of the codes, and use by rank on data that was not trained on."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 4, figsize=(12, 3.1), dpi=75, layout='constrained')
+    fig, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout='constrained')
     for name, (history, counts) in runs.items():
         for a, key in zip(axes, ('active', 'perplexity', 'code_norm')):
             rows = [(r['step'], r[key]) for r in history if key in r]

@@ -13,15 +13,19 @@ import torch
 from .checks import check_interval, check_number
 
 # %% ../nbs/appendix/draws.ipynb #draws-006
-def draw_uniform(
-    shape,            # of the result
-    like,             # a tensor on whose device it shall be
-    generator=None,   # of any device
-    draw=torch.rand,  # torch.rand or torch.randn
-):
-    "Uniform numbers in float32, drawn on the generator's device (else on that of `like`)."
+def _drawn(draw, shape, like, generator):
+    "What `torch.rand` or `torch.randn` draws on the generator's device (else on that of `like`)."
     device = like.device if generator is None else generator.device
     return draw(shape, generator=generator, device=device).to(like.device)
+
+
+def draw_uniform(
+    shape,           # of the result
+    like,            # a tensor on whose device it shall be
+    generator=None,  # of any device
+):
+    "Uniform numbers in float32, drawn on the generator's device (else on that of `like`)."
+    return _drawn(torch.rand, shape, like, generator)
 
 
 def draw_normal(
@@ -30,7 +34,7 @@ def draw_normal(
     generator=None,  # of any device
 ):
     "Standard normal numbers in float32, as `draw_uniform`."
-    return draw_uniform(shape, like, generator, torch.randn)
+    return _drawn(torch.randn, shape, like, generator)
 
 # %% ../nbs/appendix/draws.ipynb #draws-009
 def draw_normal_like(
@@ -126,11 +130,15 @@ class StepNoise:
     ):
         self.generator, self.part, self.like = torch.Generator().manual_seed(seed), part, like
         self.all, self.shape = (images, *like.shape[1:]), (steps, *like.shape)
+        self.next = 0
 
     def __getitem__(self, k):
-        "Step k, which must be the next."
+        "Step k, which must be the next: IndexError behind the last, ValueError for any other."
         if not 0 <= k < self.shape[0]:
             raise IndexError(k)                                      # so that iterating ends
+        if k != self.next:
+            raise ValueError(f'k is {k}; expected {self.next}, the next step: each is drawn once')
+        self.next += 1
         dtype = torch.promote_types(self.like.dtype, torch.float32)
         drawn = torch.randn(self.all, generator=self.generator, dtype=dtype)
         if len(drawn) > len(self.like):

@@ -646,7 +646,7 @@ def plot_history(history, title=''):
     names = [k for k in dict.fromkeys(k for row in history for k in row) if k not in ('step', 'lr', 'seconds')]
     losses, others = [k for k in names if 'loss' in k] or names[:1], []
     others = [k for k in names if k not in losses]
-    fig, axes = plt.subplots(1, 1 + bool(others), figsize=(4.6*(1 + bool(others)), 2.6), dpi=75, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, 1 + bool(others), figsize=(4.6*(1 + bool(others)), 2.6), squeeze=False, layout='constrained')
     for a, group in zip(axes[0], (losses, others)):
         for k in group:
             rows = [(r['step'], r[k]) for r in history if k in r]

@@ -102,12 +102,24 @@ def positioned(
 
 def _check_loader(loader):
     "TypeError for a loader whose position cannot be set."
-    is_loader = isinstance(loader, DataLoader) and loader.batch_size is not None
-    if not is_loader or isinstance(loader.dataset, IterableDataset):
-        expected = 'a torch DataLoader with a batch size over a map-style data set'
-        raise TypeError(f'train is {type(loader).__name__}; expected {expected}')
+    expected = 'expected a torch DataLoader with a batch size over a map-style data set'
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f'train is {type(loader).__name__}; {expected}')
+    if isinstance(loader.dataset, IterableDataset):
+        kind = type(loader.dataset).__name__
+        raise TypeError(f"train's data set is {kind}, which has no items by number; {expected}")
+    if loader.batch_size is None:
+        what = _without_batch_size(loader)
+        raise TypeError(f'train has {what}, so its batches cannot be numbered; {expected}')
     generator = getattr(loader.sampler, 'generator', None)
     if not isinstance(generator, torch.Generator | None):
         kind = type(generator).__name__
         expected = 'expected a torch Generator, or none'
         raise TypeError(f"train's sampler draws from a {kind}; {expected}")
+
+
+def _without_batch_size(loader):
+    "Why a loader has no batch size."
+    if loader.batch_sampler is None:
+        return 'batch_size=None'
+    return f'a batch_sampler of its own ({type(loader.batch_sampler).__name__})'

@@ -11,7 +11,6 @@ __all__ = ['OFFERS', 'PRETRAINED', 'MOST_BYTES', 'MOST_BYTES_TOGETHER', 'RECORD'
 import importlib
 import inspect
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import restore_lib
 from ._modidx import d as index
 from .checkpoints import as_json, load_report
 from .checks import check_file_name
+from .files import whole_file
 from .states import in_deployment, random_seeded
 
 # %% ../nbs/appendix/model_files.ipynb #model_files-006
@@ -146,12 +146,8 @@ def save_model(
     state = as_half(model.state_dict(), getattr(model, 'exact', ()))
     info = {'class': name, 'made_of': json.dumps(made), 'says': json.dumps(says)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.urandom(4).hex()}.part')
-    try:
+    with whole_file(path) as part:
         save_file(state, part, metadata=info)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/appendix/model_files.ipynb #model_files-020
@@ -184,9 +180,9 @@ def _header(path):
 
 def _described(info, path):
     "(name of the class, what it is made of, what is said of it) from a file's metadata."
-    if 'class' not in info and info.keys() & {'made_of', 'superres'}:
+    if 'class' not in info:
         raise ValueError(
-            f'{path} is of an older format, which does not say how its model is built; '
+            f'{path} names no class, so it does not say how its model is built; '
             'expected a file by save_model: save the model again'
         )
     with _told_by(path):
@@ -270,8 +266,7 @@ def save_pretrained(
     "`save_model` into the library's folder; ValueError for a file that makes it too large."
     path = PRETRAINED / f'{check_file_name(name, "name")}.safetensors'
     record = dict(zip(RECORD, (recipe, seed, data, scores, minutes, licence)))
-    part = path.with_name(f'.{path.name}.new')
-    try:
+    with whole_file(path, path.with_name(f'.{path.name}.new')) as part:  # not listed yet
         save_model(model, part, **record, **says)
         size = part.stat().st_size
         rest = sum(p.stat().st_size for p in pretrained_files().values() if p != path)
@@ -280,7 +275,4 @@ def save_pretrained(
                 f'{name} has {size:,} bytes, the others {rest:,}; '
                 f'expected at most {MOST_BYTES:,}, together {MOST_BYTES_TOGETHER:,}'
             )
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path

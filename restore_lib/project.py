@@ -48,7 +48,7 @@ def budget(
 
 # %% ../nbs/appendix/project.ipynb #project-015
 def project_home() -> Path:
-    "The folder of this project around the working directory; without one the directory itself."
+    "The project's folder: the working directory or one above it; outside, the directory itself."
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / 'settings.ini').exists() and (folder / 'restore_lib').is_dir():

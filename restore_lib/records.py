@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from .checkpoints import as_json
-from .checks import check_file_name, check_whole
+from .checks import as_python, check_file_name, check_whole
+from .files import whole_file
 from .project import budget_mode, project_home
 
 # %% ../nbs/appendix/records.ipynb #records-003
@@ -58,11 +59,10 @@ def _study_path(lesson):
 
 
 def write_whole(path, text):
-    "Writes a file whole or not at all, whoever else writes it."
+    "Writes a text file whole or not at all, whoever else writes it; makes its folder."
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    part.write_text(text, encoding='utf-8')
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding='utf-8')
 
 
 def studies(lesson) -> list[dict]:
@@ -128,11 +128,10 @@ def _figure(value, name, inside=False):
 
 def _one_figure(value, name):
     "A number or a text, of Python, NumPy or torch."
+    value = as_python(value)
     if hasattr(value, 'item'):
         shape = tuple(getattr(value, 'shape', ()))
-        if math.prod(shape) != 1:
-            raise ValueError(f'{name} has shape {shape}; expected one number (or .tolist())')
-        value = value.item()
+        raise ValueError(f'{name} has shape {shape}; expected one number (or .tolist())')
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         kind = repr(value) if isinstance(value, bool) else type(value).__name__
         raise TypeError(f'{name} is {kind}; expected a number, a text or a list of them')

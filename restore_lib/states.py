@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from .checks import as_python
+
 # %% ../nbs/appendix/states.ipynb #states-006
 def _plain(key):
     "NumPy's and torch's numbers as Python's: np.int64(3) is the same key as 3."
     if isinstance(key, tuple):
         return tuple(map(_plain, key))
-    is_number = isinstance(key, np.generic) or isinstance(key, torch.Tensor) and key.ndim == 0
-    return key.item() if is_number else key
+    return as_python(key) if getattr(key, 'ndim', 1) == 0 else key
 
 
 def seed_all(
@@ -77,7 +78,8 @@ def random_kept(
     """Whatever is drawn inside: at the end the random states of torch, NumPy and Python
     are as before.
 
-    May be nested; where threads overlap, the last one out puts back what the first one in found."""
+    May be nested; where threads overlap, the last one out puts back what the first one in found.
+    What another thread draws outside meanwhile is forgotten with the rest."""
     states = [(g.set_state, g.get_state()) for g in generators if g is not None]
     depth = getattr(_here, 'depth', 0)
     with _random_door:

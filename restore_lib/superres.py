@@ -26,8 +26,9 @@ from .data import Crops, PairedFolder
 from .degrade import bicubic_down, bicubic_up, gaussian_blur
 from .diffusion import Loss, ResidualShift, WEIGHTS
 from .draws import StepNoise
+from .files import whole_file
 from restore_lib.image_files import (
-    check_writable, in_strips, opened_image, planes_of, run_command, tiled, whole_file,
+    check_writable, in_strips, opened_image, planes_of, run_command, tiled,
 )
 from .learner import Callback, EMA, Learner, Metrics, warmup_cosine
 from .metrics import psnr

@@ -6,15 +6,9 @@
 __all__ = ['Table', 'Report']
 
 # %% ../nbs/appendix/tables.ipynb #tables-003
-import math
+from .checks import as_python
 
 # %% ../nbs/appendix/tables.ipynb #tables-006
-def _as_python(value):
-    "A number of NumPy's or a tensor of one element as Python's; anything else as it is."
-    is_array = hasattr(value, 'item') and getattr(value, 'size', None) is not None
-    return value.item() if is_array and math.prod(value.shape) == 1 else value
-
-
 def _is_number(value):
     "Is it a number, or a gap in a column of numbers?"
     return isinstance(value, (int, float, type(None))) or hasattr(value, 'item')
@@ -33,7 +27,7 @@ class Table:
         self,
         rows,  # a list of dicts, column -> value; a missing value is an empty cell
         caption='',  # a line above
-        digits=2,  # decimals of floats, a number, or a dict column -> number
+        digits=2,  # decimals of floats, a number, or a dict column -> number; with 2, 0.003 is 0.00
     ):
         self.rows = [dict(row) for row in rows]
         self.caption, self.digits = caption, digits
@@ -45,7 +39,7 @@ class Table:
         value,  # anything
     ) -> str:
         "A value as it stands in the table; nothing for None."
-        value = _as_python(value)
+        value = as_python(value)
         if value is None:
             return ''
         if not isinstance(value, float):

@@ -44,6 +44,7 @@ class Flow:
         self.root, self.error = term.grad_fn, ''
         self.nodes = graph_nodes(self.root)
         self.accumulators = {id(n.variable): n for n in self.nodes if hasattr(n, 'variable')}
+        self.arrives = {}  # node -> for each of its results, does a gradient arrive?
         self.passes = {}  # node -> for each way out, does it carry anything?
         self.parents = {}  # node -> the nodes that lead to it
         for node in self.nodes:
@@ -75,7 +76,7 @@ class Flow:
 
     def _look(self, node):
         def hook(given, taken):
-            self.passes[node] = _passes(given)
+            self.passes[node], self.arrives[node] = _passes(given), _passes(taken)
 
         return hook
 
@@ -105,36 +106,79 @@ def _leading_to(flow, tensors):
     return nodes
 
 
+def _arrives(flow, edge):
+    "Does a gradient arrive at an edge's end, all ways there added up and hooks done?"
+    node, index = edge
+    if hasattr(node, 'variable'):
+        return flow.is_alive([node.variable])
+    return node in flow.arrives and flow.arrives[node][index]
+
+
 def where_zeros_begin(
     flow,  # a `Flow`
     tensors,  # at which its gradient is zero
 ):
-    """The first (node, k) on the way from the term to `tensors` that takes in a gradient
-    and gives zeros to its input k; None if there is no such node."""
+    """The first (node, k) on the way from the term to `tensors` with a gradient at the node and
+    none behind its input k: the node gives zeros there, or what it gives does not arrive.
+    None if there is no such node."""
     leading = _leading_to(flow, tensors)
     queue, seen = deque([flow.root]), {flow.root}
     while queue:
         node = queue.popleft()
-        for k, (child, _) in enumerate(node.next_functions):
-            if child not in leading or node not in flow.passes:
+        for k, edge in enumerate(node.next_functions):
+            if edge[0] not in leading or node not in flow.passes:
                 continue
-            if not flow.passes[node][k]:
+            if not flow.passes[node][k] or not _arrives(flow, edge):
                 return node, k
-            if child not in seen:
-                seen.add(child)
-                queue.append(child)
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                queue.append(edge[0])
     return None
 
 # %% ../nbs/appendix/tracer.ipynb #tracer-013
-_PRODUCTS = set('mul mm addmm bmm baddbmm convolution linear div dot mv lerp addcmul'.split())
-_ERRORS = set(
-    'mseloss l1loss smoothl1loss huberloss sub pow abs norm linalgvectornorm rsub'.split()
+_FACTORS = dict(  # product -> for each input, what autograd saves of its factors
+    mul=('other', 'self'),
+    div=('other', 'self'),
+    mm=('mat2', 'self'),
+    bmm=('mat2', 'self'),
+    mv=('vec', 'self'),
+    dot=('tensor', 'self'),
+    linear=('weight', 'input', ''),
+    convolution=('weight', 'input self', ''),
+    addmm=('beta', 'mat2 alpha', 'mat1 alpha'),
+    baddbmm=('beta', 'batch2 alpha', 'batch1 alpha'),
+    addcmul=('', 'tensor2 value', 'tensor1 value'),
+    lerp=('weight', 'weight', ''),
+)
+_LOSSES = set('mseloss l1loss smoothl1loss huberloss'.split())
+_OF_AN_ERROR = set('pow abs norm linalgvectornorm'.split())
+_FLAT = set(
+    'relu threshold hardtanh hardsigmoid hardswish hardshrink softshrink elu gelu silu mish '
+    'leakyrelu sigmoid tanh softmax logsoftmax softplus erf exp round floor ceil trunc sign sgn '
+    'clamp clampmin clampmax heaviside fmod remainder pow'.split()
 )
 
 
 def _kind(node):
     "The operator behind a node: 'MulBackward0' -> 'mul', 'MkldnnConvolutionBackward0' too."
     return re.sub(r'^(mkldnn|cudnn|miopen)|backward\d*$', '', node.name().lower())
+
+
+def _saved(node, *names):
+    "Those of the named values that a node keeps for its backward."
+    kept = [getattr(node, f'_saved_{name}', None) for name in names]
+    return [torch.as_tensor(value).detach() for value in kept if value is not None]
+
+
+def _is_multiplied_by_zero(node, k):
+    "Is a product, and holds a factor of its input `k` a zero (for a quotient: an infinity)?"
+    kind, names = _kind(node), _FACTORS.get(_kind(node), ())
+    values = _saved(node, *names[k].split()) if k < len(names) else []
+    if kind == 'lerp' and k == 0:
+        values = [1 - value for value in values]
+    if kind == 'div' and k == 0:
+        values = [1 / value for value in values]
+    return any(bool((value == 0).any()) for value in values)
 
 
 def _opens(flow, node, k, learns):
@@ -148,6 +192,37 @@ def _opens(flow, node, k, learns):
     ]
     return any(flow.is_alive([v]) and learns(v) for v in beside)
 
+# %% ../nbs/appendix/tracer.ipynb #tracer-048
+def _lost_between(flow, node, k):
+    "(how, what it says) of a gradient that a node gives to its input `k` and that does not arrive."
+    edge = node.next_functions[k]
+    kinds = [
+        _kind(parent)
+        for parent in dict.fromkeys(flow.parents[edge[0]])
+        for j, other in enumerate(parent.next_functions)
+        if other == edge and parent in flow.passes and flow.passes[parent][j]
+    ]
+    if len(kinds) == 1:
+        return 'no gradient', f'{kinds[0]} passes one on, and a hook makes zeros of it'
+    names = ', '.join(dict.fromkeys(kinds))
+    return 'cancelled', f'{len(kinds)} gradients come back to it ({names}) and add up to zero'
+
+
+def _lost_within(node, k):
+    "(how, what it says) of a gradient that comes to a node, which gives zeros to its input `k`."
+    kind = _kind(node)
+    if _is_multiplied_by_zero(node, k):
+        return 'zero factor', f'multiplied by zero in {kind}'
+    if kind in _LOSSES:
+        return 'constant', f'there is no error: the two sides of {kind} are equal'
+    if kind in _OF_AN_ERROR and any(not value.any() for value in _saved(node, 'self')):
+        return 'constant', f'there is no error: {kind} gets zeros only'
+    if not node.name()[-1].isdigit():  # a class of somebody's own, from autograd.Function
+        return 'zero slope', f'the backward of {node.name()[: -len("Backward")]} gives zeros'
+    if kind in _FLAT:
+        return 'zero slope', f'{kind} is flat at every value that it got'
+    return 'no gradient', f'a gradient comes to {kind}, and zeros go on from there'
+
 
 def why_zero(
     flow,  # a `Flow`
@@ -157,28 +232,21 @@ def why_zero(
     "(state, how, what it says, node) of a gradient that is zero; state is 'zero' or 'zero start'."
     found = where_zeros_begin(flow, tensors)
     if found is None:
-        return 'zero', 'zero slope', 'its gradient is zero', None
+        return 'zero', 'no gradient', 'its gradient is zero', None
     node, k = found
-    kind = _kind(node)
-    if kind in _PRODUCTS and _opens(flow, node, k, learns):
-        says = f'multiplied by zeros that are learning ({kind}): open after the first update'
+    if flow.passes[node][k]:
+        return 'zero', *_lost_between(flow, node, k), node
+    if _is_multiplied_by_zero(node, k) and _opens(flow, node, k, learns):
+        says = f'multiplied by zeros that are learning ({_kind(node)}): open after the first update'
         return 'zero start', '', says, node
-    if kind in _PRODUCTS:
-        return 'zero', 'zero factor', f'multiplied by zero in {kind}', node
-    if kind in _ERRORS:
-        says = f'there is no error: the two sides of {kind} are equal'
-        return 'zero', 'constant', says, node
-    if not node.name()[-1].isdigit():  # a class of somebody's own, from autograd.Function
-        says = f'the backward of {node.name()[: -len("Backward")]} gives zeros'
-        return 'zero', 'zero slope', says, node
-    return 'zero', 'zero slope', f'{kind} is flat at every value that it got', node
+    return 'zero', *_lost_within(node, k), node
 
 # %% ../nbs/appendix/tracer.ipynb #tracer-016
 class Break(NamedTuple):
     """A place where learning stops. `how` is one of 'detach', 'numpy', 'number', 'no_grad',
     'inference mode', 'integer cast', 'zero slope', 'zero factor', 'in-place on a leaf', 'in-place',
     'frozen', 'not frozen', 'constant', 'unused', 'not in the optimizer', 'cleared', 'not finite',
-    'no gradient', 'cut'."""
+    'no gradient', 'cancelled', 'cut'."""
 
     name: str  # of the watched part, parameter or term that gets nothing
     how: str  # one of the words above

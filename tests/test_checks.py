@@ -97,3 +97,11 @@ def test_values_are_not_looked_at_where_they_cannot_be():
 
     assert torch.func.vmap(model)(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
     assert known_truth(torch.ones((), device='meta') > 0) is None
+
+
+def test_noisy_images_may_leave_zero_to_one_up_to_16():
+    for reach in (15.0, -15.0, 16.0):
+        x = torch.full((1, 1, 4, 4), reach)
+        assert check_images(x) is x
+    with pytest.raises(ValueError, match=r'x reaches 16.5; expected \[0, 1\]'):
+        check_images(torch.full((1, 1, 4, 4), -16.5))

@@ -76,7 +76,7 @@ def project(monkeypatch):
 def test_the_page_is_in_sync():
     assert (ROOT / 'data/claims/README.md').read_text(encoding='utf-8') == claims_page(), (
         'data/claims/README.md is not what claims.json and data/figures give; '
-        'run nbs/appendix/claims.ipynb'
+        'run make outputs ONLY=claims'
     )
 
 
@@ -131,6 +131,48 @@ def test_experiments_are_neither_confirmed_nor_refuted():
             assert verdict(row) == ('confirmed' if seen(row) else 'refuted')
 
 
+def test_arithmetic_is_exact_to_the_printed_digits():
+    row = ROWS['12_codecs.conv-macs-down']  # prints 2.7, is 2.986: 10.6 % of 2.7
+    assert row['rule'] == [['printed', 'M MACs', 2.7, 0.1]] and verdict(row) == 'refuted'
+    sizes = 'parameters', 'MACs', 'MB', 'recomputed', 't = 3', 'times the claim'
+    for row in BOOK['claims']:
+        for verb, *operands in row.get('rule', []):
+            assert verb != 'equal' or not str(operands[0]).endswith(sizes), row['id']
+
+
+def test_a_verdict_leaves_no_figure_out():
+    row = ROWS['07_transfer.eval']
+    assert 'training mode, shuffled' in row['keys']
+    assert verdict_text(row) == 'not reproduced; not seen here'
+    row = ROWS['20_meanflow.easy-samples']  # p = 0.5, of its code, neglects nothing
+    assert verdict(row) == 'refuted' and 'neglects the hard' in row['claim']
+    for row in BOOK['claims']:  # what decides is shown
+        used = {v for _, *operands in row.get('rule', []) for v in operands if isinstance(v, str)}
+        assert used <= set(row['keys']), row['id']
+
+
+def test_the_page_says_what_nobody_can_look_up():
+    page = claims_page()
+    assert '90 of the 127 rows quote documents that are not published' in page
+    assert 'merged or split' not in page and 'by 10 %' not in page and 'less 0.1 dB' not in page
+    for target in re.findall(r'\]\(#([^)]+)\)', page):
+        heads = re.findall(r'^## (.*)$', page, re.M)
+        assert target in [claims.anchor(head) for head in heads]
+    assert page.count('](#') == 3 + len(BOOK['documents'])
+
+
+def test_running_the_notebook_leaves_the_page_alone():
+    book = json.loads((ROOT / 'nbs/appendix/claims.ipynb').read_text(encoding='utf-8'))
+    calls = [''.join(c['source']) for c in book['cells'] if c['cell_type'] == 'code']
+    (call,) = [s for s in calls if 'write_claims_page()' in s and not s.startswith('#| export')]
+    assert "if os.environ.get('RESTORE_CLAIMS') == 'write'" in call
+
+
+def test_words_of_a_rule_with_zero():
+    row = dict(rule=[['above', 'a', 0], ['above_db', 0, 'b'], ['no_worse_db', 'c', 0]])
+    assert rule_text(row) == '*a* above 0<br>*b* at most -0.1 dB<br>*c* above -0.1 dB'
+
+
 def test_quotations_are_short_and_have_their_place():
     for row in BOOK['claims']:
         assert len(row['quote']) <= 90 and row['where'], row['id']
@@ -163,6 +205,17 @@ def test_rows_of_the_page_are_tables_that_can_be_read():
         ('is', (17, 17.5), False),
         ('differs', (65, 65), False),
         ('differs', (66, 65), True),
+        ('printed', (2.986, 2.7, 0.1), False),
+        ('printed', (2.986, 3.0, 0.1), True),
+        ('printed', (2.986, 2.9, 0.1), True),
+        ('printed', (2.7, 2.7, 0.1), True),
+        ('printed', (118.59, 118, 1), True),
+        ('printed', (118.59, 119, 1), True),
+        ('printed', (3.016, 4, 1), False),
+        ('printed', (119, 118, 1), False),
+        ('printed', (8.0000004e-5, 8e-5, 1e-5), True),
+        ('printed', (-2.98, -2.9, 0.1), True),
+        ('printed', (-2.88, -3.0, 0.1), False),
         ('equal', (2.986, 2.7), True),
         ('equal', (55.3, 49), False),
         ('equal', (-4, -1), False),
@@ -206,6 +259,7 @@ GOOD = dict(
     note='counted | twice',
 )
 DOCUMENT = dict(key='log', name='A log', title='', kind='a log', available='private')
+DOCUMENT['published'] = False
 
 
 @pytest.fixture
@@ -254,7 +308,7 @@ def test_all_conditions_must_hold_and_may_compare_figures(small):
     )
     assert seen(row) is True
     assert seen(row | dict(rule=row['rule'] + [['at_most', 'MB', 1]])) is False
-    assert rule_text(row) == '*M parameters* ≈ 55<br>*M parameters* > *MB* by 10 %'
+    assert rule_text(row) == '*M parameters* ≈ 55<br>*M parameters* more than 10 % above *MB*'
 
 
 def test_judged_claims(small):
@@ -268,7 +322,8 @@ def test_judged_claims(small):
 def test_the_page_of_a_small_project(small, monkeypatch, tmp_path):
     small(GOOD | dict(keys=['M parameters', 'text']))
     page = claims_page()
-    assert '| A log | 0 | 1 | 0 | 0 | 0 | 1 |' in page and '"49 M parameters" (49M参数)' in page
+    assert '| A log (not published) | 0 | 1 | 0 | 0 | 0 | 1 |' in page
+    assert '"49 M parameters" (49M参数)' in page
     assert 'M parameters: 55.3<br>text: two \\| runs' in page and 'counted \\| twice' in page
     assert claims_table('log').count('\n') == 2
     assert write_claims_page() == tmp_path / 'data/claims/README.md'
@@ -276,7 +331,10 @@ def test_the_page_of_a_small_project(small, monkeypatch, tmp_path):
     monkeypatch.setenv('RESTORE_FIGURES', str(tmp_path / 'mine'))
     record_figures('12_codecs', size={'M parameters': 49, 'text': ''})
     write_claims_page()
-    assert '| A log | 1 | 0 | 0 | 0 | 0 | 1 |' in (tmp_path / 'mine/README.md').read_text()
+    assert (
+        '| A log (not published) | 1 | 0 | 0 | 0 | 0 | 1 |'
+        in (tmp_path / 'mine/README.md').read_text()
+    )
     assert (tmp_path / 'data/claims/README.md').read_text(encoding='utf-8') == page
 
 

@@ -100,3 +100,20 @@ def test_noise_of_a_part_is_that_of_the_whole(dtype):
     for k in (-1, 3):
         with pytest.raises(IndexError):
             noise[k]
+
+
+def test_a_step_of_noise_is_drawn_once_and_in_order():
+    noise = StepNoise(7, 3, 4, slice(0, 2), X[:2])
+    first = noise[0]
+    for k in (0, 2):
+        with pytest.raises(ValueError, match=f'k is {k}; expected 1'):
+            noise[k]
+    again = list(StepNoise(7, 3, 4, slice(0, 2), X[:2]))
+    assert torch.equal(first, again[0]) and torch.equal(noise[1], again[1])
+
+
+def test_uniform_numbers_are_nothing_else():
+    with pytest.raises(TypeError):
+        draw_uniform((4,), X, gen(), torch.randn)
+    with pytest.raises(TypeError):
+        draw_uniform((4,), X, draw=torch.randn)

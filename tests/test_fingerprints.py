@@ -298,6 +298,22 @@ def test_another_process_has_the_same_fingerprint():
     ], out.stderr
 
 
+@pytest.mark.parametrize('library', ['skimage', 'matplotlib', 'accelerate', 'IPython'])
+def test_a_library_counts_by_its_version_whether_it_was_imported_or_not(library):
+    tell = (
+        'import sys; from restore_lib.fingerprints import _library; '
+        'before = {0!r} in sys.modules; print(_library({0!r})); '
+        'import {0}; _library.cache_clear(); print(_library({0!r})); assert not before'
+    ).format(library)
+    place = dict(os.environ, PYTHONPATH=str(Path(fingerprints.__file__).parents[1]))
+    out = subprocess.run(
+        [sys.executable, '-c', tell], capture_output=True, text=True, cwd=HERE, env=place
+    )
+    one, other = out.stdout.splitlines()
+    assert not out.returncode, out.stderr
+    assert one == other and re.fullmatch(rf'{library} [0-9]+\.[0-9.]+', one), out.stdout
+
+
 def test_what_a_class_says_itself():
     class Task:
         def __init__(self, seed, shown=0, bar=None):

@@ -66,3 +66,9 @@ def test_every_lesson_shows_the_map_and_follows_the_export(path):
     text = path.read_text(encoding='utf-8')
     assert f'diagrams/{path.stem}.map.svg' in text
     assert any('%autoreload 2' in s for s in cells(path))
+
+
+def test_the_readme_links_every_appendix_notebook():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    missing = [p for p in (ROOT / 'nbs/appendix').glob('[!.]*.ipynb') if f'/{p.name})' not in text]
+    assert not missing

@@ -124,3 +124,21 @@ def test_any_batch_can_be_entered_and_processes_share_a_round():
 def test_numbers_that_make_no_sense(kw, says):
     with pytest.raises(ValueError, match=says):
         positioned(DataLoader(toy.Noisy(), 4), **kw)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(range(8))
+
+
+def test_what_is_wrong_with_a_loader_is_said():
+    data = TensorDataset(torch.rand(8))
+    own = torch.utils.data.BatchSampler(range(8), 4, drop_last=True)
+    for loader, says in (
+        (DataLoader(data, batch_sampler=own), r'a batch_sampler of its own \(BatchSampler\)'),
+        (DataLoader(data, batch_size=None), 'train has batch_size=None'),
+        (DataLoader(Stream(), 2), "train's data set is Stream"),
+        ([1, 2], 'train is list'),
+    ):
+        with pytest.raises(TypeError, match=says):
+            positioned(loader)

@@ -16,6 +16,7 @@ from jupyter_server.services.contents.largefilemanager import LargeFileManager
 from traitlets.config import PyFileConfigLoader
 
 import restore_lib
+from restore_lib.project import data_home, project_home, runs_home
 
 BIN = Path(sys.executable).parent
 LESSONS = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
@@ -55,6 +56,21 @@ def test_both_export_commands(name):
         'xport notebooks'
         in subprocess.run([BIN / name, '--help'], capture_output=True, text=True, check=True).stdout
     )
+
+
+def test_folders_are_those_of_the_project_inside_and_of_the_working_directory_outside(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv('RESTORE_DATA', raising=False)
+    monkeypatch.delenv('RESTORE_RUNS', raising=False)
+    for folder in (ROOT, ROOT / 'nbs' / 'appendix', ROOT / 'bench'):
+        monkeypatch.chdir(folder)
+        assert (data_home(), runs_home()) == (ROOT / 'data', ROOT / 'runs')
+    monkeypatch.chdir(tmp_path)
+    assert project_home() == tmp_path
+    assert (data_home(), runs_home()) == (tmp_path / 'data', tmp_path / 'runs')
+    monkeypatch.setenv('RESTORE_DATA', str(ROOT / 'data'))
+    assert data_home() == ROOT / 'data'
 
 
 def test_every_requirement_is_pinned():

@@ -135,7 +135,7 @@ def test_a_file_is_written_whole_or_not_at_all(folder, monkeypatch):
     monkeypatch.setattr(Path, 'replace', broken)
     with pytest.raises(OSError, match='disk full'):
         write_whole(path, 'second')
-    assert path.read_text() == 'first'
+    assert path.read_text() == 'first' and list(folder.iterdir()) == [path]
 
 
 def test_studies_of_a_lesson_without_any(folder):

@@ -2164,10 +2164,10 @@ def test_a_swapped_wavelet_comes_back(tmp_path, wavelet):
         ) == (wavelet == 'haar')
 
 
-def test_files_of_older_formats_are_named(saved, tmp_path):
+def test_files_that_name_no_class_are_refused(saved, tmp_path):
     path = tmp_path / 'a.safetensors'
     save_file(load_file(saved), path, metadata=dict(superres='{}', says='{}'))
-    with pytest.raises(ValueError, match='a.safetensors is of an older format.*save .* again'):
+    with pytest.raises(ValueError, match='a.safetensors names no class.*save .* again'):
         load_model(path)
 
 

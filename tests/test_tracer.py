@@ -1234,3 +1234,72 @@ def test_the_tracers_own_variables_are_not_the_steps():
         step()
     assert len(names) > 100 and rehearsal.losses and rehearsal.updates.optimizers
     assert found.keys() <= used
+
+
+def dropped(z):
+    z = z * 1
+    z.register_hook(lambda g: g * 0)
+    return z
+
+
+@pytest.mark.parametrize(
+    'between, how, says',
+    [
+        (lambda z: z - z, 'cancelled', '(sub) and add up to zero'),
+        (lambda z: 2 * z - z * 2, 'cancelled', '(mul) and add up to zero'),
+        (lambda z: z + 1 - z.clone(), 'cancelled', '(add, clone) and add up to zero'),
+        (dropped, 'no gradient', 'a hook makes zeros of it'),
+        (lambda z: torch.cat([z[:0], torch.zeros_like(z)]), 'no gradient', 'comes to cat'),
+        (lambda z: torch.where(z > 99, z, 1.0), 'no gradient', 'comes to where'),
+        (lambda z: z * torch.zeros(3, 2), 'zero factor', 'zero in mul'),
+        (lambda z: torch.tensor(0.0) / z, 'zero factor', 'zero in div'),
+        (lambda z: z / float('inf'), 'zero factor', 'zero in div'),
+        (lambda z: torch.lerp(z, torch.ones(3, 2), 1.0), 'zero factor', 'zero in lerp'),
+        (lambda z: z @ torch.zeros(2, 2), 'zero factor', 'zero in mm'),
+        (lambda z: (z - z.detach()).pow(2), 'constant', 'pow gets zeros only'),
+        (lambda z: F.relu(z - 9), 'zero slope', 'relu is flat'),
+    ],
+)
+def test_what_is_said_of_a_gradient_that_is_zero(between, how, says):
+    "No factor of zero, no flat function and no error is claimed that is not there."
+    torch.manual_seed(0)
+    enc, dec, x = nn.Linear(4, 2), nn.Linear(2, 4), torch.rand(3, 4)
+
+    def step():
+        z = enc(x)
+        return F.mse_loss(dec(between(z)), x)
+
+    (found,) = [b for b in audit_gradient(step, dict(enc=enc, dec=dec)).breaks if b.name == 'enc']
+    assert (found.how, says in found.says) == (how, True), found
+    assert 'enc(x)' not in found.where
+
+
+def test_a_parameter_whose_uses_cancel_and_one_of_two_results():
+    w, x = nn.Parameter(torch.ones(2)), torch.rand(2)
+    (found,) = audit_gradient(lambda: dict(own=(w * x - x * w).sum()), dict(w=w)).breaks[:1]
+    assert found.how == 'cancelled' and '(mul)' in found.says
+    h = nn.Parameter(torch.rand(2, 3))
+
+    def step():
+        first, second = h.unbind()
+        return (first - first + second).sum()
+
+    report = audit_gradient(step, ['first', 'second'])
+    assert [(b.name, b.how) for b in report.breaks] == [('first', 'cancelled')]
+    hooked = nn.Parameter(torch.ones(2))
+    hooked.register_hook(lambda g: g * 0)
+    (found,) = audit_gradient(lambda: (hooked * x).sum(), dict(hooked=hooked)).breaks[1:]
+    assert (found.how, found.says) == (
+        'no gradient',
+        'mul passes one on, and a hook makes zeros of it',
+    )
+
+
+def test_a_sum_that_cancels_is_no_factor_of_zero():
+    "A gate whose gradient is a sum over the image, plus and minus: no factor is zero."
+    gate, z = nn.Parameter(torch.ones(1)), torch.tensor([1.0, -1.0])
+    found = audit_gradient(lambda: (z * gate).sum(), dict(gate=gate)).breaks[-1]
+    assert (
+        found.how == 'no gradient'
+        and found.says == 'a gradient comes to mul, and zeros go on from there'
+    )

@@ -224,8 +224,9 @@ def outputs(only):
     "Runs each notebook for real, with fresh runs and embedded data only, and keeps its outputs."
     for name in ('RESTORE_DATA', 'RESTORE_FIGURES'):
         os.environ.pop(name, None)
-    # here, and only here, lessons renew the README's images
+    # here, and only here, notebooks renew the README's images
     os.environ['RESTORE_IMAGES'] = str(ROOT / 'images')
+    os.environ['RESTORE_CLAIMS'] = 'write'  # and the page of claims
     for path in notebooks(only):
         print(f'{path.stem:24}', end='', flush=True)
         own = path.stem if path in appendix() else path.name[:2]
