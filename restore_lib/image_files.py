@@ -197,6 +197,19 @@ def _kept_info(info, say):
         kept['dpi'] = dpi
     return kept
 
+
+def _words_lost(info):
+    "The words for what a file says beside its pixels and `Kept` does not hold."
+    packets = {'xmp', 'XML:com.adobe.xmp'}
+    others = packets | {'compression'}                  # a TIFF's, no word of its author
+    texts = [k for k, v in info.items() if isinstance(v, str) and k not in others]
+    lost = [f'text is left out: {", ".join(texts)}'] if texts else []
+    if info.get('comment'):
+        lost.append('the comment is left out')
+    if any(info.get(k) for k in packets):
+        lost.append('the XMP data are left out')
+    return lost
+
 # %% ../nbs/appendix/image_files.ipynb #image_files-016
 def _floats(image):
     "A PIL image of mode L, RGB or I;16 as (c, h, w) float32 in [0, 1]."
@@ -208,15 +221,18 @@ def _floats(image):
 
 def open_image(
     image,      # a path or a PIL image, of one frame
-    say=_warn,  # is told what is lost at reading (16-bit colour, CMYK, ...); default warns
+    say=_warn,  # is told what is lost at reading (16-bit colour, text, ...); default warns
 ) -> tuple[torch.Tensor, Kept]:  # (1, 1 or 3, h, w) float32 in [0, 1], and what goes with it
     """An image to be changed and written again: turned as its camera says, with its alpha channel,
-    its depth of grey, ICC profile, resolution, EXIF data and gamma (not comments and XMP).
+    its depth of grey, ICC profile, resolution, EXIF data and gamma; of text, comments and XMP
+    it only says that they are lost.
     ValueError for several frames, an unknown range or a broken file."""
     if not isinstance(image, (str, Path, Image.Image)):
         raise TypeError(f'image is {type(image).__name__}; expected a path or a PIL image')
     decoded = _decoded(image, say)
     pixels, alpha = _with_alpha(decoded, say)
+    for note in _words_lost(decoded.info):
+        say(note)
     mode = pixels.mode + 'A'*(alpha is not None)
     return _floats(pixels)[None], Kept(mode, alpha, _kept_info(decoded.info, say))
 
@@ -390,6 +406,16 @@ def _extras_lost(format, back, info):
     return [f'{format} keeps no {name}' for name in lost]
 
 
+def _refused(format, mode, size, info, error):
+    "The error for an image that `format` does not take: it may be for the alpha channel alone."
+    if 'A' in mode:
+        with suppress(ValueError):
+            _tried(format, mode.replace('A', ''), size, info)
+            return ValueError(
+                f'{format} keeps no alpha channel; expected one that does, such as .png')
+    return error
+
+
 def _fitting(format, mode, size, info, say):
     "The mode in which `format` takes an image; `say` gets what is lost; alpha must stay."
     if mode not in _KINDS:
@@ -397,7 +423,10 @@ def _fitting(format, mode, size, info, say):
     if mode == 'I;16' and not _keeps_depth(format, size, info):
         say(f'{format} keeps 8 bits of grey, not 16')
         mode = 'L'
-    sent, back = _tried(format, mode, size, info)[0]
+    try:
+        sent, back = _tried(format, mode, size, info)[0]
+    except ValueError as error:
+        raise _refused(format, mode, size, info, error) from error
     if back is None:
         say(f'Pillow writes {format} and does not read it: what it keeps is not checked')
         return mode
@@ -599,6 +628,14 @@ def in_strips(
     return out
 
 # %% ../nbs/appendix/image_files.ipynb #image_files-047
+def _out_of_memory(error):
+    "Whether memory did not suffice; on a CPU torch says so in words only."
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    words = ("can't allocate memory", 'not enough memory')
+    return type(error) is RuntimeError and any(w in str(error) for w in words)
+
+
 def run_command(
     name,      # of the command; its messages begin with it
     image,     # the file to read
@@ -607,7 +644,8 @@ def run_command(
 ):             # the shell's exit status: 0, or 2 after a message
     """What a command does around `work(x (1, c, h, w))`, whose result is `scale` times as large:
     reads, tries the output before the work, writes whole or not at all, never over its input.
-    `words` are told behind the name of the file; `say` writes a message to stderr."""
+    `words` are told behind the name of the file; `say` writes a message to stderr. A bug of `work`
+    is raised as it is."""
     def say(message):
         print(f'{name}: {message}', file=sys.stderr)
 
@@ -619,6 +657,11 @@ def run_command(
         save_image(result, out, say=lambda note: None)                 # said before the work
     except (OSError, ValueError) as error:
         say(error)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        say(f'{image} needs more memory than there is; expected a smaller image')
         return 2
     print(f'{out}: {result.width} x {result.height}{words}')
     return 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from restore_lib import image_files
@@ -148,6 +149,34 @@ def test_eight_bits_are_nothing_to_say(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter('error')
             assert read_image(tmp_path / name).shape == (3, 8, 9)
+
+
+def test_words_that_are_lost_are_said(tmp_path):
+    a = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8))
+
+    def said(name, **options):
+        notes = []
+        a.save(tmp_path / name, **options)
+        open_image(tmp_path / name, notes.append)
+        return notes
+
+    for name in ('a.png', 'a.tif', 'a.avif', 'a.webp', 'a.ppm', 'a.bmp', 'a.sgi', 'a.jpg', 'a.tga'):
+        assert said(name) == [], name
+    words = PngInfo()
+    words.add_text('Author', 'a student')
+    words.add_itxt('Title', 'a name')
+    assert said('a.png', pnginfo=words) == ['text is left out: Author, Title']
+    assert said('a.jpg', comment='by hand') == ['the comment is left out']
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"></x:xmpmeta>'
+    for name in ('a.jpg', 'a.webp'):
+        assert said(name, xmp=packet) == ['the XMP data are left out'], name
+    words = PngInfo()
+    words.add_itxt('XML:com.adobe.xmp', packet.decode())
+    assert said('a.png', pnginfo=words) == ['the XMP data are left out']
+    assert said('a.tif', tiffinfo={700: packet}) == ['the XMP data are left out']
+    with warnings.catch_warnings():                       # pixels alone are asked for
+        warnings.simplefilter('error')
+        read_image(tmp_path / 'a.tif')
 
 
 def test_depths_in_headers_that_pillow_hides(tmp_path):
@@ -435,7 +464,7 @@ def test_deep_grey_stays(tmp_path, ending):
 @pytest.mark.parametrize(
     'mode, name, says',
     [
-        ('RGBA', 'a.jpg', 'JPEG takes no image of 20 x 10 pixels in colour with alpha'),
+        ('RGBA', 'a.jpg', 'JPEG keeps no alpha channel; expected one that does'),
         ('LA', 'a.JPG', 'JPEG'),
         ('RGBA', 'a.bmp', 'BMP keeps no alpha'),
         ('RGBA', 'a.ppm', 'PPM keeps no alpha'),
@@ -874,3 +903,34 @@ def test_a_command_asks_about_the_size_of_its_result_before_the_work(command):
 def test_a_mistake_in_a_command_is_no_message(command):
     with pytest.raises(KeyError):
         command(error=KeyError('bug'))
+    for error in (TypeError('bug'), RuntimeError('sizes differ'), RecursionError('bug')):
+
+        def fails(x, error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            command(work=fails)
+
+
+def test_too_little_memory_is_a_message(command):
+    errors = [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError('CUDA out of memory'),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ]
+    for error in errors:
+
+        def fails(x, error=error):
+            raise error
+
+        code, out, err = command(work=fails)
+        assert code == 2 and not out
+        assert err.splitlines()[-1] == (
+            'enlarge: in.png needs more memory than there is; expected a smaller image'
+        )
+        assert not Path('out.png').exists()
+
+
+def test_memory_that_torch_cannot_get_on_the_cpu_is_a_message(command):
+    code, _, err = command(work=lambda x: torch.empty(2**57))
+    assert code == 2 and 'needs more memory' in err
