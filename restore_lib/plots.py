@@ -184,9 +184,11 @@ def show_images(
     below = ['' if x is None else score_text(im, x, scores) for im, x in zip(images, truths)]
 
     aspect = max(im.shape[-1]/im.shape[-2] for im in images)
-    width = max(size*aspect, TILE/DPI)
-    fits = max(1, int(WIDE/DPI/(width + 0.06)))
-    cols = min(len(images), fits) if cols is None else check_whole(cols, 'cols', 1)
+    if cols is None:
+        rows = math.ceil(len(images)/(WIDE//(TILE + 8)))
+        cols = math.ceil(len(images)/rows)
+    cols = min(len(images), check_whole(cols, 'cols', 1))
+    width = max(TILE/DPI, min(size*aspect, WIDE/DPI/cols - 0.06))
     rows = math.ceil(len(images)/cols)
     height = width/aspect + 0.2*max(1 + t.count('\n') for t in titles) + 0.2*any(below)
     per = 2 if errors else 1
