@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from .checkpoints import as_json
 from .checks import as_python, check_file_name, check_whole
@@ -50,8 +51,10 @@ def record_study(
             python=sys.version.split()[0],
         ),
     )
-    rows = [r for r in studies(lesson) if (r['config'], r['seed']) != (config, seed)] + [row]
-    write_whole(path, ''.join(json.dumps(r) + '\n' for r in rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f'{path.name}.lock')):        # other runs write rows, too
+        rows = [r for r in studies(lesson) if (r['config'], r['seed']) != (config, seed)] + [row]
+        write_whole(path, ''.join(json.dumps(r) + '\n' for r in rows))
 
 
 def _study_path(lesson):
@@ -198,7 +201,7 @@ def reading(
     n, half = _read_number(single[2])
     meaning = _QUALIFIERS.get(single[1])
     if meaning == 'about':
-        half = max(half, 0.1 * abs(n))
+        half = min(max(half, 0.1 * abs(n)), 2 * half)
     return {
         None: _widened(n - half, n + half),
         'about': _widened(n - half, n + half),
@@ -233,12 +236,15 @@ def says(
     text,   # the words of the sentence: 'about 1 dB'; see `reading`
 ):
     """AssertionError if a text is not true of a value. A test run only reads the text; under the
-    budgets 'study' and 'gpu', for which no text is written, it warns."""
+    budgets 'study' and 'gpu', for which no text is written, it warns. ValueError for no value."""
     low, high = reading(text)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not values:
+        raise ValueError(f'{name} is an empty {type(value).__name__}; expected at least one value')
     mode = budget_mode()
     if mode == 'test':
         return
-    for v in value if isinstance(value, (list, tuple)) else [value]:
+    for v in values:
         v = float(v)
         if low <= v <= high:
             continue

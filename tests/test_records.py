@@ -1,7 +1,10 @@
 import ast
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,24 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / 'settings.ini').touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path / 'data/figures'
+
+
+# rows of long runs
+
+
+def test_two_processes_write_rows_at_the_same_time_and_none_is_lost(folder):
+    script = (
+        'import sys\n'
+        'from restore_lib.records import record_study\n'
+        'for k in range(20):\n'
+        '    record_study("99_example", {"run": sys.argv[1], "k": k}, {"x": k}, 1)\n'
+    )
+    env = os.environ | {'RESTORE_BUDGET': 'study', 'PYTHONPATH': str(ROOT)}
+    command = [sys.executable, '-c', script]
+    runs = [subprocess.Popen([*command, name], env=env, cwd=folder.parents[1]) for name in 'ab']
+    assert [run.wait() for run in runs] == [0, 0]
+    rows = [(r['config']['run'], r['config']['k']) for r in studies('99_example')]
+    assert sorted(rows) == [(name, k) for name in 'ab' for k in range(20)]
 
 
 # figures
@@ -168,8 +189,11 @@ INF = math.inf
         ('twice', 1.5, 2.5),
         ('about 1 dB', 0.5, 1.5),
         ('About  1  dB', 0.5, 1.5),
-        ('about 20 dB', 18, 22),
-        ('about 1,200 steps', 1080, 1320),
+        ('about 20 dB', 19, 21),
+        ('about 30 dB', 29, 31),
+        ('about 5 dB', 4.5, 5.5),
+        ('about 7 dB', 6.3, 7.7),
+        ('about 1,200 steps', 1199, 1201),
         ('about 0.3 dB', 0.25, 0.35),
         ('about -8 dB', -8.8, -7.2),
         ('about ten', 9, 11),
@@ -274,6 +298,22 @@ def test_says_holds_and_fails(folder):
             says('gain', value, text)
     with pytest.raises(AssertionError, match="share is 0.75; .*'75 %'.*100\\*share"):
         says('share', 0.75, '75 %')
+
+
+def test_about_is_never_narrower_than_the_number_nor_twice_as_wide():
+    for number in ('0', '0.03', '0.5', '1', '1.0', '4', '6', '9', '12', '30', '30.0', '999', '1,000'):
+        (low, high), (about_low, about_high) = reading(number), reading(f'about {number}')
+        assert about_low <= low and high <= about_high, number
+        assert about_high - about_low <= 2.001 * (high - low), number
+
+
+def test_a_sentence_needs_a_value(folder, monkeypatch):
+    for empty in ([], ()):
+        with pytest.raises(ValueError, match='gains is an empty'):
+            says('gains', empty, '1 dB')
+    monkeypatch.setenv('IN_TEST', '1')
+    with pytest.raises(ValueError, match='expected at least one value'):
+        says('gains', [], '1 dB')
 
 
 def test_says_in_other_budgets(folder, monkeypatch):
