@@ -111,28 +111,31 @@ def shift():
     y = 58
     d.note(0, 14, 'shift: z_t = x + eta_t · (y − x) + kappa · √eta_t · noise', 'start', bold=True)
     items = ['x', 'z_0', 'z_4', 'z_9', 'z_14', 'prior(y)']
-    row = d.row(y, [(item, 'data') for item in items], 70, 740)
+    row = d.row(y, [(item, 'data') for item in items], 70, 730)
     d.chain(row[:-1])
     d.arrow(row[-2], row[-1], '≈', head=False, look='line dashed')
     d.note(0, y + 30, 'eta_t', 'start', ink='label')
-    for box, eta in zip(row, ('0', '0.0004', '0.09', '0.37', '0.98', 'y + noise')):
+    for box, eta in zip(row, ('0', '0.0004', '0.09', '0.37', '0.98', 'y + kappa · noise')):
         d.note(box.x, y + 30, eta, ink='label')
     d.frame(112, 120, 604, 344, 'chain: one step, from t to s')
     y = 222
     start = d.box(46, y, 'prior(y)', 'data')
-    scale = d.box(186, y, 'scale_input')
-    net = d.box(378, y, 'model\n(scaled, t, cond)', 'net')
-    x0 = d.box(562, y, 'x0', 'data', w=44)
+    z_t = d.box(156, y, 'z_t', 'data', w=56)
+    scale = d.box(258, y, 'scale_input')
+    net = d.box(428, y, 'model\n(scaled, t, cond)', 'net')
+    x0 = d.box(568, y, 'x0', 'data', w=44)
     out = d.box(722, y, 'x_hat', 'data')
-    d.chain([start, scale])
+    d.chain([start, z_t, scale])
     d.chain([scale, net], ['scaled'])
     d.chain([net, x0])
     d.arrow(x0, out, 'at the end', shift=12)
-    d.arrow(d.box(378, 160, 'cond = y', 'cond'), net, look='to-cond')
-    back = d.box(378, 304, '_back\nz_s of x0, z_t and fresh noise')
+    d.arrow(d.box(428, 160, 'cond = y', 'cond'), net, look='to-cond')
+    back = d.box(400, 304, 'step back\nz_s of x0, z_t and fresh noise')
     d.arrow((x0, 'bottom'), (back, 'right'))
-    d.arrow((back, 'left'), (scale, 'bottom'), 'z_s', on=1)
-    hint = 'All tensors are (b, c, h, w). Fifteen steps, or any falling choice of t.'
+    left = back.edges()[0]
+    d.path([(172, z_t.edges()[3]), (172, 294), (left, 294)], 'z_t', on=1)
+    d.path([(left, 316), (144, 316), (144, z_t.edges()[3])], 'z_s, the next z_t', on=0)
+    hint = 'All tensors are (b, c, h, w). kappa: how strong the noise is. Fifteen steps, or fewer.'
     d.note(0, 366, hint, 'start')
     d.legend(392, 'data', 'op', 'net', 'cond')
     return d
@@ -151,7 +154,7 @@ def unet():
     stem = d.box(left, 86, 'stem', 'net')
     d.arrow(z, stem, '(b, 6, 64, 64)')
     t = d.box(middle, 20, 't (b,)', 'cond')
-    time = d.box(middle, 86, 'time\ntime_embedding, Linear, Linear', 'cond')
+    time = d.box(middle, 86, 'time\ntime_embedding, Linear, Linear', 'net')
     d.arrow(t, time, look='to-cond')
     d.note(middle, 124, 'emb (b, 640) into every ResBlock', ink='label')
     out = d.box(right, 20, 'out', 'data')
@@ -216,7 +219,7 @@ def superres():
     d.chain([net, plus], ['· says'])
     d.chain([plus, x0, decode])
     d.arrow(decode, out, '', '(b, c, 4·h, 4·w)')
-    back = d.box(334, 312, '_back\nz_s of x0, z_t and fresh noise')
+    back = d.box(334, 312, 'step back\nz_s of x0, z_t and fresh noise')
     d.arrow((x0, 'bottom', 0.3), (back, 'right'))
     d.arrow((back, 'left'), (scale, 'bottom'), 'z_s', on=1)
     loss = d.box(690, 312, 'Loss\nx0 against\ncodec.encode(x)', 'loss')
@@ -285,7 +288,7 @@ def dit():
     d.path([(x, 14), (x, 60)])
     d.note(x + 10, 22, 'x (b, n, dim)', 'start', ink='label')
     bar = 'modulation\nSiLU, Linear\ndim to 6 · dim,\nzero at the start'
-    bar = d.box(676, 248, bar, 'cond', h=376)
+    bar = d.box(676, 248, bar, 'net', h=376)
     cond = d.box(676, 472, 'c (b, dim)', 'cond')
     d.arrow(cond, bar, look='to-cond')
     above = 14
@@ -322,7 +325,8 @@ def meanflow():
     at = d.box(326, 146, 'z, t, r', 'data')
     d.arrow((path, 'right'), (at, 'top'), 'z')
     d.arrow((times, 'right'), (at, 'bottom'), '', 't, r')
-    d.note(0, 148, 'x, e, z, v, u: (b, c, h, w)\nt, r: (b,)', 'start', ink='label')
+    hint = 'x is clean; e is noise, or\na degraded image.\nx, e, z, v, u: (b, c, h, w)\nt, r: (b,)'
+    d.note(0, 150, hint, 'start', ink='label')
     slope = d.box(482, y1, 'derivative\njvp of net at z, t, r\nalong (v, 1, 0)', 'op')
     net = d.box(482, y2, 'net(z, t, r)\nlearns', 'net')
     d.arrow((at, 'right', 0.3), (slope, 'left'), mid=0.3)

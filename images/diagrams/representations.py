@@ -150,25 +150,31 @@ def dmae():
 def transfer():
     d = Drawing(
         '07_transfer',
-        222,
-        'Four ways to use an encoder: finetune moves all of it, from scratch it starts without '
-        'the pretrained weights, linear_probe and knn_probe leave it frozen',
+        318,
+        'Four ways to use an encoder: finetune moves all of it, from scratch does the same but '
+        'starts with random weights, linear_probe and knn_probe leave the pretrained one frozen',
     )
-    x = d.box(118, 36, 'x', 'data', w=38)
-    encoder = d.box(300, 36, 'encoder\nViTEncoder of MAE', 'net')
-    pool = d.box(544, 36, 'pool\nmean of patch tokens')
+    y = 116
+    x = d.box(118, y, 'x', 'data', w=38)
+    encoder = d.box(300, y, 'encoder\nViTEncoder', 'net')
+    pool = d.box(544, y, 'pool\nmean of patch tokens')
+    trained = d.box(186, 28, 'weights of MAE\nfinetune, both probes', 'data')
+    drawn = d.box(414, 28, 'random weights\nfrom scratch', 'data')
+    for start, share in ((trained, 0.3), (drawn, 0.7)):
+        d.arrow((start, 'bottom'), (encoder, 'top', share), look='line dashed')
+    d.note(300, 28, 'or', ink='label')
     d.chain([x, encoder, pool], ['(b, c, h, w)', '(b, n, dim)'])
     ways = [
-        ('finetune\nLinear\nall weights learn', 'net'),
-        ('from scratch\nthe same, but the encoder\nstarts at random', 'net'),
+        ('finetune, from scratch\nLinear\nencoder learns, too', 'net'),
         ('linear_probe\nBatchNorm, Linear\nencoder frozen', 'net'),
         ('knn_probe\nthe nearest features vote\nencoder frozen', 'op'),
     ]
-    for box in d.row(166, ways, 1, 759):
-        rail = 98
+    for box in d.row(236, ways, 1, 759):
+        rail = 178
         d.path([pool.at('bottom'), (pool.x, rail), (box.x, rail), box.at('top')])
-    d.note(pool.x + 10, 78, 'features (b, dim)', 'start', ink='label')
-    d.note(380, 212, 'each gives logits (b, classes)', ink='label')
+    d.note(pool.x + 10, 158, 'features (b, dim)', 'start', ink='label')
+    d.note(380, 282, 'each gives logits (b, classes)', ink='label')
+    d.legend(306, 'data', ('net', 'learned, unless frozen'), 'op')
     return d
 
 
@@ -235,8 +241,9 @@ def two_stage():
     refined = d.box(516, low, 'x_refined', 'data')
     loss = d.box(676, low, 'two_stage_loss\nmse(x_refined, x)\n+ lam · mse(x_hat, x)', 'loss')
     d.chain([two, refined, loss])
+    d.arrow(d.box(676, 342, 'x', 'data', w=38), loss)
     hint = "place='branches': e scales,\nshifts and gates the attention\nand the MLP of each block"
-    d.note(0, 200, hint, 'start')
+    d.note(0, low, hint, 'start')
     hint = "residual='deployed': r = y − x_hat, which is known in training and in use;\n"
     d.note(0, 340, hint + "'truth': r = x − x_hat, which only training knows.", 'start')
     d.legend(376, 'data', 'net', 'cond', 'loss')
