@@ -1,0 +1,51 @@
+"Drawings of lessons 00 to 04, one function each; names and shapes as the code has them."
+
+from vocabulary import Drawing
+
+
+def data():
+    d = Drawing(
+        '00_data',
+        424,
+        'From a file to a batch: read_image turns bytes (h, w, 3) into floats (3, h, w), the '
+        'photographs are split by image, and Crops cuts squares of each split into a batch',
+    )
+    file = d.box(70, 90, 'file\n(h, w, 3)\nuint8, 0 to 255', 'data', w=132)
+    image = d.box(292, 90, 'image\n(3, h, w)\nfloat32, 0 to 1', 'data', w=132)
+    names = ('train (8)', 34), ('valid (2)', 90), ('test (3)', 146)
+    splits = [d.box(452, y, name, 'data', w=92) for name, y in names]
+    crops = d.box(572, 34, 'Crops')
+    batch = d.box(698, 34, 'batch\n(b, 3, 64, 64)', 'data', w=116)
+    choose = d.box(648, 90, 'to choose settings', w=216)
+    score = d.box(648, 146, 'to score, once', w=216)
+    d.arrow(file, image, 'read_image')
+    for split in splits:
+        d.arrow((image, 'right'), (split, 'left'))
+    d.chain([splits[0], crops, batch])
+    d.arrow(splits[1], choose)
+    d.arrow(splits[2], score)
+    traps = [
+        (file, 'eight bits wrap:\n3 - 4 = 255', 70, 132),
+        (image, 'reshape is no permute,\n0 to 255 is not 0 to 1', 292, 190),
+        (splits[2], 'crops of one photograph in two splits:\nmemory looks like skill', 580, 340),
+    ]
+    for where, text, x, w in traps:
+        box = d.node(x, 216, w, 46, 'loss')
+        d.path([(where.x, box.edges()[1]), where.at('bottom')], look='line dashed', head=False)
+        first, second = text.split('\n')
+        d.write(box, first).lines[-1].y = -9
+        d.write(box, second).lines[-1].y = 9
+    large = d.box(70, 296, 'HR folder\nx (c, 4h, 4w)', 'data', w=132)
+    small = d.box(70, 362, 'LR folder\ny (c, h, w)', 'data', w=132)
+    pairs = d.box(292, 329, 'PairedFolder\nsame name, 4 times as\nlarge, same scene', w=190)
+    cut = d.box(500, 329, 'Crops\nsame place, same pose', w=180)
+    both = d.box(690, 329, 'batch of pairs\n(b, c, 16, 16)\n(b, c, 64, 64)', 'data', w=132)
+    d.arrow((large, 'right'), (pairs, 'left'))
+    d.arrow((small, 'right'), (pairs, 'left'))
+    d.chain([pairs, cut, both])
+    d.legend(412, 'data', 'op', ('loss', 'trap'))
+    return d
+
+
+def foundations():
+    return [data()]
