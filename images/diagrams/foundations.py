@@ -7,8 +7,7 @@ def data():
     d = Drawing(
         '00_data',
         424,
-        'From a file to a batch: read_image turns bytes (h, w, 3) into floats (3, h, w), the '
-        'photographs are split by image, and Crops cuts squares of each split into a batch',
+        'From a file to a batch, and three traps on the way',
     )
     file = d.box(70, 90, 'file\n(h, w, 3)\nuint8, 0 to 255', 'data', w=132)
     image = d.box(292, 90, 'image\n(3, h, w)\nfloat32, 0 to 1', 'data', w=132)
