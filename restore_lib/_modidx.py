@@ -1460,6 +1460,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'restore_lib/tracer_operators.py'),
                                               'restore_lib.tracer_operators._as_export': ( 'appendix/tracer_operators.html#_as_export',
                                                                                            'restore_lib/tracer_operators.py'),
+                                              'restore_lib.tracer_operators._is_on_all_ways': ( 'appendix/tracer_operators.html#_is_on_all_ways',
+                                                                                                'restore_lib/tracer_operators.py'),
                                               'restore_lib.tracer_operators._name_of': ( 'appendix/tracer_operators.html#_name_of',
                                                                                          'restore_lib/tracer_operators.py'),
                                               'restore_lib.tracer_operators._writes': ( 'appendix/tracer_operators.html#_writes',
