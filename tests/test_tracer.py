@@ -1212,8 +1212,8 @@ def test_a_network_that_is_frozen_for_the_next_phase_had_its_gradient():
 
 def test_the_tracers_own_variables_are_not_the_steps():
     "Of all names that the tracer gives to its variables, those are found that the step uses, too."
-    modules = ('states', 'tracer', 'tracer_operators', 'tracer_rehearsal', 'tracer_snapshots')
-    modules = {'restore_lib.' + name for name in modules}
+    modules = 'tracer tracer_operators tracer_rehearsal tracer_snapshots tracer_values'.split()
+    modules = {'restore_lib.' + name for name in ['states', *modules]}
     defined = [v for name in modules for v in vars(sys.modules[name]).values()]
     functions = [f for v in defined for f in (vars(v).values() if isinstance(v, type) else [v])]
     own = [f for f in functions if getattr(f, '__module__', '') in modules]
@@ -1234,6 +1234,25 @@ def test_the_tracers_own_variables_are_not_the_steps():
         step()
     assert len(names) > 100 and rehearsal.losses and rehearsal.updates.optimizers
     assert found.keys() <= used
+
+
+def test_where_all_ways_end_is_named_and_not_what_ends_beside_a_way():
+    "A quantiser has detached ways of its own; the detach behind it cuts them all."
+    p = Parts()
+
+    def step(cut):
+        def run():
+            z, q = p.codes(p.enc(p.x))
+            scale = (q.norm() / z.norm()).detach()
+            passed_on = z * scale + (q - z * scale).detach()
+            return F.mse_loss(p.image(cut(passed_on)), p.x)
+
+        return run
+
+    (found,) = audit_gradient(step(lambda q: q.detach()), p.watch).breaks
+    assert (found.name, found.how, found.says) == ('enc', 'detach', 'detached by detach')
+    assert 'lambda q: q.detach()' in found.where
+    assert audit_gradient(step(lambda q: q), p.watch)
 
 
 def dropped(z):
