@@ -114,6 +114,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'restore_lib.checkpoints._flat_state': ( 'appendix/checkpoints.html#_flat_state',
                                                                                   'restore_lib/checkpoints.py'),
                                          'restore_lib.checkpoints._form': ('appendix/checkpoints.html#_form', 'restore_lib/checkpoints.py'),
+                                         'restore_lib.checkpoints._is_number': ( 'appendix/checkpoints.html#_is_number',
+                                                                                 'restore_lib/checkpoints.py'),
                                          'restore_lib.checkpoints._new_name': ( 'appendix/checkpoints.html#_new_name',
                                                                                 'restore_lib/checkpoints.py'),
                                          'restore_lib.checkpoints._place': ( 'appendix/checkpoints.html#_place',
