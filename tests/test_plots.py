@@ -29,7 +29,8 @@ def test_one_image_is_not_taken_for_three_maps(plt):
     for wrong in (image, image[:1]):
         with pytest.raises(ValueError, match=r'images has shape .*\[image\] for one image'):
             show_images(wrong)
-    for right, tiles in (([image], 1), (list(image), 3), (image[None], 1), (torch.rand(8, 9, 9), 8)):
+    maps = torch.rand(8, 9, 9)
+    for right, tiles in (([image], 1), (list(image), 3), (image[None], 1), (maps, 8)):
         show_images(right)
         assert len([ax for ax in plt.gcf().axes if ax.images]) == tiles
 
