@@ -186,7 +186,10 @@ _NUMBER_WORDS = '''
 '''.split()
 _NUMBER_WORDS += [f'{word}s' for word in _NUMBER_WORDS]
 _WORDS_LEFT = _any_of([*_FRACTIONS, *_WORDS, *_NUMBER_WORDS])
-_LEFT_OVER = re.compile(rf'(?<![\w.])(?:{_DIGITS}(?!\w)|(?:{_WORDS_LEFT})\b)', re.ASCII)
+# 'in a hundred' is a unit
+_LEFT_OVER = re.compile(
+    rf'(?<![\w.])(?<!in a )(?:{_DIGITS}(?!\w)|(?:{_WORDS_LEFT})\b)', re.ASCII
+)
 
 
 def reading(

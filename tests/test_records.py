@@ -218,6 +218,7 @@ INF = math.inf
         ('half a decibel', 0.45, 0.55),
         ('three quarters to twice', 0.675, 2.5),
         ('five seconds each', 4.5, 5.5),
+        ('three in a hundred', 2.5, 3.5),
     ],
 )
 def test_reading(text, low, high):
@@ -258,6 +259,7 @@ def test_strict_bounds_from_above(word):
         'three of four images',
         'three of twenty images',
         'one in ten images',
+        'one in a hundred and ten',
         'one to three of ten',
         'one third of the error',
         'one quarter',
