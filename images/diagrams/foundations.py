@@ -23,7 +23,8 @@ def degrade():
     d.note(252, 82, '(b, c, h/s, w/s)')
     d.note(124, 82, '(b, c, h, w)')
     d.note(408, 82, 'm (b, 1, h, w)')
-    draws = d.box(396, low, 'generator\na level for each image: a number, (b,) or (low, high)', 'cond', w=640)
+    levels = 'a level for each image: a number, (b,) or (low, high)'
+    draws = d.box(396, low, f'generator\n{levels}', 'cond', w=640)
     for box, word in ((soft, 'k (b, k, k)'), (mix, 'm'), (noise, 'σ, ε'), (file, 'quality')):
         d.path([(box.x, draws.edges()[1]), box.at('bottom')], word, look='to-cond', shift=21)
     d.legend(286, 'data', 'op', ('cond', 'random numbers of a seed'))
