@@ -1101,6 +1101,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'restore_lib/model_files.py'),
                                          'restore_lib.model_files._described': ( 'appendix/model_files.html#_described',
                                                                                  'restore_lib/model_files.py'),
+                                         'restore_lib.model_files._finite_or_built_so': ( 'appendix/model_files.html#_finite_or_built_so',
+                                                                                          'restore_lib/model_files.py'),
                                          'restore_lib.model_files._header': ( 'appendix/model_files.html#_header',
                                                                               'restore_lib/model_files.py'),
                                          'restore_lib.model_files._rehearsed': ( 'appendix/model_files.html#_rehearsed',
