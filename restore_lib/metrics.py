@@ -68,7 +68,6 @@ def ssim_map(
     light = 1 - (mu_a - mu_b).square()/(mu_a*mu_a + mu_b*mu_b + c1)
     return light*(1 - apart/(both + c2))
 
-# %% ../nbs/02_metrics.ipynb #02-030
 def ssim(
     a,               # (b, c, h, w) images, at least 11 pixels a side; they may overshoot
     b,               # their ground truth, same shape; it may not
