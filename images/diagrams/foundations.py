@@ -7,8 +7,7 @@ def metrics():
     d = Drawing(
         '02_metrics',
         344,
-        'Three scores of a restored image: PSNR compares pixels at the same place, SSIM small '
-        'windows, ST-LPIPS the features of a network; what fools each stands at the right',
+        'Three scores of a restored image, and what fools each of them',
     )
     rows = 48, 152, 256
     x_hat, x = d.box(34, 120, 'x_hat', 'data', w=62), d.box(34, 184, 'x', 'data', w=62)
