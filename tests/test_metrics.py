@@ -15,7 +15,7 @@ from restore_lib.data import digits, photos
 from restore_lib.project import data_home
 from restore_lib.metrics import (
     Scores, count_macs, count_params, evaluate, human, latency, peak_memory,
-    psnr, ssim, to_y,
+    psnr, ssim, ssim_map, to_y,
 )
 from restore_lib.trunks import lpips, st_lpips
 
@@ -567,9 +567,7 @@ def test_ssim_of_flat_images_is_at_most_1_and_right(value, move):
         value**2 + b[0, 0, 0, 0] ** 2 + 1e-4
     )  # by hand: there is no variance
     assert got.item() <= 1 and got.item() == pytest.approx(light.item(), abs=2e-7)
-    from restore_lib.metrics import _ssim_map
-
-    assert _ssim_map(a + move, a).max() <= 1
+    assert ssim_map(a + move, a).max() <= 1
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
