@@ -413,10 +413,19 @@ def _ready(own, state, names):
         out[k] = t.to(kind)
         if memory_of(out[k]) in held:  # it would change with the model
             out[k] = out[k].clone()
-        if out[k].is_floating_point() and not torch.isfinite(out[k]).all():
+        if out[k].is_floating_point() and not _is_number(out[k], t, own[k]):
             lost = f' as {kind}' if torch.isfinite(t).all() else ''
             raise ValueError(f'{k!r} holds values that are NaN or infinite{lost}')
     return out
+
+
+def _is_number(value, given, there):
+    """Are all values finite? Or, in a buffer, infinite in the file and in the model alike, as in a
+    mask."""
+    fine = torch.isfinite(value)
+    if not isinstance(there, nn.Parameter):
+        fine |= torch.isinf(given.to(value.device)) & (value == there.to(value.device))
+    return bool(fine.all())
 
 
 @torch.no_grad()

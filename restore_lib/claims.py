@@ -52,9 +52,10 @@ VERDICT_RULES = f"""
   setting: arithmetic, shapes, formulas, what a piece of code does. Some are about the document's
   own numbers, which can be added up again. A statement about all cases, or a conclusion ("this,
   so that"), is refuted by one counterexample.
-- **Not reproduced** is said of experiments. Ours are other ones: other images, smaller networks,
-  minutes of training instead of days. They cannot confirm or refute what somebody saw in their
-  setting. The row says whether the same effect was *seen here* or *not seen here*.
+- **Not reproduced** is said of experiments, for nobody did them again. Ours have another setting:
+  other images, smaller networks, minutes of training instead of days. They cannot confirm or
+  refute what somebody saw in theirs. The row says what ours show: *another setting: seen here*
+  means that the same effect came out, *another setting: not seen here* that it did not.
 - **Out of reach** is said where nothing here bears on the statement: private images or runs, a
   stand-in for a published network, a difference that our images and seeds cannot resolve. So it
   is where a toy or a network that has barely learned would have to decide.
@@ -221,7 +222,7 @@ def verdict(claim) -> str:  # one of VERDICTS
         return 'not reproduced'
     return 'confirmed' if seen(claim) else 'refuted'
 
-# %% ../nbs/appendix/claims.ipynb #claims-020
+# %% ../nbs/appendix/claims.ipynb #claims-038
 def number_text(value) -> str:
     "A figure, short: 55.32, 118.6 M, 2.4e-07; text as it is."
     if isinstance(value, str):
@@ -248,11 +249,16 @@ def rule_text(claim) -> str:
     return '<br>'.join(words) or 'judged'
 
 
+def _plain(text):
+    "Text that Markdown shows as it is."
+    return re.sub(r'([|~*_$<>])', r'\\\1', text)
+
+# %% ../nbs/appendix/claims.ipynb #claims-020
 def verdict_text(claim) -> str:
     "The verdict, and for an experiment whether the same was seen."
     text = verdict(claim)
     if text == 'not reproduced' and 'rule' in claim:
-        return f'{text}; {"" if seen(claim) else "not "}seen here'
+        return f'{text} (another setting: {"" if seen(claim) else "not "}seen here)'
     return text
 
 
@@ -280,11 +286,6 @@ def _shown(name):
     return f'{name[own.end() :]} ({own[1]})' if own else name
 
 
-def _plain(text):
-    "Text that Markdown shows as it is."
-    return re.sub(r'([|~*_$<>])', r'\\\1', text)
-
-
 def claims_table(
     document,  # its key
     book=None,  # of `read_claims`
@@ -303,8 +304,8 @@ def counts_table(book=None) -> str:
     heads = (
         'confirmed',
         'refuted',
-        'not reproduced; seen here',
-        'not reproduced; not seen here',
+        'not reproduced (another setting: seen here)',
+        'not reproduced (another setting: not seen here)',
         'out of reach',
     )
     found = Counter((c['document'], verdict_text(c)) for c in book['claims'])

@@ -10,7 +10,7 @@ __all__ = ['draw_uniform', 'draw_normal', 'draw_normal_like', 'draw_whole', 'dra
 from numbers import Real
 
 import torch
-from .checks import check_interval, check_number
+from .checks import check_interval, check_number, check_whole
 
 # %% ../nbs/appendix/draws.ipynb #draws-006
 def _drawn(draw, shape, like, generator):
@@ -51,12 +51,14 @@ def draw_normal_like(
 # %% ../nbs/appendix/draws.ipynb #draws-012
 def draw_whole(
     low,        # the least
-    high,       # the largest
+    high,       # the largest, fewer than 2**24 above
     shape,      # of the result
     like,       # a tensor on whose device it shall be
     generator,  # of any device, or None
 ):
-    "Whole numbers from `low` to `high`, ends included."
+    "Whole numbers from `low` to `high`, ends included; ValueError for 2**24 or farther apart."
+    low = check_whole(low, 'low')
+    high = check_whole(high, 'high', low, low + 2**24 - 1)
     steps = draw_uniform(shape, like, generator)*(high - low + 1)
     return low + steps.long().clamp(max=high - low)
 
@@ -67,7 +69,10 @@ def draw_choice(
     x,          # a tensor on whose device they shall be
     generator,  # of any device, or None
 ):
-    "`n` indices drawn with the weights `probs`."
+    "`n` indices drawn with the weights `probs`; ValueError for negative ones, and if all are 0."
+    probs = [check_number(p, 'probs', 0) for p in probs]
+    if not sum(probs):
+        raise ValueError(f'probs is {probs}; expected a weight above 0')
     edges = torch.tensor(probs, dtype=torch.float32, device=x.device).cumsum(0)
     return (draw_uniform((n, 1), x, generator)*edges[-1] >= edges[:-1]).sum(1)
 
@@ -122,12 +127,18 @@ class StepNoise:
     it; drawn step by step, in order, when it is asked for."""
     def __init__(
         self,
-        seed,    # of the generator
+        seed,    # of the generator; ValueError if `part` and `like` are not equally long
         steps,   # how many times noise is drawn
         images,  # in the whole batch
         part,    # a slice: which of them
         like,    # (part, c, h, w), whose device and precision (float32 or better) it gets
     ):
+        steps, images = check_whole(steps, 'steps', 1), check_whole(images, 'images', 1)
+        asked = len(range(images)[part])
+        if asked != len(like):
+            raise ValueError(
+                f'part is {part}, {asked} of {images} images; like has shape {tuple(like.shape)}, '
+                f'{len(like)} images; expected as many')
         self.generator, self.part, self.like = torch.Generator().manual_seed(seed), part, like
         self.all, self.shape = (images, *like.shape[1:]), (steps, *like.shape)
         self.next = 0

@@ -32,22 +32,43 @@ def _remove(path):
         path.unlink(missing_ok=True)
 
 # %% ../nbs/appendix/files.ipynb #files-010
+def _beside(path, ending):
+    "Another hidden name beside `path` at each use."
+    return path.with_name(f'.{os.urandom(6).hex()}.{ending}{path.suffix}')
+
+
+def _exchange(new, path):
+    "Gives the folder `new` the name `path`; what had it is removed after, or put back on an error."
+    aside = _beside(path, 'old')
+    path.replace(aside)
+    try:
+        new.replace(path)
+    except BaseException:
+        aside.replace(path)
+        raise
+    _remove(aside)
+
+
 @contextmanager
 def whole_file(
     path,  # of the file or folder to be
     part=None,  # the name beside it to write to; default another one at each use
 ):
     """A name to write to, a file or a folder, which becomes `path` when all went well, on the disk
-    when the block ends; on an error nothing is left of it, and `path` is as it was."""
-    path = Path(path)
-    part = Path(part or path.with_name(f'.{os.urandom(6).hex()}.part{path.suffix}'))
+    when the block ends, with the permissions of the old one; on an error nothing is left of it, and
+    `path` is as it was. Where `path` is a link, what it points to is written."""
+    path = Path(os.path.realpath(path))
+    part = Path(part or _beside(path, 'part'))
     try:
         yield part
         for written in (*part.rglob('*'), part):
             _push(written)
-        if part.is_dir():
-            _remove(path)
-        part.replace(path)
+        if path.exists() and path.is_dir() == part.is_dir():
+            shutil.copymode(path, part)
+        if part.is_dir() and path.exists():
+            _exchange(part, path)
+        else:
+            part.replace(path)
         _push(path.parent)
     finally:
         _remove(part)

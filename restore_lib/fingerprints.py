@@ -44,7 +44,8 @@ def _hash(*parts):
 def digest(
     value,  # plain data, see `as_json`
 ) -> str:
-    "Eight hex digits that change whenever `value` does; TypeError or ValueError for other data."
+    """Eight hex digits (32 bits) that stand for `value` as JSON holds it: a tuple is a list, the
+    key 1 is '1'. TypeError or ValueError for other data."""
     text = json.dumps(as_json(value, 'value'), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
@@ -190,8 +191,13 @@ def _dict(seen, v, name):
     return 'dict', *(part for pair in pairs for part in pair)
 
 
+def _ordered(seen, v, name):
+    pairs = [(seen.of(k, f'a key of {name}'), seen.of(v[k], f'{name}[{k!r:.40}]')) for k in v]
+    return 'ordered', *(part for pair in pairs for part in pair)
+
+
 _EXACT |= {list: _row, tuple: _row, set: _set, frozenset: _set}
-_EXACT |= {dict: _dict, OrderedDict: _dict, types.MappingProxyType: _dict}
+_EXACT |= {dict: _dict, OrderedDict: _ordered, types.MappingProxyType: _dict}
 
 # %% ../nbs/appendix/fingerprints.ipynb #fingerprints-019
 _SEEDED = random._inst, np.random.mtrand._rand, torch.default_generator  # by `seed_all`

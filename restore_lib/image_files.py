@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -244,13 +244,24 @@ def check_channels(channels):
     raise ValueError(f'channels is {channels!r}; expected 1 or 3')
 
 
+def _note_hidden(image, path, say):
+    "Says of a decoded image that some of its pixels are transparent, if they are."
+    if not image.has_transparency_data:
+        return
+    alpha = _with_alpha(image, lambda note: None)[1]
+    if alpha is not None and alpha.getextrema()[0] < 255:
+        say(f'{path} is transparent in places; the colours below show there (open_image: alpha)')
+
+
 def read_image(
     path,           # file name
     channels=3,     # 3 for RGB, 1 for grey
 ) -> torch.Tensor:  # (channels, h, w) float32 in [0, 1]
-    "An image file as a float tensor; ValueError names a file that misses its end or is no image."
+    """An image file as a float tensor, without its alpha channel: a warning says where that shows
+    hidden colours. ValueError names a file that misses its end or is no image."""
     channels = check_channels(channels)
     image = _decoded(path, _warn)
+    _note_hidden(image, path, _warn)
     if image.mode != 'I;16':                   # 16 bits stay: Pillow's conversion would clip them
         image = image.convert('L' if channels == 1 else 'RGB')
     return _floats(image).expand(channels, -1, -1).contiguous()
@@ -608,10 +619,15 @@ def in_strips(
     reach,     # rows above and below a strip that fn must see
     *tensors,  # (..., k*height, w)
 ):             # a list of tensors, as if fn had been given all rows at once
-    "fn of strips of rows, put together: exact where fn reaches no farther than `reach`."
+    """fn of strips of rows, put together: exact where fn reaches no farther than `reach`.
+    ValueError for a tensor or a result whose rows are no whole number of times as many."""
     def cut(t, tall, first, last):
         "Rows first to last of a tensor that holds `tall` of them."
-        high = t.shape[-2]//tall
+        high, rest = divmod(t.shape[-2], tall)
+        if rest or not high:
+            raise ValueError(
+                f'a tensor has {t.shape[-2]} rows where height counts {tall}; '
+                f'expected a whole number of times {tall}')
         return t[..., first*high:last*high, :]
 
     out = []
@@ -636,6 +652,19 @@ def _out_of_memory(error):
     return type(error) is RuntimeError and any(w in str(error) for w in words)
 
 
+class _Refused(Exception):
+    "What a command tells its user instead of a traceback."
+
+
+@contextmanager
+def _as_refusals():
+    "What is wrong with a file, an argument or the output becomes a `_Refused`."
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise _Refused(error) from error
+
+
 def run_command(
     name,      # of the command; its messages begin with it
     image,     # the file to read
@@ -644,18 +673,21 @@ def run_command(
 ):             # the shell's exit status: 0, or 2 after a message
     """What a command does around `work(x (1, c, h, w))`, whose result is `scale` times as large:
     reads, tries the output before the work, writes whole or not at all, never over its input.
-    `words` are told behind the name of the file; `say` writes a message to stderr. A bug of `work`
-    is raised as it is."""
+    `words` are told behind the name of the file; `say` writes a message to stderr. An error of
+    `work`, other than for memory, is raised as it is: mistakes of the user are for `prepare`."""
     def say(message):
         print(f'{name}: {message}', file=sys.stderr)
 
     try:
-        x, kept = open_image(image, say)
-        work, scale, words = prepare(say)
-        check_output(out, kept, [scale*n for n in x.shape[:1:-1]], image, say)
-        result = as_image(work(x), kept)
-        save_image(result, out, say=lambda note: None)                 # said before the work
-    except (OSError, ValueError) as error:
+        with _as_refusals():
+            x, kept = open_image(image, say)
+            work, scale, words = prepare(say)
+            check_output(out, kept, [scale*n for n in x.shape[:1:-1]], image, say)
+        done = work(x)
+        with _as_refusals():
+            result = as_image(done, kept)
+            save_image(result, out, say=lambda note: None)             # said before the work
+    except _Refused as error:
         say(error)
         return 2
     except (MemoryError, RuntimeError) as error:

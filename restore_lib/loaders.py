@@ -111,6 +111,10 @@ def _check_loader(loader):
     if loader.batch_size is None:
         what = _without_batch_size(loader)
         raise TypeError(f'train has {what}, so its batches cannot be numbered; {expected}')
+    if hasattr(loader.sampler, 'set_epoch'):
+        kind = type(loader.sampler).__name__
+        expected = 'expected the plain sampler, and rank and world as arguments'
+        raise TypeError(f'train has a {kind}, which takes a share of each round itself; {expected}')
     generator = getattr(loader.sampler, 'generator', None)
     if not isinstance(generator, torch.Generator | None):
         kind = type(generator).__name__

@@ -82,14 +82,15 @@ def as_half(
     state,  # name -> tensor
     exact=(),  # beginnings of names whose numbers stay as they are
 ) -> dict:
-    "The state on the CPU, floats in half precision; ValueError for numbers beyond its range."
+    """The state on the CPU, floats in half precision; ValueError for numbers beyond its range and
+    for NaN. An infinity, as in a mask, stays one."""
     out = {}
     for name, t in state.items():
         out[name] = t.detach().cpu().contiguous()
         if not t.is_floating_point() or name.startswith(tuple(exact)):
             continue
         out[name] = out[name].to(torch.float16)
-        if not torch.isfinite(out[name]).all():
+        if not (torch.isfinite(out[name]) | torch.isinf(t.detach().cpu())).all():
             raise ValueError(f'{name} holds numbers beyond 65504, or NaN; half precision does not')
     return out
 
@@ -102,7 +103,7 @@ def check_rebuilt(
     what was changed by hand since it was built would be lost."""
     state = model.state_dict()
     for k, v in state.items():
-        if v.is_floating_point() and not torch.isfinite(v).all():
+        if v.is_floating_point() and not _finite_or_built_so(v, k, again):
             raise ValueError(f'{k} of the model holds values that are NaN or infinite')
     own, made = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (model, again))
     odd = sorted(k for k in own.keys() | made.keys() if own.get(k) != made.get(k))
@@ -115,6 +116,15 @@ def check_rebuilt(
         'model is not what its parts say, so its file would give another one back: '
         'it was changed by hand since it was built' + (f' (see {odd[0]})' if odd else '')
     )
+
+
+def _finite_or_built_so(value, name, again):
+    "Are all values finite, or infinite in a buffer that is built so, such as a mask?"
+    fine = torch.isfinite(value)
+    built = dict(again.named_buffers()).get(name)
+    if built is not None and built.shape == value.shape:
+        fine |= torch.isinf(value) & (value == built.to(value))
+    return bool(fine.all())
 
 
 def _rehearsed(model):

@@ -8,17 +8,25 @@ __all__ = ['mirror_to', 'mirror_to_multiple']
 # %% ../nbs/appendix/padding.ipynb #padding-003
 import torch
 
+from .checks import check_whole
+
 # %% ../nbs/appendix/padding.ipynb #padding-006
+def _check_padded(x):
+    "ValueError for what cannot be mirrored."
+    if x.ndim != 4 or 0 in x.shape[2:]:
+        raise ValueError(
+            f'x has shape {tuple(x.shape)}; expected (b, c, h, w), at least one pixel a side'
+        )
+
+
 def mirror_to(
     x,              # (b, c, height, width), any type
     h,              # rows, at least
     w,              # columns, at least
 ) -> torch.Tensor:  # (b, c, max(height, h), max(width, w))
-    "`x` continued at the bottom and on the right by mirroring, the edge pixel repeated."
-    if x.ndim != 4 or 0 in x.shape[2:]:
-        raise ValueError(
-            f'x has shape {tuple(x.shape)}; expected (b, c, h, w), at least one pixel a side'
-        )
+    """`x` continued at the bottom and on the right by mirroring, the edge pixel repeated.
+    ValueError for another shape."""
+    _check_padded(x)
     for dim, to in ((2, h), (3, w)):
         n = x.shape[dim]
         at = torch.arange(max(n, to), device=x.device) % (2*n)
@@ -31,6 +39,9 @@ def mirror_to_multiple(
     x,              # (b, c, height, width), any type
     multiple,       # of what both sides become multiples
 ) -> torch.Tensor:
-    "`x` continued as by `mirror_to` to the next multiples; unchanged if its sides are multiples."
+    """`x` continued as by `mirror_to` to the next multiples; unchanged if its sides are multiples.
+    ValueError for another shape and for multiples below 1."""
+    _check_padded(x)
+    multiple = check_whole(multiple, 'multiple', 1)
     h, w = (-(-n//multiple)*multiple for n in x.shape[2:])
     return mirror_to(x, h, w)

@@ -123,12 +123,31 @@ def _rectangle(*args, **kwargs):
 
 def _as_list(images, name):
     "Images (c, h, w) out of a batch, or of a list of (c, h, w) and (h, w)."
-    images = [im[None] if im.ndim == 2 else im for im in images]
+    if isinstance(images, torch.Tensor) and images.ndim == 3 and len(images) in (1, 3):
+        raise ValueError(
+            f'{name} has shape {tuple(images.shape)}; '
+            'expected a list: [image] for one image, list(maps) for maps (h, w)'
+        )
+    images = [_as_chw(im) for im in images]
     if not images:
         raise ValueError(f'{name} is empty; expected at least one')
     for k, im in enumerate(images):
-        check_images(im.detach(), f'{name}[{k}]', channels=(1, 3), ndim=3)
+        check_images(im, f'{name}[{k}]', channels=(1, 3), ndim=3)
     return images
+
+
+def _as_chw(image):
+    "A tensor (h, w) as (1, h, w), without its graph; anything else as it is."
+    if not isinstance(image, torch.Tensor):
+        return image
+    return image.detach()[None] if image.ndim == 2 else image.detach()
+
+
+def _is_shown(image, truth):
+    "Is the error of an image shown? Not that of the truth itself, which has none."
+    if truth is None:
+        return False
+    return not torch.equal(image.float().cpu().clamp(0, 1), truth.float().cpu())
 
 
 def _titles_of(titles, n):
@@ -154,7 +173,7 @@ def _checked_zoom(zoom, images):
 
 
 def show_images(
-    images,         # (b, c, h, w), or a list of (c, h, w) or (h, w), c being 1 or 3
+    images,         # a tensor (b, c, h, w), or a list of (c, h, w) or (h, w), c being 1 or 3
     titles=None,    # a list of strings, one an image
     cols=None,      # images a row; default as many as a page holds
     size=1.4,       # inches, the least height of a row; a tile is never narrower than 160 pixels
@@ -190,7 +209,8 @@ def show_images(
     cols = min(len(images), check_whole(cols, 'cols', 1))
     width = max(TILE/DPI, min(size*aspect, WIDE/DPI/cols - 0.06))
     rows = math.ceil(len(images)/cols)
-    height = width/aspect + 0.2*max(1 + t.count('\n') for t in titles) + 0.2*any(below)
+    lines = max(1 + t.count('\n') for t in titles) + (any(below) or errors > 0)
+    height = width/aspect + 0.2*lines
     per = 2 if errors else 1
     fig, axes = plt.subplots(
         rows*per, cols, squeeze=False, layout='constrained', dpi=DPI,
@@ -203,7 +223,7 @@ def show_images(
         row, col = divmod(k, cols)
         im = im.detach().float().cpu()
         _draw(axes[row*per, col], im, title, line, zoom)
-        if errors and below[k]:
+        if errors and _is_shown(im, truths[k]):
             off = (im.clamp(0, 1) - truths[k].detach().float().cpu()).abs()
             _draw(axes[row*per + 1, col], (errors*off).clamp(0, 1), '', f'error times {errors:g}')
     if suptitle:

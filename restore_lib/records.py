@@ -178,7 +178,18 @@ _NUMBER = rf'(?:{_DIGITS}|(?:{_any_of([*_FRACTIONS, *_WORDS])})\b)'
 _END = r'(?=[\s%]|[.,;:)]*(?:\s|$))'
 _PAIR = re.compile(rf'(between |)({_NUMBER}) (and|to) ({_NUMBER}){_END}(.*)', re.ASCII)
 _SINGLE = re.compile(rf'(?:({_any_of(_QUALIFIERS)}) )?({_NUMBER}){_END}(.*)', re.ASCII)
-_LEFT_OVER = re.compile(rf'(?<![\w.])(?:{_DIGITS}(?!\w)|(?:{_any_of(_FRACTIONS)})\b)', re.ASCII)
+# what makes another number of the one before it, as in 'one third' or 'three of twenty'
+_NUMBER_WORDS = '''
+    zero thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty
+    sixty seventy eighty ninety dozen hundred thousand million billion third fourth quarter fifth
+    sixth seventh eighth ninth tenth hundredth thousandth
+'''.split()
+_NUMBER_WORDS += [f'{word}s' for word in _NUMBER_WORDS]
+_WORDS_LEFT = _any_of([*_FRACTIONS, *_WORDS, *_NUMBER_WORDS])
+# 'in a hundred' is a unit
+_LEFT_OVER = re.compile(
+    rf'(?<![\w.])(?<!in a )(?:{_DIGITS}(?!\w)|(?:{_WORDS_LEFT})\b)', re.ASCII
+)
 
 
 def reading(

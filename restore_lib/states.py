@@ -21,16 +21,24 @@ from .checks import as_python
 
 # %% ../nbs/appendix/states.ipynb #states-006
 def _plain(key):
-    "NumPy's and torch's numbers as Python's: np.int64(3) is the same key as 3."
-    if isinstance(key, tuple):
-        return tuple(map(_plain, key))
-    return as_python(key) if getattr(key, 'ndim', 1) == 0 else key
+    """NumPy's and torch's numbers as Python's: np.int64(3) is the same key as 3. ValueError for
+    arrays and tensors that are no single number."""
+    if isinstance(key, (tuple, list)):
+        return type(key)(map(_plain, key)) if type(key) in (tuple, list) else key
+    plain = as_python(key)
+    if isinstance(plain, (np.ndarray, torch.Tensor)):
+        raise ValueError(
+            f'a key has shape {tuple(plain.shape)}; '
+            'expected one number, a text, or a tuple of them'
+        )
+    return plain
 
 
 def seed_all(
     *keys,  # numbers, text, or tuples of them
 ):
-    "Sets the random states of Python, NumPy and torch (all devices) to ones that `keys` decide."
+    """Sets the random states of Python, NumPy and torch (all devices) to ones that `keys` decide.
+    ValueError for a tensor that is no single number."""
     keys = tuple(map(_plain, keys))
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, 'big')
@@ -45,7 +53,7 @@ def seed_all(
 
 # %% ../nbs/appendix/states.ipynb #states-009
 class _Inside:
-    "How many threads are inside `random_kept`, and what the first of them found."
+    "How many threads are inside `random_kept`, and the states that the first of them found."
 
     decides_nothing = True  # so a fingerprint of code that uses it leaves it out
     threads = 0
@@ -54,7 +62,7 @@ class _Inside:
 
 _inside = _Inside()
 _random_door = threading.Lock()
-_here = threading.local()  # its `depth`: how often this thread is inside
+_here = threading.local()  # its `depth`: in how many `with random_kept()` this thread is
 
 
 def _random_states():
@@ -80,34 +88,37 @@ def random_kept(
 
     May be nested; where threads overlap, the last one out puts back what the first one in found.
     What another thread draws outside meanwhile is forgotten with the rest."""
-    states = [(g.set_state, g.get_state()) for g in generators if g is not None]
-    depth = getattr(_here, 'depth', 0)
+    to_put_back = [(g.set_state, g.get_state()) for g in generators if g is not None]
+    outer_depth = getattr(_here, 'depth', 0)
+    nested = outer_depth > 0
     with _random_door:
-        if depth:
-            states += _random_states()
-        elif not _inside.threads:
-            _inside.states = _random_states()
-        _inside.threads += not depth
-        _here.depth = depth + 1
+        _here.depth = outer_depth + 1
+        if nested:
+            to_put_back += _random_states()
+        else:
+            if _inside.threads == 0:  # the first one in
+                _inside.states = _random_states()
+            _inside.threads += 1
     try:
         yield
     finally:
         with _random_door:
-            _here.depth = depth
-            _inside.threads -= not depth
-            if not depth and not _inside.threads:
-                states += _inside.states
-            for put_back, state in states:
+            _here.depth = outer_depth
+            if not nested:
+                _inside.threads -= 1
+                if _inside.threads == 0:  # the last one out
+                    to_put_back += _inside.states
+            for put_back, state in to_put_back:
                 put_back(state)
 
 # %% ../nbs/appendix/states.ipynb #states-012
 @contextmanager
 def random_seeded(
-    seed,  # any key, as for `seed_all`
+    *keys,  # as for `seed_all`
 ):
     "The same random numbers inside at each use; the states that there were before come back."
     with random_kept():
-        seed_all(seed)
+        seed_all(*keys)
         yield
 
 # %% ../nbs/appendix/states.ipynb #states-015

@@ -549,6 +549,8 @@ def superres_image(args=None) -> int:  # the command line's words -> the shell's
 
     def prepare(say):
         model, _ = load_model(a.weights, 'superres.LatentSR')
+        if model.process is not None:
+            model.process.subsequence(a.steps)             # ValueError before the work
         return (lambda x: superresolve(model, x, a.steps, a.seed)), model.scale, ''
 
     return run_command('superres_image', a.image, a.out, prepare)

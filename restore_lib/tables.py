@@ -82,8 +82,13 @@ class Report:
         says,  # one sentence; it stands above the table
         rows,  # of the table
         digits=2,  # as in `Table`
-        **figures,  # what the check measured: attributes of the report
+        **figures,  # what the check measured: attributes of the report; ValueError for `table`
     ):
+        taken = [name for name in figures if hasattr(type(self), name)]
+        if taken:
+            raise ValueError(
+                f'a figure is called {taken[0]!r}, as a method of the report; expected another name'
+            )
         self.verdict = bool(verdict)
         self.says, self.rows, self.digits = says, rows, digits
         vars(self).update(figures)

@@ -243,6 +243,15 @@ def _as_export(stop, ways):
     return stop
 
 
+def _is_on_all_ways(stop, ways, starts):
+    "Does each way of a value from `starts` to the last of `ways` lead through a stop?"
+    reached = set(starts)
+    for op in ways:
+        if op.index != stop.index and any(source in reached for source, _ in op.sources):
+            reached.add(op)
+    return ways[-1] not in reached
+
+
 def stops(
     end,  # the Op of the loss
     starts,  # the Ops of the tensors that should get a gradient
@@ -265,8 +274,9 @@ def stops(
             for source, _ in live:
                 found.append(source.ending('no gradient' if source.cut else 'in-place on a leaf'))
     found = [_as_export(stop, ways) for stop in found]
-    # a choice of indices says less than another stop beside it
-    return sorted(found, key=lambda op: op.cut == 'zero slope')
+    # where all ways end, nothing else matters; a choice of indices says least
+    gates = [stop for stop in found if len(found) > 1 and _is_on_all_ways(stop, ways, starts)]
+    return gates[:1] or sorted(found, key=lambda op: op.cut == 'zero slope')
 
 # %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-028
 def graph_nodes(

@@ -617,3 +617,32 @@ def test_arrays_are_lists_where_that_is_asked_for():
     assert out['a'] == [0, 1] and out['t'] == [1.0] and out['s'] == [2.0] and math.isnan(out['n'])
     with pytest.raises(TypeError, match=r"says\['a'\] is set"):
         as_json(dict(a={1}), 'says', arrays=True)
+
+
+class Masked(nn.Module):
+    "A layer with a mask of attention, 0 and minus infinity, which its state holds."
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer('mask', torch.full((3, 3), -math.inf).triu(1))
+
+
+def test_an_infinity_that_the_model_holds_too_is_loaded():
+    state = Masked().state_dict()
+    state['weight'] = torch.full((3,), 2.0)
+    for dtype in (torch.float32, torch.float16):
+        model = Masked()
+        assert load_report(model, {k: v.to(dtype) for k, v in state.items()})
+        assert model.weight.tolist() == [2, 2, 2] and torch.equal(model.mask, Masked().mask)
+    for mask in (-state['mask'], torch.full((3, 3), -math.inf), state['mask'] * math.nan):
+        with pytest.raises(ValueError, match="'mask' holds values that are NaN or infinite"):
+            load_report(Masked(), dict(state, mask=mask))
+    large = state['mask'].double().clamp(min=-1e300)  # finite in the file
+    with pytest.raises(ValueError, match='infinite as torch.float32'):
+        load_report(Masked(), dict(state, mask=large))
+    model = Masked()
+    with torch.no_grad():
+        model.weight[0] = math.inf
+    with pytest.raises(ValueError, match="'weight' holds values that are NaN or infinite"):
+        load_report(model, model.state_dict())

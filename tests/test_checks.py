@@ -96,6 +96,17 @@ def test_values_are_not_looked_at_where_they_cannot_be():
         return t * 2
 
     assert torch.func.vmap(model)(torch.tensor([3.0, 4.0])).tolist() == [6, 8]
+
+    def of_images(z, t):
+        check_images(z[None], 'x')
+        check_latent(z[None], 'z')
+        check_steps(t[None], z[None], 10)
+        return z * 2
+
+    wrong = torch.full((2, 1, 4, 4), math.inf)
+    assert torch.func.vmap(of_images)(wrong, T + 10).equal(wrong)
+    fine = torch.rand(2, 1, 4, 4)
+    assert torch.func.vmap(of_images)(fine, T).equal(fine * 2)
     assert known_truth(torch.ones((), device='meta') > 0) is None
 
 

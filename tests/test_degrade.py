@@ -108,6 +108,42 @@ def test_blur_is_scipys_convolution_per_image():
     )
 
 
+def test_a_bright_point_draws_the_kernel():
+    k = torch.cat([
+        blur_kernel('gaussian', 21, torch.tensor([[5.0, 1.5]]), angle=30),
+        blur_kernel('motion', 21, length=15, angle=30),
+    ])
+    dot = torch.zeros(2, 1, 43, 43)
+    dot[:, :, 21, 21] = 1  # so far inside that no mirror image of it is seen
+    assert torch.allclose(blur(dot, k)[:, 0, 11:-11, 11:-11], k, atol=1e-6)
+
+
+def keys_matrix(n, m):
+    "(m, n) weights of Keys' kernel with a = -0.5, stretched where n > m."
+    s = max(n / m, 1.0)
+    t = ((torch.arange(n) + 0.5 - (torch.arange(m)[:, None] + 0.5) * n / m) / s).abs()
+    near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    k = torch.where(t <= 1, near, far) * (t < 2)
+    return k / k.sum(1, keepdim=True)
+
+
+def test_a_resize_is_two_small_matrices():
+    x = torch.rand(2, 1, 48, 64, generator=gen())
+    down = keys_matrix(48, 12) @ x @ keys_matrix(64, 16).T
+    assert torch.allclose(bicubic_down(x, 4, clip=False), down, atol=1e-5)
+    up = keys_matrix(48, 96) @ x @ keys_matrix(64, 128).T
+    assert torch.allclose(bicubic_up(x, 2, clip=False), up, atol=1e-5)
+
+
+def test_noise_through_a_resize():
+    "What lesson 01 says: enlarged noise keeps 0.82 of its level, neighbours correlate by 0.97."
+    white = gaussian(torch.zeros(32, 1, 32, 32), 1.0, gen())
+    y = bicubic_up(white, 7, clip=False)
+    assert abs(y.std() - 0.82) < 0.01
+    lag = (y[..., 1:] * y[..., :-1]).mean() / y.square().mean()
+    assert abs(lag - 0.97) < 0.01
+
+
 def test_kernels():
     k = blur_kernel('gaussian', 25, sigma=torch.tensor([[3.0, 1.0]]), angle=0.0)[0]
     r = torch.arange(25) - 12.0

@@ -117,3 +117,23 @@ def test_uniform_numbers_are_nothing_else():
         draw_uniform((4,), X, gen(), torch.randn)
     with pytest.raises(TypeError):
         draw_uniform((4,), X, draw=torch.randn)
+
+
+def test_a_range_that_uniform_numbers_cannot_fill_is_refused():
+    found = draw_whole(-(2**23), 2**23 - 1, (20000,), X, gen())
+    assert (found % 2).float().mean().sub(0.5).abs() < 0.02 and found.min() < 0 < found.max()
+    for low, high in ((0, 2**24), (0, 2**25 - 1), (4, 3), (0, 1.5)):
+        with pytest.raises(ValueError, match='high is'):
+            draw_whole(low, high, (4,), X, gen())
+
+
+@pytest.mark.parametrize('probs', [[-1, 1], [0, 0], [1, float('nan')], []])
+def test_weights_that_are_none_are_refused(probs):
+    with pytest.raises(ValueError, match='probs is'):
+        draw_choice(probs, 4, X, gen())
+
+
+@pytest.mark.parametrize('part, n', [(slice(0, 2), 4), (slice(3, 9), 2), (slice(4, 6), 2)])
+def test_the_noise_of_a_part_is_as_long_as_the_part(part, n):
+    with pytest.raises(ValueError, match='part is slice.*expected as many'):
+        StepNoise(7, 3, 4, part, X[:n])

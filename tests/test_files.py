@@ -1,6 +1,8 @@
 "Files and folders that are written whole or not at all."
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,59 @@ def test_an_error_leaves_the_old_one_and_nothing_else(tmp_path, error):
             raise error
         assert path.read_text() == 'old'
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'folder']
+
+
+def write_folder(path, text):
+    with whole_file(path) as part:
+        part.mkdir()
+        (part / 'w').write_text(text)
+
+
+def test_an_old_folder_stays_until_the_new_one_has_its_name(tmp_path, monkeypatch):
+    path, replace = tmp_path / 'state', Path.replace
+    write_folder(path, 'old')
+
+    def broken(self, target):
+        "The new one cannot get the name, the old one may move."
+        if Path(target) == path and (self / 'w').read_text() == 'new':
+            raise OSError('disk full')
+        return replace(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match='disk full'):
+        patched.setattr(Path, 'replace', broken)
+        write_folder(path, 'new')
+    assert (path / 'w').read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    write_folder(path, 'new')
+    assert (path / 'w').read_text() == 'new' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    (tmp_path / 'far').mkdir()
+    for name, write in (('file', write_text), ('folder', write_folder)):
+        target, link = tmp_path / 'far' / name, tmp_path / name
+        write(target, 'old')
+        link.symlink_to(Path('far') / name)
+        write(link, 'new')
+        found = target / 'w' if target.is_dir() else target
+        assert link.is_symlink() and found.read_text() == 'new'
+    assert sorted(p.name for p in (tmp_path / 'far').iterdir()) == ['file', 'folder']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['far', 'file', 'folder']
+
+
+def write_text(path, text):
+    with whole_file(path) as part:
+        part.write_text(text)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='permissions of POSIX')
+def test_permissions_are_those_of_the_old_one(tmp_path):
+    for name, write in (('file', write_text), ('folder', write_folder)):
+        path = tmp_path / name
+        write(path, 'old')
+        path.chmod(0o700 if path.is_dir() else 0o600)
+        mode = path.stat().st_mode
+        write(path, 'new')
+        assert path.stat().st_mode == mode
 
 
 def test_nothing_written_is_an_error(tmp_path):

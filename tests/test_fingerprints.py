@@ -355,3 +355,13 @@ def test_what_was_imported_before_does_not_matter(monkeypatch):
     monkeypatch.delitem(sys.modules, 'PIL')
     assert fingerprint(saves) == before
     fingerprints._library.cache_clear()
+
+
+def test_the_order_of_an_ordered_dict_counts_and_that_of_a_dict_does_not():
+    from collections import OrderedDict
+
+    terms = [('blur', closed(1)), ('noise', closed(2))]
+    one, other = terms, terms[::-1]
+    assert fingerprint(dict(one)) == fingerprint(dict(other))
+    assert fingerprint(OrderedDict(one)) != fingerprint(OrderedDict(other))
+    assert fingerprint(OrderedDict(one)) == fingerprint(OrderedDict(one)) != fingerprint(dict(one))

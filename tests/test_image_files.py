@@ -344,6 +344,26 @@ def test_other_ways_of_transparency():
     assert alpha[0, 0] == 0 and alpha.sum() == 255 * 41
 
 
+def test_read_image_says_that_hidden_colours_show(tmp_path):
+    pixels = np.full((2, 3, 4), 255, np.uint8)
+    pixels[0, 0] = 0, 160, 60, 0
+    Image.fromarray(pixels).save(tmp_path / 'hole.png')
+    keyed = Image.fromarray(pixels[..., :3])
+    keyed.save(tmp_path / 'keyed.png', transparency=(0, 160, 60))
+    Image.fromarray(pixels).quantize().save(tmp_path / 'palette.png')
+    for name in ('hole', 'keyed', 'palette'):
+        with pytest.warns(UserWarning, match=f'{name}.png is transparent in places') as said:
+            x = read_image(tmp_path / f'{name}.png')
+        (ours,) = (w for w in said if 'in places' in str(w.message))    # Pillow warns, too
+        assert ours.filename == __file__
+        assert (x[:, 0, 0] * 255).round().tolist() == [0, 160, 60]
+    pixels[..., 3] = 255
+    Image.fromarray(pixels).save(tmp_path / 'whole.png')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        read_image(tmp_path / 'whole.png')
+
+
 @pytest.mark.parametrize('mode', ['CMYK', 'YCbCr', 'HSV', 'LAB'])
 def test_colours_that_become_rgb_are_said(mode):
     said, image = [], Image.fromarray(scene()).convert('RGB').convert(mode)
@@ -816,6 +836,21 @@ def test_strips_of_tensors_of_several_heights():
     assert seen == [(5, 20), (6, 24), (3, 12)]
 
 
+def test_strips_whose_rows_do_not_count_are_named():
+    y = torch.rand(1, 1, 24, 6)
+
+    def halve(v):
+        return [nn.functional.avg_pool2d(v, 2)]
+
+    (out,) = in_strips(halve, 12, 5, 0, y)
+    assert torch.equal(out, halve(y)[0])
+    # 24 rows of which each result has half: the result would have none
+    with pytest.raises(ValueError, match='has 3 rows where height counts 6'):
+        in_strips(halve, 24, 6, 0, y)
+    with pytest.raises(ValueError, match='has 24 rows where height counts 7'):
+        in_strips(halve, 7, 5, 0, y)
+
+
 # grey or colour, files or tensors
 
 
@@ -903,13 +938,16 @@ def test_a_command_asks_about_the_size_of_its_result_before_the_work(command):
 def test_a_mistake_in_a_command_is_no_message(command):
     with pytest.raises(KeyError):
         command(error=KeyError('bug'))
-    for error in (TypeError('bug'), RuntimeError('sizes differ'), RecursionError('bug')):
+    bugs = TypeError('bug'), RuntimeError('sizes differ'), RecursionError('bug')
+    for error in (*bugs, ValueError('bug'), OSError('bug'), FileNotFoundError('bug')):
 
         def fails(x, error=error):
             raise error
 
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as raised:
             command(work=fails)
+        assert raised.value is error
+        assert sorted(p.name for p in Path('.').iterdir()) == ['in.png']
 
 
 def test_too_little_memory_is_a_message(command):

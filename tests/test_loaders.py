@@ -117,6 +117,18 @@ def test_any_batch_can_be_entered_and_processes_share_a_round():
     assert all(torch.equal(halves[k % 2][k // 2], whole[k]) for k in range(6))
 
 
+def test_a_sampler_that_takes_its_own_share_is_refused():
+    data = TensorDataset(torch.arange(16.0))
+    for rank in (0, 1):
+        share = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=rank)
+        with pytest.raises(TypeError, match='DistributedSampler.*the plain sampler'):
+            positioned(DataLoader(data, 2, sampler=share), rank=rank, world=2)
+    streams = [positioned(DataLoader(data, 2, shuffle=True), rank=r, world=2) for r in (0, 1)]
+    drawn = [[b[0].tolist() for b, _ in zip(stream, range(8))] for stream in streams]
+    rounds = [sum(drawn[0][k : k + 4] + drawn[1][k : k + 4], []) for k in (0, 4)]
+    assert all(sorted(items) == list(range(16)) for items in rounds) and rounds[0] != rounds[1]
+
+
 @pytest.mark.parametrize(
     'kw, says',
     [(dict(world=0), 'world is 0'), (dict(rank=1), 'rank is 1'), (dict(seed=0.5), 'seed')],

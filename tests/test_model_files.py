@@ -257,3 +257,31 @@ def test_what_half_precision_costs():
         allowed = torch.maximum(numbers.double().abs() / 2048, torch.tensor(2.0**-25))
         assert (error <= allowed).all()
     assert (error > numbers.double().abs() / 2048).any()  # below 6.1e-5 a part in 2,048 is not held
+
+
+class Masked(torch.nn.Module):
+    "A model with a mask of attention in its state."
+
+    def __init__(self, reach=1):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3, 3))
+        self.register_buffer('mask', torch.full((3, 3), -torch.inf).triu(reach))
+
+    def rehearsal(self):
+        return [torch.softmax(self.weight + self.mask, -1)]
+
+
+def test_the_infinity_of_a_mask_is_saved():
+    model = Masked()
+    M.check_rebuilt(model, Masked())
+    half = M.as_half(model.state_dict())
+    assert half['mask'].dtype == torch.float16 and torch.equal(half['mask'].float(), model.mask)
+    with pytest.raises(ValueError, match='mask of the model holds values that are NaN or inf'):
+        M.check_rebuilt(Masked(0), Masked())
+    with torch.no_grad():
+        model.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match='weight of the model holds values that are NaN or inf'):
+        M.check_rebuilt(model, Masked())
+    for bad in (torch.nan, 1e5):
+        with pytest.raises(ValueError, match='w holds numbers beyond 65504, or NaN'):
+            M.as_half(dict(w=torch.tensor([bad, -torch.inf])))

@@ -13,7 +13,7 @@ from torch import nn
 
 from restore_lib import states
 from restore_lib.states import (
-    copies, evaluating, map_tensors, random_kept, seed_all, tensors_in,
+    copies, evaluating, map_tensors, random_kept, random_seeded, seed_all, tensors_in,
 )
 
 
@@ -133,3 +133,28 @@ def test_nested_tensors_keep_their_containers():
     assert not any(a is b for a, b in zip(tensors_in(out), found, strict=True))
     assert out['more'][0].requires_grad and out['more'][0].is_leaf
     assert tensors_in('text') == [] and map_tensors(torch.neg, 3) == 3
+
+
+def test_a_key_of_many_numbers_is_refused():
+    one, other = torch.arange(2000), torch.arange(2000)
+    other[1000] = 0
+    assert repr(one) == repr(other)  # so by their texts they would share a stream
+    for key in (one, other, np.arange(3), ('a', torch.ones(2)), ['a', torch.ones(2)], one[:0]):
+        with pytest.raises(ValueError, match='a key has shape'):
+            seed_all(key)
+    state = {}
+    for key in (3, torch.tensor(3), torch.tensor([3]), np.array([[3]])):
+        seed_all('a', key)
+        state[str(key)] = torch.rand(1).item()
+    assert len(set(state.values())) == 1
+
+
+def test_random_seeded_takes_keys_as_seed_all_does():
+    with random_seeded('a', 1):
+        inside = torch.rand(3)
+    with random_seeded(('a', 1)):
+        pair = torch.rand(3)
+    seed_all('a', 1)
+    assert torch.equal(inside, torch.rand(3))
+    seed_all(('a', 1))
+    assert torch.equal(pair, torch.rand(3)) and not torch.equal(pair, inside)

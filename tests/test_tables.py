@@ -1,9 +1,10 @@
 "Tables as Markdown and as text."
 
 import numpy as np
+import pytest
 import torch
 
-from restore_lib.tables import Table
+from restore_lib.tables import Report, Table
 
 
 def test_table():
@@ -34,3 +35,11 @@ def test_table():
         and '| 1 | 1.23 |' in Table([dict(u=1.23456, v=1.23456)], digits={'u': 0}).markdown()
     )
     assert repr(Table([])) == ''
+
+
+def test_a_figure_never_hides_a_method_of_its_report():
+    report = Report(True, 'ok', [dict(a=1)], gap=3)
+    assert report.gap == 3 and repr(report) == 'ok\na\n1'
+    for name in ('table', '_repr_markdown_'):
+        with pytest.raises(ValueError, match=f'a figure is called .{name}.'):
+            Report(True, 'ok', [dict(a=1)], **{name: 3})

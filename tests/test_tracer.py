@@ -1212,8 +1212,8 @@ def test_a_network_that_is_frozen_for_the_next_phase_had_its_gradient():
 
 def test_the_tracers_own_variables_are_not_the_steps():
     "Of all names that the tracer gives to its variables, those are found that the step uses, too."
-    modules = ('states', 'tracer', 'tracer_operators', 'tracer_rehearsal', 'tracer_snapshots')
-    modules = {'restore_lib.' + name for name in modules}
+    modules = 'tracer tracer_operators tracer_rehearsal tracer_snapshots tracer_values'.split()
+    modules = {'restore_lib.' + name for name in ['states', *modules]}
     defined = [v for name in modules for v in vars(sys.modules[name]).values()]
     functions = [f for v in defined for f in (vars(v).values() if isinstance(v, type) else [v])]
     own = [f for f in functions if getattr(f, '__module__', '') in modules]
@@ -1234,6 +1234,25 @@ def test_the_tracers_own_variables_are_not_the_steps():
         step()
     assert len(names) > 100 and rehearsal.losses and rehearsal.updates.optimizers
     assert found.keys() <= used
+
+
+def test_where_all_ways_end_is_named_and_not_what_ends_beside_a_way():
+    "A quantiser has detached ways of its own; the detach behind it cuts them all."
+    p = Parts()
+
+    def step(cut):
+        def run():
+            z, q = p.codes(p.enc(p.x))
+            scale = (q.norm() / z.norm()).detach()
+            passed_on = z * scale + (q - z * scale).detach()
+            return F.mse_loss(p.image(cut(passed_on)), p.x)
+
+        return run
+
+    (found,) = audit_gradient(step(lambda q: q.detach()), p.watch).breaks
+    assert (found.name, found.how, found.says) == ('enc', 'detach', 'detached by detach')
+    assert 'lambda q: q.detach()' in found.where
+    assert audit_gradient(step(lambda q: q), p.watch)
 
 
 def dropped(z):
@@ -1303,3 +1322,473 @@ def test_a_sum_that_cancels_is_no_factor_of_zero():
         found.how == 'no gradient'
         and found.says == 'a gradient comes to mul, and zeros go on from there'
     )
+
+
+# ------------------------- what values tell: zeros that nobody trains, tokens that are all the same
+class Reader(nn.Module):
+    "Tokens, positions, one attention (in the way of `kind`), a head."
+
+    def __init__(self, kind='sdpa', positions=None, d=8, tokens=6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed, self.head = kind, nn.Linear(4, d), nn.Linear(d, 4)
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.qkv = nn.Linear(d, 3 * d) if kind == 'fused' else None
+        self.mha = nn.MultiheadAttention(d, 2, batch_first=True) if kind == 'mha' else None
+        self.dropout = nn.Dropout(0.1)
+        self.positions = positions
+        self.x = torch.rand(2, tokens, 4)
+
+    def attend(self, x, context=None, values=None):
+        context = x if context is None else context
+        values = context if values is None else values
+        if self.mha is not None:
+            return self.mha(x, context, values)[0]
+        if self.qkv is not None:
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            parts = self.q_proj(x), self.k_proj(context), self.v_proj(values)
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in parts)
+        if self.kind == 'eager':
+            out = self.dropout((q @ k.transpose(-1, -2) / 2).softmax(-1)) @ v
+        elif self.kind == 'einsum':
+            weights = torch.einsum('bhid,bhjd->bhij', q, k).softmax(-1)
+            out = torch.einsum('bhij,bhjd->bhid', weights, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x if self.positions is None else x + self.positions
+        return self.head(x + self.attend(x))
+
+
+def fit(model, x=None):
+    "A step of a model that copies its input."
+    x = model.x if x is None else x
+    return lambda: F.mse_loss(model(x), model.x)
+
+
+def still(*shape, value=0.0):
+    return nn.Parameter(torch.full(shape, value), requires_grad=False)
+
+
+def zero_positions():
+    model = Reader(positions=still(1, 6, 8))
+    return fit(model), dict(model=model), {'model.positions': 'adds nothing'}
+
+
+def zero_positions_of_a_slice():
+    model = Reader()
+    model.table = still(1, 7, 8)
+    step = lambda: F.mse_loss(
+        model.head(model.attend(model.embed(model.x) + model.table[:, 1:])), model.x
+    )
+    return step, dict(model=model), {'model.table': 'adds nothing'}
+
+
+def zero_positions_looked_up():
+    model = Reader()
+    model.table = nn.Embedding(6, 8)
+    nn.init.zeros_(model.table.weight)
+    model.table.requires_grad_(False)
+    step = lambda: F.mse_loss(
+        model.head(model.attend(model.embed(model.x) + model.table(torch.arange(6)))), model.x
+    )
+    return step, dict(model=model), {'model.table.weight': 'adds nothing'}
+
+
+def zero_positions_in_a_buffer():
+    model = Reader()
+    del model.positions
+    model.register_buffer('positions', torch.zeros(1, 6, 8))
+    return fit(model), dict(model=model), {'model.positions': 'adds nothing'}
+
+
+def zero_positions_of_a_part():
+    model = Reader(positions=still(1, 6, 8))
+    encoder = nn.ModuleDict(dict(inner=model))
+    watch = dict(encoder=encoder, head=model.head)
+    return fit(model), watch, {'encoder.inner.positions': 'adds nothing'}
+
+
+def zero_scale_of_channels():
+    model = Reader()
+    model.scale = still(8)
+    step = lambda: F.mse_loss(
+        model.head(model.embed(model.x) + model.scale * model.attend(model.embed(model.x))),
+        model.x,
+    )
+    return step, dict(embed=model.embed, scaled=nn.ParameterList([model.scale])), {
+        'scaled.0': 'what it multiplies is lost',
+        'scaled': '',
+    }
+
+
+def zero_weight_of_a_layer():
+    model = Reader()
+    model.side = nn.Linear(8, 8)
+    nn.init.zeros_(model.side.weight)
+    model.side.weight.requires_grad_(False)
+    step = lambda: F.mse_loss(
+        model.head(model.embed(model.x) + model.side(model.attend(model.embed(model.x)))), model.x
+    )
+    watch = dict(embed=model.embed, side=model.side, head=model.head)
+    return step, watch, {'side.weight': 'what it multiplies is lost'}
+
+
+ZERO_AND_FROZEN = [
+    zero_positions,
+    zero_positions_of_a_slice,
+    zero_positions_looked_up,
+    zero_positions_in_a_buffer,
+    zero_positions_of_a_part,
+    zero_scale_of_channels,
+    zero_weight_of_a_layer,
+]
+
+
+@pytest.mark.parametrize('case', ZERO_AND_FROZEN, ids=lambda f: f.__name__)
+def test_a_zero_that_is_frozen_is_named(case):
+    step, watch, expected = case()
+    report = audit_gradient(step, watch)
+    assert {b.name for b in report.breaks} == set(expected)
+    for b in report.breaks:
+        if expected[b.name]:
+            assert b.how == 'zero and frozen' and expected[b.name] in b.says
+            assert b.where.startswith('test_tracer.py:') and b.how in repr(report)
+
+
+@pytest.mark.parametrize('kind', ['sdpa', 'eager', 'einsum', 'fused', 'mha'])
+@pytest.mark.parametrize('tokens', [4, 6, 17])
+def test_an_attention_over_equal_tokens_is_named(kind, tokens):
+    "In most of these, rounding leaves queries and keys a gradient that is not zero."
+    model = Reader(kind, tokens=tokens)
+    report = audit_gradient(fit(model, model.x[:, :1].expand(-1, tokens, -1)), dict(model=model))
+    names = {'fused': ['qkv'], 'mha': ['mha.in_proj_weight']}.get(kind, ['q_proj', 'k_proj'])
+    if kind in ('fused', 'mha'):
+        unused = {f'model.{n}' for n in ('q_proj', 'k_proj', 'v_proj')}
+    else:
+        unused = set()
+    found = [b for b in report.breaks if b.name.rpartition('.')[0] not in unused]
+    assert [b.name for b in found] == [f'model.{name}' for name in names]
+    assert {b.how for b in found} == {'constant input'}
+    assert all(f'at all {tokens} tokens' in b.says and b.where for b in found)
+
+
+def test_equal_keys_and_equal_values_are_told_apart():
+    model = Reader()
+
+    def step(context, values):
+        x = model.embed(model.x)
+        return lambda: F.mse_loss(model.head(model.attend(x, context, values)), model.x)
+
+    same, differ = torch.rand(2, 1, 8).expand(2, 6, 8), torch.rand(2, 6, 8)
+    for context, values, word in ((same, differ, 'keys'), (differ, same, 'values')):
+        found = audit_gradient(step(context, values), dict(model=model)).breaks
+        found = [b for b in found if b.how == 'constant input']
+        assert [b.name for b in found] == ['model.q_proj', 'model.k_proj']
+        assert all(b.says.startswith(f'its {word}') for b in found)
+    assert audit_gradient(
+        step(differ, differ), dict(q=model.q_proj, k=model.k_proj, head=model.head)
+    )
+    found = audit_gradient(step(same, same), dict(q=model.q_proj, k=model.k_proj)).breaks
+    assert [(b.name, b.how) for b in found] == [('q', 'constant input'), ('k', 'constant input')]
+
+
+def test_the_first_attention_of_queries_that_start_empty():
+    "Queries of zeros with learned positions, as detection transformers have them: no values."
+    model = Reader()
+    queries = nn.Parameter(torch.randn(1, 6, 8))
+
+    def step():
+        empty = torch.zeros(1, 6, 8)
+        return F.mse_loss(
+            model.head(model.attend(empty + queries, empty + queries, empty)), model.x[:1]
+        )
+
+    watch = dict(q=model.q_proj, v=model.v_proj, head=model.head)
+    assert [(b.name, b.how) for b in audit_gradient(step, watch).breaks] == [
+        ('q', 'constant input')
+    ]
+
+
+@pytest.mark.parametrize('kind', ['sdpa', 'eager'])
+def test_an_attention_to_a_single_token_is_named(kind):
+    model = Reader(kind)
+    one = torch.rand(2, 1, 8)
+    step = lambda: F.mse_loss(model.head(model.attend(model.embed(model.x), one)), model.x)
+    found = audit_gradient(step, dict(model=model)).breaks[:2]
+    assert [(b.name, b.how) for b in found] == [
+        ('model.q_proj', 'constant input'),
+        ('model.k_proj', 'constant input'),
+    ]
+    assert 'single token' in found[0].says
+
+
+def test_a_norm_of_single_values_is_named():
+    "The mean of one value is the value, and nothing is left."
+    p = Parts()
+    norm = nn.LayerNorm(1)
+    step = lambda: F.mse_loss(p.dec(norm(p.enc(p.x)[..., None])[..., 0]), p.x)
+    (found,) = [b for b in audit_gradient(step, p.watch).breaks if b.name == 'enc']
+    assert found.how == 'constant input' and 'norm averages over is one value' in found.says
+
+
+# ------------------------- and the sound ones beside them
+def frozen_positions():
+    model = Reader(positions=nn.Parameter(torch.randn(1, 6, 8), requires_grad=False))
+    return fit(model), dict(model=model), {}
+
+
+def learned_positions_from_zero():
+    model = Reader(positions=nn.Parameter(torch.zeros(1, 6, 8)))
+    return fit(model), dict(model=model), {}
+
+
+def learned_positions_for_equal_tokens():
+    model = Reader(positions=nn.Parameter(torch.zeros(1, 6, 8)))
+    return fit(model, model.x[:, :1].expand(-1, 6, -1)), dict(model=model), {}
+
+
+def frozen_zero_bias():
+    model = Reader()
+    for layer in (model.k_proj, model.head):
+        nn.init.zeros_(layer.bias)
+        layer.bias.requires_grad_(False)
+    return fit(model), dict(model=model), {}
+
+
+def frozen_zero_shift_beside_a_norm():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3))
+    nn.init.zeros_(model[1].bias)
+    model[1].bias.requires_grad_(False)
+    return lambda: model(torch.rand(2, 1, 8, 8)).square().mean(), dict(model=model), {}
+
+
+def frozen_scale_around_one():
+    model = Reader()
+    model.gamma = still(6, 8)
+    step = lambda: F.mse_loss(
+        model.head(model.attend(model.embed(model.x) * (1 + model.gamma))), model.x
+    )
+    return step, dict(model=model), {}
+
+
+def frozen_log_scale():
+    model = Reader()
+    model.scale = still(6, 8)
+    step = lambda: F.mse_loss(
+        model.head(model.attend(model.embed(model.x) * model.scale.exp())), model.x
+    )
+    return step, dict(model=model), {}
+
+
+def frozen_network_with_zero_biases():
+    p = Parts()
+    trunk = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).requires_grad_(False)
+    for layer in (trunk[0], trunk[2]):
+        nn.init.zeros_(layer.bias)
+    model = nn.ModuleDict(dict(enc=p.enc, dec=p.dec, trunk=trunk))
+    step = lambda: F.mse_loss(trunk(p.dec(p.enc(p.x))), trunk(p.x))
+    return step, dict(model=model), {}
+
+
+def teacher_with_a_zero_layer():
+    "A teacher begins as a copy of a network that starts at zero, and follows it by averaging."
+    model = nn.ModuleDict(dict(student=ResidualCNN(width=8, depth=4)))
+    model['teacher'] = copy.deepcopy(model['student']).requires_grad_(False)
+    x = torch.rand(2, 1, 8, 8)
+
+    def step():
+        with torch.no_grad():
+            target = model['teacher'](x)
+        return F.mse_loss(model['student'](x * 0.9), target)
+
+    return step, dict(model=model), {}
+
+
+def zero_mask_of_scores():
+    model = Reader('eager')
+    model.register_buffer('mask', torch.zeros(6, 6))
+
+    def step():
+        x = model.embed(model.x)
+        scores = model.q_proj(x) @ model.k_proj(x).transpose(1, 2) + model.mask
+        return F.mse_loss(model.head(scores.softmax(-1) @ model.v_proj(x)), model.x)
+
+    return step, dict(q=model.q_proj, model=model.k_proj, buffers=model), {}
+
+
+def zero_mean_that_is_taken_off():
+    model = Reader()
+    model.register_buffer('mean', torch.zeros(6, 8))
+    step = lambda: F.mse_loss(model.head(model.attend(model.embed(model.x) - model.mean)), model.x)
+    return step, dict(model=model), {}
+
+
+def zero_token_that_is_filled_in():
+    model = Reader(positions=nn.Parameter(torch.randn(1, 6, 8), requires_grad=False))
+    model.token = still(1, 1, 8)
+
+    def step():
+        seen = model.embed(model.x[:, :3])
+        x = torch.cat([seen, model.token.expand(2, 3, 8)], 1) + model.positions
+        return F.mse_loss(model.head(model.attend(x)), model.x)
+
+    return step, dict(model=model), {}
+
+
+def declared_part():
+    model = Reader()
+    model.side = nn.Linear(8, 8)
+    nn.init.zeros_(model.side.weight)
+    model.side.requires_grad_(False)
+    step = lambda: F.mse_loss(
+        model.head(model.embed(model.x) + model.side(model.attend(model.embed(model.x)))), model.x
+    )
+    return step, dict(embed=model.embed, side=model.side, head=model.head), dict(frozen=['side'])
+
+
+def declared_tensor():
+    model = Reader(positions=still(1, 6, 8))
+    return fit(model), dict(model=model, table=model.positions), dict(frozen=['table'])
+
+
+def keys_from_zero():
+    model = Reader()
+    nn.init.zeros_(model.k_proj.weight)
+    nn.init.zeros_(model.k_proj.bias)
+    return fit(model), dict(model=model), {}
+
+
+def values_from_zero():
+    model = Reader()
+    nn.init.zeros_(model.v_proj.weight)
+    nn.init.zeros_(model.v_proj.bias)
+    return fit(model), dict(model=model), {}
+
+
+def equal_queries():
+    "Tokens that ask the same, of tokens that differ: all learns."
+    model, query = Reader(), nn.Parameter(torch.randn(1, 1, 8))
+    step = lambda: F.mse_loss(
+        model.head(model.attend(query.expand(2, 6, 8), model.embed(model.x))), model.x
+    )
+    return step, dict(model=model), {}
+
+
+def layer_on_a_repeated_condition():
+    model, condition = Reader(), nn.Linear(3, 8)
+    step = lambda: F.mse_loss(
+        model.head(model.attend(model.embed(model.x) + condition(torch.ones(2, 6, 3)))), model.x
+    )
+    return step, dict(model=model, condition=condition), {}
+
+
+def one_attention_for_two_inputs():
+    model = Reader()
+
+    def step():
+        x = model.embed(model.x)
+        same = torch.ones(2, 6, 8)
+        return F.mse_loss(model.head(model.attend(x) + model.attend(x, same)), model.x)
+
+    return step, dict(model=model), {}
+
+
+def classes_of_equal_features():
+    net = nn.Linear(4, 8)
+    head = nn.Linear(8, 6)
+    step = lambda: (head(net(torch.ones(6, 4))).softmax(-1) @ torch.rand(6, 3)).square().mean()
+    return step, dict(net=net, head=head), {}
+
+
+def gate_before_tokens_that_differ():
+    model, gate = Reader(), nn.Parameter(torch.zeros(1))
+    step = lambda: F.mse_loss(model.head(model.attend(gate * model.embed(model.x))), model.x)
+    return step, dict(model=model, gate=gate), {}
+
+
+def tokens_first_and_one_sample():
+    torch.manual_seed(0)
+    mha, x = nn.MultiheadAttention(8, 2), torch.rand(6, 1, 8)
+    return lambda: mha(x, x, x)[0].square().mean(), dict(mha=mha), {}
+
+
+def one_image_many_times():
+    model = Reader()
+    x = model.x[:1].expand(6, 6, 4)
+    return lambda: F.mse_loss(model(x), x), dict(model=model), {}
+
+
+def windows_of_one_token_and_more():
+    "The same attention at two resolutions, one of them a single token."
+    model = Reader()
+
+    def step():
+        x = model.embed(model.x)
+        return F.mse_loss(model.head(model.attend(x) + model.attend(x[:, :1])), model.x)
+
+    return step, dict(model=model), {}
+
+
+def similarity_without_projections():
+    "No projection looks for anything: the layers before learn by the other ways."
+    model, layer = Reader(), nn.Linear(8, 8)
+
+    def step():
+        x = model.embed(model.x[:, :1].expand(-1, 6, -1))
+        x = x + layer(x).tanh()
+        return F.mse_loss(model.head(x + (x @ x.transpose(1, 2)).softmax(-1) @ x), model.x)
+
+    return step, dict(embed=model.embed, layer=layer, head=model.head), {}
+
+
+def norm_whose_scale_starts_at_zero():
+    "The last norm of a residual branch: open after the first update."
+    p = Parts()
+    norm = nn.BatchNorm2d(2)
+    nn.init.zeros_(norm.weight)
+    model = nn.ModuleDict(dict(enc=p.enc, norm=norm, dec=p.dec, side=nn.Conv2d(1, 2, 3, padding=1)))
+    step = lambda: F.mse_loss(p.dec(p.enc(p.x) + norm(model['side'](p.x))), p.x)
+    return step, dict(model=model), {}
+
+
+SOUND_VALUES = [
+    frozen_positions,
+    learned_positions_from_zero,
+    learned_positions_for_equal_tokens,
+    frozen_zero_bias,
+    frozen_zero_shift_beside_a_norm,
+    frozen_scale_around_one,
+    frozen_log_scale,
+    frozen_network_with_zero_biases,
+    teacher_with_a_zero_layer,
+    zero_mask_of_scores,
+    zero_mean_that_is_taken_off,
+    zero_token_that_is_filled_in,
+    declared_part,
+    declared_tensor,
+    keys_from_zero,
+    values_from_zero,
+    equal_queries,
+    layer_on_a_repeated_condition,
+    one_attention_for_two_inputs,
+    classes_of_equal_features,
+    gate_before_tokens_that_differ,
+    tokens_first_and_one_sample,
+    one_image_many_times,
+    windows_of_one_token_and_more,
+    similarity_without_projections,
+    norm_whose_scale_starts_at_zero,
+]
+
+
+@pytest.mark.parametrize('case', SOUND_VALUES, ids=lambda f: f.__name__)
+def test_values_that_are_meant_are_passed(case):
+    torch.manual_seed(0)
+    step, watch, options = case()
+    report = audit_gradient(step, watch, **options)
+    assert [str(b) for b in report.breaks] == []
