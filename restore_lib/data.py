@@ -58,7 +58,7 @@ def photos(
 def digits(
     n=None,            # how many: default 5000 glyphs, or all of MNIST's part
     split='train',     # 'train', 'valid' or 'test'; glyphs are split by family of typefaces
-    source='glyphs',   # 'glyphs' (drawn here) or 'mnist' (below data_home())
+    source='glyphs',   # 'glyphs' (drawn here) or 'mnist' (files in data_home(): folder data)
     seed=0,            # of the drawing; MNIST comes in its own order
     download=False,    # may torchvision fetch MNIST?
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images (n, 1, 28, 28) float32 in [0, 1], labels (n,)
@@ -77,11 +77,11 @@ def digits(
 def cifar10(
     n=None,                # how many; default all
     split='train',         # 'train' or 'test'
-    source='torchvision',  # 60,000 images, or 'tiles': 4,000 images
+    source='torchvision',  # 60,000 images, or 'tiles': 4,000 of them in four large PNG files
     download=False,        # may torchvision fetch it?
 ) -> tuple[torch.Tensor, torch.Tensor]:  # images (n, 3, 32, 32) float32 in [0, 1], labels (n,)
-    """CIFAR-10 from data_home(), 'tiles' from its folder cifar10_4k; FileNotFoundError says what
-    is missing, ValueError what is no split or source."""
+    """CIFAR-10 from data_home(), the data folder ('tiles' from its folder cifar10_4k);
+    FileNotFoundError says what is missing, ValueError what is no split or source."""
     check_choice(split, ('train', 'test'), 'split')
     check_choice(source, ('torchvision', 'tiles'), 'source')
     n = n if n is None else check_whole(n, 'n', 1)

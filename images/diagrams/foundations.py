@@ -7,7 +7,7 @@ def data():
     d = Drawing(
         '00_data',
         424,
-        'From a file to a batch, and three traps on the way',
+        'From a file to a batch, and five traps on the way',
     )
     file = d.box(70, 90, 'file\n(h, w, 3)\nuint8, 0 to 255', 'data', w=132)
     image = d.box(292, 90, 'image\n(3, h, w)\nfloat32, 0 to 1', 'data', w=132)
@@ -24,13 +24,19 @@ def data():
     d.arrow(splits[1], choose)
     d.arrow(splits[2], score)
     traps = [
-        (file, 'eight bits wrap:\n3 - 4 = 255', 70, 132),
-        (image, 'reshape is no permute,\n0 to 255 is not 0 to 1', 292, 190),
-        (splits[2], 'crops of one photograph in two splits:\nmemory looks like skill', 580, 340),
+        (70, 126, '1. eight bits:\n3 - 4 = 255'),
+        (204, 122, '2. axes: reshape\nis no permute'),
+        (335, 122, '3. range: 255\ntaken for 1'),
+        (468, 126, '4. figure: stretch\nhides errors'),
+        (647, 208, '5. split: crops of one photo\nin two parts leak'),
     ]
-    for where, text, x, w in traps:
+    starts = [file.at('bottom'), *(image.at('bottom', share) for share in (0.2, 0.45, 0.65))]
+    starts.append(splits[2].at('bottom'))
+    for (x, w, text), start in zip(traps, starts):
         box = d.node(x, 216, w, 46, 'loss')
-        d.path([(where.x, box.edges()[1]), where.at('bottom')], look='line dashed', head=False)
+        top = box.edges()[1]
+        bend = [(start[0], 178), (x, 178)] if start is starts[-1] else []
+        d.path([(x, top), *reversed(bend), start], look='line dashed', head=False)
         first, second = text.split('\n')
         d.write(box, first).lines[-1].y = -9
         d.write(box, second).lines[-1].y = 9
