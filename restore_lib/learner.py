@@ -10,7 +10,6 @@ import math
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 
-from .accelerators import copied, forward_of, own_accelerator, plain_forward, put_forward
+from .accelerators import copied, forward_put, own_accelerator, placed
 from .batches import as_terms, mean_of_items, mean_terms, measured, to_device
 from .batches import generators_of
 from .callbacks import Callback, LiveCurve, Progress, TensorBoard, metrics_of
@@ -28,7 +27,7 @@ from .checks import check_file_name, check_number, check_whole
 from .fingerprints import Scheduled, digest, fingerprint
 from .loaders import positioned
 from .loop_parts import as_optimizer, check_made_by, check_parts, check_plan
-from .loop_parts import claim_folder, made_by, state_of, take_state
+from .loop_parts import claim_folder, made_by, rates_of, state_of, take_state
 from .loop_parts import param_groups as param_groups
 from .project import runs_home
 from .states import evaluating, random_kept, seed_all
@@ -90,7 +89,9 @@ class Learner:
         self.loss_fn, self.valid, self.sched, self.cbs = loss_fn, valid, sched, list(cbs)
         self.acc = own_accelerator(precision, cpu)
         self.train = positioned(train, self.seed, self.acc.process_index, self.acc.num_processes)
-        self.place(model, as_optimizer(opt, model))
+        opt = as_optimizer(opt, model)
+        self.rates = rates_of(opt)
+        self.model, self.bare, self.inside, self.opt = placed(self.acc, model, opt)
         self.step, self.steps, self.seconds = 0, 0, 0.0
         self.history, self.metrics = [], {}
         self.folders, self.deep = set(), 0
@@ -152,7 +153,7 @@ def one_step(self: Learner,
     "One update of the weights, from `accumulate` batches."
     self.set_rates(self.sched(self.step, self.steps) if self.sched else 1.0)
     self.opt.zero_grad()
-    with random_kept(), self.precise():
+    with random_kept(), forward_put(self.bare, self.inside):
         parts = [self.one_batch(next(batches), k) for k in range(self.accumulate)]
         if self.accumulate > 1:
             self.losses = mean_terms(parts)
@@ -178,7 +179,7 @@ _turn = threading.RLock()   # validations of several threads take turns: they sh
 @contextmanager
 def deployed(self: Learner):
     "The model as it will be used; afterwards everything is as training needs it."
-    with _turn, self.precise():
+    with _turn, forward_put(self.bare, self.inside):
         if not self.deep:
             self.call('before_valid')
         self.deep += 1             # a metric may ask for the deployed model, too
@@ -190,6 +191,7 @@ def deployed(self: Learner):
             if not self.deep:
                 self.call('after_valid')
 
+# %% ../nbs/03_learner.ipynb #03-041b
 @patch
 def validate(self: Learner) -> dict:  # name -> mean
     "Means over `valid` of loss terms and Metrics, each item of equal weight; also in the history."
@@ -288,17 +290,10 @@ def fit(self: Learner,
     config=None,       # JSON that checkpoints carry
 ):
     "Trains and returns itself; ValueError at once where `folder` holds another run's checkpoints."
-    self.steps, valid_every, save_every = check_plan(steps, valid_every, folder, save_every)
-    due = dict(log=max(1, self.steps//200), valid=None, save=None)
-    if folder:
-        claim_folder(self.folders, folder)
-        due['save'] = save_every or self.steps
-    if self.valid is not None:
-        check_parts(valid=self.valid, cbs=self.cbs)
-        metrics_of(self.cbs)               # two of one name are refused before the first step
-        due['valid'] = valid_every or self.steps
+    due = check_plan(self, steps, valid_every, folder, save_every)
+    self.steps = due['steps']
     self.train.batch_sampler.start = self.step*self.accumulate
-    with random_kept(), self.precise():
+    with random_kept(), forward_put(self.bare, self.inside):
         self.model.train()
         self.call('before_fit')
         try:
@@ -341,32 +336,6 @@ def load(self: Learner,
     self.folders.add(Path(folder).resolve())
     return self
 
-# %% ../nbs/03_learner.ipynb #03-060
-@patch
-def place(self: Learner, model, opt):
-    "Hands both to accelerate; outside of this Learner's work the model stays as it was."
-    rates = [g['lr'] for g in opt.param_groups]
-    self.rates = [float(rate) if isinstance(rate, Real) else rate for rate in rates]
-    before = forward_of(model)
-    plain_forward(model)
-    self.model, self.opt = self.acc.prepare(model, opt)
-    self.opt.accelerator_state = self.acc.state
-    self.bare = self.acc.unwrap_model(self.model)    # without what distributes it
-    self.inside = forward_of(self.bare)
-    put_forward(self.bare, before)
-
-# %% ../nbs/03_learner.ipynb #03-061
-@patch
-@contextmanager
-def precise(self: Learner):
-    "Inside, the model computes in this Learner's precision; afterwards, as before."
-    before = forward_of(self.bare)
-    put_forward(self.bare, self.inside)
-    try:
-        yield
-    finally:
-        put_forward(self.bare, before)
-
 # %% ../nbs/03_learner.ipynb #03-065
 @patch
 def decides(self: Learner) -> dict:  # name -> value
@@ -407,6 +376,7 @@ def fit_or_load(self: Learner,
         print(f'{name}: {done}; {self.step} steps, {self.seconds/60:.1f} min of training')
     return self
 
+# %% ../nbs/03_learner.ipynb #03-066b
 @patch
 def trained(self: Learner):
     "A copy of the model as it will be used, in evaluation mode."
