@@ -121,7 +121,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'restore_lib.batches.generators_of': ('appendix/batches.html#generators_of', 'restore_lib/batches.py'),
                                      'restore_lib.batches.mean_of_items': ('appendix/batches.html#mean_of_items', 'restore_lib/batches.py'),
                                      'restore_lib.batches.mean_terms': ('appendix/batches.html#mean_terms', 'restore_lib/batches.py'),
-                                     'restore_lib.batches.measured': ('appendix/batches.html#measured', 'restore_lib/batches.py'),
+                                     'restore_lib.batches.measure_batch': ('appendix/batches.html#measure_batch', 'restore_lib/batches.py'),
                                      'restore_lib.batches.own_tensors': ('appendix/batches.html#own_tensors', 'restore_lib/batches.py'),
                                      'restore_lib.batches.to_device': ('appendix/batches.html#to_device', 'restore_lib/batches.py')},
             'restore_lib.callbacks': { 'restore_lib.callbacks.Callback': ('appendix/callbacks.html#callback', 'restore_lib/callbacks.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'to_device', 'own_tensors', 'count_items', 'generators_of', 'check_not_taken', 'as_terms', 'mean_terms',
-           'as_values', 'mean_of_items', 'measured']
+           'as_values', 'mean_of_items', 'measure_batch']
 
 # %% ../nbs/appendix/batches.ipynb #batches-003
 from collections.abc import Mapping
@@ -126,7 +126,7 @@ def mean_of_items(
     return means
 
 # %% ../nbs/appendix/batches.ipynb #batches-026
-def measured(
+def measure_batch(
     model,    # in evaluation mode
     batch,    # as the loss function takes it
     key,      # what its random numbers are made of: (seed, 'valid', number of the batch)

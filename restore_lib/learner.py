@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .accelerators import copied, forward_put, own_accelerator, placed
-from .batches import as_terms, mean_of_items, mean_terms, measured, to_device
+from .batches import as_terms, mean_of_items, mean_terms, measure_batch, to_device
 from .batches import generators_of
 from .callbacks import Callback, LiveCurve, Progress, TensorBoard, metrics_of
 from .callbacks import Metrics as Metrics, plot_history as plot_history
@@ -203,7 +203,7 @@ def validate(self: Learner) -> dict:  # name -> mean
         for k, batch in enumerate(self.valid):
             if k % self.acc.num_processes == self.acc.process_index:
                 batch, key = to_device(batch, self.acc.device), (self.seed, 'valid', k)
-                for name, pair in measured(model, batch, key, self.loss_fn, fns).items():
+                for name, pair in measure_batch(model, batch, key, self.loss_fn, fns).items():
                     seen.setdefault(name, []).append(pair)
     means = mean_of_items(seen)
     if not means:
