@@ -7,8 +7,7 @@ def learner():
     d = Drawing(
         '03_learner',
         572,
-        'The events of a Learner in the order of the code: before_fit; for each step one_step and '
-        'after_step, now and then before_valid, validation and after_valid; at the end after_fit',
+        'Where a Learner calls its callbacks: around the fit, after each step, around validation',
     )
     x, w, says = 112, 124, 200
 
