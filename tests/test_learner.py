@@ -220,6 +220,31 @@ def test_ema_is_used_in_validation_only():
     )
 
 
+class Fill(Callback):
+    def after_step(self, learn):
+        learn.bare.weight.data.fill_(learn.step + 1.0)
+
+
+def test_ema_by_hand():
+    "Three steps of an average of 2, 3 and 4 that starts at the first weights."
+    learn = linear(cbs=[Fill(), EMA(0.9)])
+    average = learn.bare.weight.detach().clone()
+    learn.fit(3)
+    for n in (1, 2, 3):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * (n + 1)
+    assert torch.allclose(learn.cbs[1].shadow['weight'], average)
+
+
+def test_names_that_moved_are_still_found():
+    "The callbacks that only show, and param_groups, live in the appendix."
+    from restore_lib import callbacks, learner, loop_parts
+
+    for name in 'Callback Progress Metrics LiveCurve TensorBoard plot_history'.split():
+        assert getattr(learner, name) is getattr(callbacks, name)
+    assert param_groups is loop_parts.param_groups
+
+
 def test_callbacks_are_called_in_order():
     calls = []
 
