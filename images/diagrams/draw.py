@@ -6,6 +6,7 @@ from pathlib import Path
 
 from course_map import maps
 from diffusion import diffusion
+from foundations import foundations
 from representations import representations
 
 HERE = Path(__file__).resolve().parent
@@ -13,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 def drawings():
     "All drawings, in the order of their names."
-    return sorted([*maps(), *representations(), *diffusion()], key=lambda d: d.name)
+    return sorted([*maps(), *foundations(), *representations(), *diffusion()], key=lambda d: d.name)
 
 
 def write(folder=HERE):
