@@ -168,7 +168,7 @@ def identity_check(
     failures = chain_failures(scores, scores['perfect'] == math.inf or is_psnr(name), at_least)
     return chain_report(chain_ranges(stations), scores, failures)
 
-# %% ../nbs/04_audit.ipynb #041
+# %% ../nbs/04_audit.ipynb #04-041
 def compare(
     runs_a,              # (seeds, images) of a metric, nested lists too, (images,), or `Scores`
     runs_b,              # the same images in the same order; the number of seeds may differ
