@@ -454,7 +454,7 @@ class Restorer(Knobbed):
         return (self.flow.sample(e, steps, label, cond, **own) + 1)/2
 
     def reader(self, y, mask=None, generator=None):
-        """What `audit.leak_probe` needs: (model(z, t) -> the clean picture that the network says at z, source, path(x, e, t) -> z), in [-1, 1].
+        """What `probes.leak_probe` needs: (model(z, t) -> the clean picture that the network says at z, source, path(x, e, t) -> z), in [-1, 1].
         A flow says e - v, not z - t v: z itself holds a part of the truth."""
         (e, cond), flow = self.bridge(y, mask, generator), self.flow
         if not isinstance(flow, ShiftFlow): return lambda z, t: e - flow.velocity(z, t, torch.zeros_like(t), None, cond), e, lambda x, e, t: straight_path(x, e, t)[0]

@@ -10,20 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from restore_lib import audit
 from restore_lib.audit import (
     Ladder,
     compare,
     headroom,
     identity_check,
-    leak_probe,
     oracle_gap,
-    parseval,
     reads_truth,
     stateless,
 )
+from restore_lib.audit_parts import smooth_images
 from restore_lib.checkpoints import load_report
 from restore_lib.metrics import evaluate, psnr, ssim
+from restore_lib.probes import leak_probe, parseval
 
 
 def rand(*shape, seed=0):
@@ -425,7 +424,7 @@ def test_reads_truth_bad_input():
 
 # oracle_gap ---------------------------------------------------------------------------------------
 
-X, Y = audit._pictures(8, 24), (audit._pictures(8, 24) + 0.1 * randn(8, 1, 24, 24)).clamp(0, 1)
+X, Y = smooth_images(8, 24), (smooth_images(8, 24) + 0.1 * randn(8, 1, 24, 24)).clamp(0, 1)
 blurred = F.avg_pool2d(X, 3, 1, 1)
 GAPS = {
     'truth as condition': (lambda y, c: (y + c) / 2, X, Y),
@@ -765,7 +764,7 @@ FOUR = {
 @pytest.mark.parametrize('error', [1e-4, 1e-3])
 def test_parseval_agrees_with_a_real_latent_error(codec, gain, error):
     encode, decode = codec if isinstance(codec, tuple) else (codec.encode, codec.decode)
-    x = audit._pictures()
+    x = smooth_images()
     z = encode(x)
     measured = (
         -10

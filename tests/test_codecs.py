@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from restore_lib.audit import parseval, stateless
+from restore_lib.audit import stateless
 from restore_lib.tracer import audit_gradient
 from restore_lib.codecs import (
     CODECS,
@@ -34,6 +34,7 @@ from restore_lib.codecs import (
 from restore_lib.thermal import thermal
 from restore_lib.degrade import bicubic_down, bicubic_up
 from restore_lib.metrics import count_params, psnr
+from restore_lib.probes import parseval
 from restore_lib.wavelets import dct2, packet2, wavedec2
 
 torch.set_num_threads(1)

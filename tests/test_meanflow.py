@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from restore_lib.audit import leak_probe
 from restore_lib.diffusion import ResidualShift
 from restore_lib.dit import DiT, FlowUNet
 from restore_lib.learner import EMA, Learner
@@ -34,6 +33,7 @@ from restore_lib.meanflow import (
     hole_psnr,
     straight_path,
 )
+from restore_lib.probes import leak_probe
 
 pytestmark = pytest.mark.usefixtures('seed')
 
