@@ -30,13 +30,14 @@ def data():
         (468, 126, '4. figure: stretch\nhides errors'),
         (647, 208, '5. split: crops of one photo\nin two parts leak'),
     ]
-    starts = [file.at('bottom'), *(image.at('bottom', share) for share in (0.2, 0.45, 0.65))]
-    starts.append(splits[2].at('bottom'))
-    for (x, w, text), start in zip(traps, starts):
+    starts = [file.at('bottom'), *(image.at('bottom', share) for share in (0.2, 0.45, 0.92))]
+    starts.append(splits[2].at('bottom', 0.7))
+    ends = [x for x, _, _ in traps[:3]] + [425, 647]           # of the last two, lines with a bend
+    for k, ((x, w, text), start, end) in enumerate(zip(traps, starts, ends)):
         box = d.node(x, 216, w, 46, 'loss')
-        top = box.edges()[1]
-        bend = [(start[0], 178), (x, 178)] if start is starts[-1] else []
-        d.path([(x, top), *reversed(bend), start], look='line dashed', head=False)
+        bend = [(start[0], 178), (end, 178)] if k > 2 else []
+        line = [(end, box.edges()[1]), *reversed(bend), start]
+        d.path(line, look='line dashed', head=False)
         first, second = text.split('\n')
         d.write(box, first).lines[-1].y = -9
         d.write(box, second).lines[-1].y = 9
