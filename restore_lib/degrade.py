@@ -15,7 +15,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .checks import check_images, check_interval, check_number, check_whole
+from .checks import check_images, check_number, check_whole
+from restore_lib.degrade_checks import (
+    check_kernel, check_kernel_shape, check_mixture, check_odd, check_same_size, check_scale,
+    check_sides,
+)
 from restore_lib.draws import (
     draw_choice, draw_level, draw_normal, draw_uniform, draw_whole, largest_level, per_image,
 )
@@ -47,23 +51,12 @@ def salt_and_pepper(
     return x*(1 - mask) + salt, mask
 
 # %% ../nbs/01_degrade.ipynb #01-045
-def _side_range(size, h, w):
-    "The argument `size` of `block_mask`, checked: the shortest and the longest side."
-    check_interval(size, 'size')
-    pair = size if isinstance(size, (tuple, list)) else (size, size)
-    low, high = (check_whole(v, 'size') for v in pair)
-    if not 1 <= low <= high <= min(h, w):
-        raise ValueError(
-            f'size is {size}; expected sides from 1 to {min(h, w)} for images of {h} x {w}')
-    return low, high
-
-
 def _inside(n, start, length):
     "Which of n lines lie in `length` (b,) lines from `start` (b,) on: (b, n)."
     line = torch.arange(n, device=start.device)
     return (line >= start[:, None]) & (line < (start + length)[:, None])
 
-# %% ../nbs/01_degrade.ipynb #01-046
+
 def block_mask(
     x,               # (b, c, h, w) in [0, 1]
     blocks=1,        # rectangles an image; they may overlap
@@ -75,7 +68,7 @@ def block_mask(
     check_images(x, 'x')
     blocks, fill = check_whole(blocks, 'blocks', 1), check_number(fill, 'fill')
     b, _, h, w = x.shape
-    low, high = _side_range(size, h, w)
+    low, high = check_sides(size, h, w)
     hw = torch.tensor([h, w], device=x.device)
     mask = torch.zeros(b, h, w, dtype=torch.bool, device=x.device)
     for _ in range(blocks):
@@ -105,31 +98,6 @@ def odd_size(
     "The odd size of a kernel that reaches `reach` pixels from its middle."
     return 2*math.ceil(reach) + 1
 
-# %% ../nbs/01_degrade.ipynb #01-051
-def _check_extent(name, extent, most_axes):
-    "A kernel's sigma or length as a tensor: ValueError unless it is finite and not negative."
-    extent = torch.as_tensor(extent, dtype=torch.float32)
-    on_cpu = extent.device.type == 'cpu'                     # a GPU is not made to wait
-    if extent.ndim > most_axes or on_cpu and not ((extent >= 0) & (extent < math.inf)).all():
-        raise ValueError(f'{name} is {extent.tolist()}; expected a number from 0, or (b,) of them')
-    return extent
-
-
-def _check_angle(angle):
-    "A kernel's angle as a tensor: ValueError unless it is finite."
-    angle = torch.as_tensor(angle, dtype=torch.float32)
-    if angle.ndim > 1 or angle.device.type == 'cpu' and not torch.isfinite(angle).all():
-        raise ValueError(f'angle is {angle.tolist()}; expected degrees, or (b,) of them')
-    return angle
-
-
-def _check_size(size):
-    "A kernel's side: ValueError unless it is odd."
-    size = check_whole(size, 'size', 1)
-    if size % 2 == 0:
-        raise ValueError(f'size is {size}; expected an odd number')
-    return size
-
 # %% ../nbs/01_degrade.ipynb #01-052
 def blur_kernel(
     kind,          # 'gaussian' or 'motion'
@@ -139,44 +107,18 @@ def blur_kernel(
     angle=0.,      # degrees from the horizontal, against the clock: a number or (b,)
 ) -> torch.Tensor: # (b, size, size) float32, each sums to 1
     "Blur kernels; ValueError names a kind, size, sigma or length that makes no sense."
-    if kind not in ('gaussian', 'motion'):
-        raise ValueError(f"kind is {kind!r}; expected 'gaussian' or 'motion'")
-    is_line = kind == 'motion'
-    name = 'length' if is_line else 'sigma'
-    extent = _check_extent(name, length if is_line else sigma, 1 if is_line else 2)
-    angle = _check_angle(angle)
+    extent, angle = check_kernel_shape(kind, sigma, length, angle)           # (b, 2), (1 or b,)
     if size is None:
         most = extent.max().item() if extent.numel() else 0.0
-        size = odd_size(most/2 if is_line else 3*most)
-    size = _check_size(size)
-    both = (extent if extent.ndim == 2 else extent.reshape(-1, 1)).expand(-1, 2)   # (b, 2)
-    if angle.numel() not in (1, len(both)) and len(both) != 1:
-        raise ValueError(f'{name} is for {len(both)} images, angle for {angle.numel()}')
-    along, across = kernel_grid(size, angle.to(both.device).reshape(-1), both.device)
-    if is_line:
-        ends = ((both[:, 0, None, None] + 1)/2 - along.abs()).clamp(0, 1)
+        size = odd_size(most/2 if kind == 'motion' else 3*most)
+    along, across = kernel_grid(check_odd(size), angle, extent.device)       # (1 or b, size, size)
+    if kind == 'motion':
+        ends = ((extent[:, 0, None, None] + 1)/2 - along.abs()).clamp(0, 1)
         k = ends*(1 - across.abs()).clamp(min=0)
     else:
-        s = both.clamp(min=1e-3)[:, :, None, None]                     # a width of 0 is a point
+        s = extent.clamp(min=1e-3)[:, :, None, None]                         # 0 is a point
         k = torch.exp(-.5*((along/s[:, 0])**2 + (across/s[:, 1])**2))
     return k/k.sum((1, 2), keepdim=True)
-
-# %% ../nbs/01_degrade.ipynb #01-055
-def _check_kernel(kernel, x):
-    "A kernel for images x, (1 or b, k, k); TypeError or ValueError where it does not fit."
-    if not isinstance(kernel, torch.Tensor) or not kernel.ndim:
-        raise TypeError(f'kernel is {kernel!r}; expected a tensor (k, k) or (b, k, k)')
-    (b, _, h, w), k = x.shape, kernel.shape[-1]
-    if kernel.ndim == 2:
-        kernel = kernel[None]
-    if kernel.ndim != 3 or kernel.shape[1] != k or k % 2 == 0 or len(kernel) not in (1, b):
-        raise ValueError(f'kernel has shape {tuple(kernel.shape)}; '
-                         f'expected (k, k) or ({b}, k, k) with k odd')
-    if kernel.device.type == 'cpu' and not torch.isfinite(kernel).all():
-        raise ValueError('kernel holds values that are NaN or infinite')
-    if k//2 >= min(h, w):
-        raise ValueError(f'kernel is {k} x {k}; too large to mirror images of {h} x {w}')
-    return kernel
 
 # %% ../nbs/01_degrade.ipynb #01-056
 def blur(
@@ -185,7 +127,7 @@ def blur(
 ) -> torch.Tensor:   # (b, c, h, w)
     "Convolution with mirrored borders, linear in x; ValueError where the kernel does not fit."
     check_images(x, 'x')
-    kernel = _check_kernel(kernel, x)
+    kernel = check_kernel(kernel, x)
     (b, c, h, w), k = x.shape, kernel.shape[-1]
     # in float32 on a CPU: there some half-precision convolutions with large kernels never end
     wide = x if x.device.type != 'cpu' else x.to(torch.promote_types(x.dtype, torch.float32))
@@ -207,7 +149,7 @@ def gaussian_blur(
     kernel = blur_kernel('gaussian', size, level)
     return blur(x, kernel), kernel
 
-# %% ../nbs/01_degrade.ipynb #01-060b
+
 def motion_blur(
     x,               # (b, c, h, w)
     length,          # pixels: a number, (b,) or (low, high)
@@ -225,14 +167,10 @@ def motion_blur(
 # %% ../nbs/01_degrade.ipynb #01-080
 def _resize(x, h, w, clip):
     "Bicubic (a=-0.5), antialiased, rows first; `clip` cuts to [0, 1] after each pass."
-    if not (x.shape[-2] and x.shape[-1]):
-        raise ValueError(
-            f'the image is {x.shape[-2]} x {x.shape[-1]}; expected at least one pixel')
     y = x.to(torch.promote_types(x.dtype, torch.float32))         # no half precision on CPUs
     for size in ((x.shape[-2], w), (h, w)):
         y = F.interpolate(y, size=size, mode='bicubic', antialias=True)
-        if clip:
-            y = y.clamp(0, 1)
+        y = y.clamp(0, 1) if clip else y
     return y.to(x.dtype)
 
 # %% ../nbs/01_degrade.ipynb #01-081
@@ -244,13 +182,10 @@ def bicubic_down(
     """Bicubic and antialiased: Pillow's resize(BICUBIC) within one grey level; ValueError where
     scale does not divide the sides."""
     check_images(x, 'x')
-    scale = check_whole(scale, 'scale', 1)
-    h, w = x.shape[-2:]
-    if h % scale or w % scale:
-        raise ValueError(f'x is {h} x {w}; expected multiples of scale={scale}')
-    return _resize(x, h//scale, w//scale, clip)
+    scale = check_scale(scale, x, down=True)
+    return _resize(x, x.shape[-2]//scale, x.shape[-1]//scale, clip)
 
-# %% ../nbs/01_degrade.ipynb #01-081b
+
 def bicubic_up(
     y,             # (b, c, h, w) in [0, 1]
     scale,         # how many times larger, a whole number
@@ -258,7 +193,7 @@ def bicubic_up(
 ) -> torch.Tensor: # (b, c, h*scale, w*scale)
     "Bicubic and within one grey level of Pillow's; the plain baseline of superresolution."
     check_images(y, 'y')
-    scale = check_whole(scale, 'scale', 1)
+    scale = check_scale(scale, y)
     return _resize(y, y.shape[-2]*scale, y.shape[-1]*scale, clip)
 
 # %% ../nbs/01_degrade.ipynb #01-086
@@ -301,18 +236,6 @@ def jpeg(
     y = torch.from_numpy(np.stack(y)).permute(0, 3, 1, 2)
     return y.to(x.device, torch.float32).div(255).to(x.dtype)
 
-# %% ../nbs/01_degrade.ipynb #01-098
-def _check_mixture(ops, weights):
-    "The weights of a `Mixture` as floats; ValueError or TypeError names what makes no sense."
-    weights = [1.]*len(ops) if weights is None else list(weights)
-    weights = [float(v) if isinstance(v, torch.Tensor) else check_number(v, 'weights', 0)
-               for v in weights]
-    if not ops or not all(callable(op) for op in ops):
-        raise ValueError(f'ops is {ops}; expected one callable or more')
-    if len(weights) != len(ops) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
-        raise ValueError(f'weights is {weights}; expected {len(ops)} numbers from 0, not all 0')
-    return weights
-
 # %% ../nbs/01_degrade.ipynb #01-099
 class Mixture:
     """Each image gets one of `ops`, drawn at random; ValueError where an op changes the size of
@@ -322,7 +245,7 @@ class Mixture:
         *ops,          # op(x, generator=...) -> y or (y, ...), as partial(gaussian, sigma=25/255)
         weights=None,  # how often each is drawn, relative; default all alike
     ):
-        self.ops, self.weights = ops, _check_mixture(ops, weights)
+        self.ops, self.weights = ops, check_mixture(ops, weights)
 
     def __call__(
         self,
@@ -337,8 +260,5 @@ class Mixture:
                 continue
             out = op(x[mine], generator=generator)
             out = out[0] if isinstance(out, tuple) else out
-            if out.shape != x[mine].shape:
-                raise ValueError(f'op {k} made {tuple(x[mine].shape)} into {tuple(out.shape)}; '
-                                 'expected the same size')
-            y[mine] = out.to(y.dtype)
+            y[mine] = check_same_size(out, x[mine], k).to(y.dtype)
         return y, which
