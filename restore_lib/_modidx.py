@@ -1211,6 +1211,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'restore_lib.metrics.Scores.remark': ('metrics.html#scores.remark', 'restore_lib/metrics.py'),
                                      'restore_lib.metrics.Scores.table': ('metrics.html#scores.table', 'restore_lib/metrics.py'),
                                      'restore_lib.metrics._gauss_valid': ('metrics.html#_gauss_valid', 'restore_lib/metrics.py'),
+                                     'restore_lib.metrics._inner': ('metrics.html#_inner', 'restore_lib/metrics.py'),
                                      'restore_lib.metrics._synchronize': ('metrics.html#_synchronize', 'restore_lib/metrics.py'),
                                      'restore_lib.metrics.count_macs': ('metrics.html#count_macs', 'restore_lib/metrics.py'),
                                      'restore_lib.metrics.count_params': ('metrics.html#count_params', 'restore_lib/metrics.py'),

@@ -41,6 +41,7 @@ def comparable(
     a,               # (b, c, h, w) images; they may overshoot
     b,               # their ground truth, same shape; it may not
     data_range=1.0,  # the distance from black to white
+    least=0,         # pixels that each side must have
 ) -> tuple[torch.Tensor, torch.Tensor]:  # both with a range of 1, half precision as float32
     "Passes images and their truths through; TypeError or ValueError says why they do not compare."
     data_range = check_number(data_range, 'data_range', above=0)
@@ -52,6 +53,9 @@ def comparable(
                          'expected the same')
     if b.device.type == 'cpu':
         check_truth(b, 'b', data_range)     # it would wait for a GPU
+    if min(a.shape[-2:]) < least:
+        raise ValueError(f'a has shape {tuple(a.shape)}; '
+                         f'expected at least {least} pixels on each side')
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return a.to(dtype)/data_range, b.to(dtype)/data_range
 
@@ -60,7 +64,7 @@ def named_pairs(
     pairs,       # an iterable of (y, x), or a dict name -> (y, x)
     names=None,  # of the images; default the dict's keys, or 0, 1, 2, ...
 ):
-    "(name, (y, x)) one after another; ValueError where names and pairs differ in number."
+    "(name, (y, x)) one after another; ValueError where there is none, or names differ in number."
     if isinstance(names, str):
         raise TypeError(f'names is {names!r}; expected a list of names')
     if isinstance(pairs, dict):
@@ -76,7 +80,9 @@ def named_pairs(
             raise ValueError(f'{name} is {type(pair).__name__}; expected a pair (y, x)')
         yield name, pair
         count += 1
-    if names is not None and 0 < count < len(names):
+    if not count:
+        raise ValueError('pairs is empty; expected at least one')
+    if names is not None and count < len(names):
         raise ValueError(f'names holds {len(names)}; pairs holds {count}')
 
 

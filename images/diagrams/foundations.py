@@ -91,13 +91,13 @@ def metrics():
     x_hat, x = d.box(34, 120, 'x_hat', 'data', w=62), d.box(34, 184, 'x', 'data', w=62)
     firsts = ('x_hat − x', 'op'), ('window_mean\n11 × 11', 'op'), ('Trunk\nconvolutions', 'net')
     seconds = 'square', 'formula', 'unit_length\nw · square'
-    between = '(b, c, h, w)', 'μ, σ²\n(b, c, h′, w′)', 'five stages\n(b, c′, h′, w′)'
+    between = '(b, c, h, w)', 'μ, σ², cov\n(b, c, h′, w′)', 'five stages\n(b, c′, h′, w′)'
     names = 'PSNR\n(b,) dB', 'SSIM\n(b,), 1: equal', 'ST-LPIPS\n(b,), 0: equal'
     means = 'mean', 'mean', 'mean,\nsum'
     traps = (
         'a shift,\na wrong range',
-        'a shift,\na wrong range',
-        'a small hole,\nnoise that learned',
+        'a shift,\na small hole,\na wrong range',
+        'a small hole,\nlearned noise,\na wrong range',
     )
     for y, first, shape, second, mean, name, trap in zip(
         rows, firsts, between, seconds, means, names, traps
@@ -105,10 +105,10 @@ def metrics():
         start = d.box(168, y, first[0], first[1], w=126)
         middle = d.box(410, y, second, w=104)
         score = d.box(560, y, name, 'data', w=104)
-        fooled = d.node(693, y, 132, 46, 'loss')
-        above, below = trap.split('\n')
-        d.write(fooled, above).lines[-1].y = -9
-        d.write(fooled, below).lines[-1].y = 9
+        lines = trap.split('\n')
+        fooled = d.node(693, y, 132, 14 + 17 * len(lines), 'loss')
+        for k, line in enumerate(lines):
+            d.write(fooled, line).lines[-1].y = 17 * (k - (len(lines) - 1) / 2)
         words = shape.split('\n')
         d.arrow(start, middle, words[0], words[1] if len(words) > 1 else '')
         words = mean.split('\n')
