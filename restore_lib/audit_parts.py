@@ -597,7 +597,8 @@ def gap_report(
     "The report of `oracle_gap`."
     problem, says = '', f'No gap that {len(told)} images show'
     if interval[0] > 0:
-        problem = f'{gap:.3g} of {name} come from an input that deployment does not have'
+        unit = ' dB' if is_psnr(name) else ''
+        problem = f'{gap:.3g}{unit} of {name} come from an input that deployment does not have'
     if len(told) == 1:
         says = f'The gap is {gap:.3g}; one image gives no interval'
     rows = [{'input': k, name: v.mean().item()} for k, v in (('oracle', told), ('deployed', alone))]

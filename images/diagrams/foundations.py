@@ -182,7 +182,7 @@ def audit():
     d.chain([x, degrade, y, model, x_hat, metric, score])
     gap = check(112, top, 'oracle_gap\nan input that only\ntraining has?')
     d.path([(164, gap.edges()[3]), (164, 104), (198, 104), y.at('top')])
-    d.arrow(check(278, top, 'stateless\nstays something\nbehind?'), (model, 'top'))
+    d.arrow(check(278, top, 'stateless\ndoes something\nstay behind?'), (model, 'top'))
     ranges = check(432, top, 'identity_check\nthe right range?')
     d.arrow((ranges, 'bottom', 0.8), (metric, 'top'))
     room = check(572, top, 'headroom\nis it possible?')
