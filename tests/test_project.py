@@ -84,7 +84,12 @@ def test_every_requirement_is_pinned():
 
 
 # What modules of the appendix may use of the lessons; everything else of it stands on the appendix.
-ALLOWED = {'realworld': {'degrade'}, 'plots': {'metrics'}, 'ladder': {'metrics'}}
+ALLOWED = {
+    'realworld': {'degrade'},
+    'plots': {'metrics'},
+    'ladder': {'metrics'},
+    'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
+}
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}
 
