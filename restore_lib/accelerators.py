@@ -7,6 +7,7 @@ __all__ = ['own_accelerator', 'forward_of', 'put_forward', 'plain_forward', 'pla
 
 # %% ../nbs/appendix/accelerators.ipynb #accelerators-003
 import inspect
+import os
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -19,7 +20,8 @@ def own_accelerator(
     cpu=False,       # stay on the CPU although there is a GPU
 ):
     """An accelerate Accelerator with a precision and a device of its own, where accelerate has one
-    for all. ValueError for another precision, and for 'fp16' on a CPU."""
+    for all. ValueError for another precision, for 'fp16' on a CPU, and where one of several
+    processes would train alone."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     if precision not in ('no', 'bf16', 'fp16'):
@@ -35,6 +37,10 @@ def own_accelerator(
             state.update(was)
     if precision == 'fp16' and acc.device.type == 'cpu':
         raise ValueError("precision is 'fp16' on a CPU; expected 'no' or 'bf16'")
+    started = os.environ.get('WORLD_SIZE', '1')
+    if acc.num_processes == 1 and started not in ('', '1'):
+        raise ValueError(f'cpu is {cpu}, and {started} processes would each train alone; '
+                         'expected cpu=True where there is no GPU')
     return acc
 
 # %% ../nbs/appendix/accelerators.ipynb #accelerators-011

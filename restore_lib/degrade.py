@@ -76,7 +76,7 @@ def block_mask(
         corner = (draw_uniform((b, 2), x, generator)*(hw - sides + 1)).long()    # (b, 2)
         rows = _inside(h, corner[:, 0], sides[:, 0])                             # (b, h)
         cols = _inside(w, corner[:, 1], sides[:, 1])                             # (b, w)
-        mask |= rows[:, :, None] & cols[:, None]
+        mask |= rows[:, :, None] & cols[:, None]          # inside: both its row and its column are
     mask = mask[:, None].to(x.dtype)
     return x*(1 - mask) + fill*mask, mask
 

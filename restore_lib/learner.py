@@ -87,14 +87,16 @@ class Learner:
         self.seed = check_whole(seed, 'seed')
         self.clip = None if clip is None else check_number(clip, 'clip', above=0)
         self.loss_fn, self.valid, self.sched, self.cbs = loss_fn, valid, sched, list(cbs)
-        self.acc = own_accelerator(precision, cpu)
+        self.acc = own_accelerator(precision, cpu)      # device and precision, of accelerate
+        # endless batches, drawn from the seed and their number
         self.train = positioned(train, self.seed, self.acc.process_index, self.acc.num_processes)
         opt = as_optimizer(opt, model)
-        self.rates = rates_of(opt)
+        self.rates = rates_of(opt)                      # as they are before any schedule
+        # inside: the forward in `precision`, put on while this Learner works
         self.model, self.bare, self.inside, self.opt = placed(self.acc, model, opt)
         self.step, self.steps, self.seconds = 0, 0, 0.0
         self.history, self.metrics = [], {}
-        self.folders, self.deep = set(), 0
+        self.folders, self.deep = set(), 0     # with our checkpoints; validations under way
 
 # %% ../nbs/03_learner.ipynb #03-026
 def warmup_cosine(
@@ -146,6 +148,7 @@ def refuse(self: Learner, what):
     self.bad_batch = self.batch
     raise FloatingPointError(f'{what}; learn.bad_batch holds its batch')
 
+# %% ../nbs/03_learner.ipynb #03-033b
 @patch
 def one_step(self: Learner,
     batches,  # an iterator
@@ -153,6 +156,7 @@ def one_step(self: Learner,
     "One update of the weights, from `accumulate` batches."
     self.set_rates(self.sched(self.step, self.steps) if self.sched else 1.0)
     self.opt.zero_grad()
+    # the caller's random numbers, and the model's own forward, come back afterwards
     with random_kept(), forward_put(self.bare, self.inside):
         parts = [self.one_batch(next(batches), k) for k in range(self.accumulate)]
         if self.accumulate > 1:
@@ -342,6 +346,7 @@ def decides(self: Learner) -> dict:  # name -> value
     "All that the result depends on but the number of steps; see `fingerprint`."
     cbs = [cb for cb in self.cbs if type(cb) not in (Progress, LiveCurve, TensorBoard)]
     own = [c for c in type(self).__mro__ if issubclass(c, Learner) and c is not Learner]
+    # Scheduled: not the rate that a schedule has just set; positioned: the order of the items
     return dict(
         model=self.bare, opt=Scheduled(self.opt), loss_fn=self.loss_fn, valid=self.valid, cbs=cbs,
         train=getattr(self.train.batch_sampler, 'loader', self.train), sched=self.sched,

@@ -1018,6 +1018,16 @@ os._exit(0)
         assert row[4] == pytest.approx(1.5)  # items 0 to 3 of the first step, in both processes
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU would wait for the other process')
+def test_a_process_that_would_train_alone_is_refused(monkeypatch):
+    "accelerate starts two on a CPU, and without cpu=True each is the only one, and the main one."
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    small()
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='2 processes would each train alone; expected cpu=True'):
+        small(cpu=False)
+
+
 def test_fp16_on_a_cpu_is_refused():
     "It would train in float32 without a word."
     with pytest.raises(ValueError, match="precision is 'fp16' on a CPU"):

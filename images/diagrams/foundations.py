@@ -90,7 +90,7 @@ def metrics():
     rows = 48, 152, 256
     x_hat, x = d.box(34, 120, 'x_hat', 'data', w=62), d.box(34, 184, 'x', 'data', w=62)
     firsts = ('x_hat − x', 'op'), ('window_mean\n11 × 11', 'op'), ('Trunk\nconvolutions', 'net')
-    seconds = 'square', 'formula', 'unit_length\nw · square'
+    seconds = 'square', 'formula', 'F.normalize\nw · square'
     between = '(b, c, h, w)', 'μ, σ², cov\n(b, c, h′, w′)', 'five stages\n(b, c′, h′, w′)'
     names = 'PSNR\n(b,) dB', 'SSIM\n(b,), 1: equal', 'ST-LPIPS\n(b,), 0: equal'
     means = 'mean', 'mean', 'mean,\nsum'
