@@ -138,7 +138,7 @@ def noisy_as_trained(
     b = len(x)
     none, saved, told = (torch.rand(b, device=x.device) < p for p in (0.05, 0.5, 0.5))
     sigma = most * torch.rand(b, device=x.device) * ~none
-    y = x + sigma[:, None, None, None] * torch.randn_like(x)
+    y = gaussian(x, sigma)
     as_file = (y.clamp(0, 1) * 255).round() / 255
     y = torch.where(saved[:, None, None, None], as_file, y)
     return y, torch.where(told, sigma, torch.nan)
