@@ -10,7 +10,8 @@ import pytest
 
 from common import ROOT
 
-NOTEBOOKS = sorted((ROOT / 'nbs').rglob('[!.]*.ipynb'))
+# not the copies that Jupyter keeps beside a notebook that was opened
+NOTEBOOKS = sorted(p for part in ('', 'appendix/') for p in (ROOT / 'nbs').glob(f'{part}[!.]*.ipynb'))
 MODULES = sorted(p.stem for p in (ROOT / 'restore_lib').glob('[!_]*.py'))
 HEAVY = 'lpips stlpips_pytorch torchvision matplotlib accelerate skimage sklearn tensorboard timm'
 
