@@ -11,7 +11,8 @@ import pytest
 from common import ROOT
 
 # not the copies that Jupyter keeps beside a notebook that was opened
-NOTEBOOKS = sorted(p for part in ('', 'appendix/') for p in (ROOT / 'nbs').glob(f'{part}[!.]*.ipynb'))
+FOLDERS = ROOT / 'nbs', ROOT / 'nbs/appendix'
+NOTEBOOKS = sorted(p for folder in FOLDERS for p in folder.glob('[!.]*.ipynb'))
 MODULES = sorted(p.stem for p in (ROOT / 'restore_lib').glob('[!_]*.py'))
 HEAVY = 'lpips stlpips_pytorch torchvision matplotlib accelerate skimage sklearn tensorboard timm'
 
