@@ -19,7 +19,7 @@ from .checks import check_images, check_number, check_whole
 # other lessons take the last four names from here
 from .knobs import Flagged as Flagged, PixelStats as PixelStats
 from restore_lib.patch_parts import (
-    check_drop, check_grid, check_masking, check_order, check_positions, check_tokens,
+    check_drop, check_grid, check_masking, check_order, check_positions, check_token_batch,
     grid_scores, n_removed, random_scores, rectangle_scores,
 )
 from .patch_parts import as_hw as as_hw, patch_grid as patch_grid
@@ -47,7 +47,7 @@ def unpatchify(
     channels=None,  # c, to be checked; None: whatever the tokens hold
 ) -> torch.Tensor:  # (b, c, h, w)
     "The inverse of `patchify`, and its transpose; ValueError where its arguments disagree."
-    b, n, d = check_tokens(tokens).shape
+    b, n, d = check_token_batch(tokens).shape
     h, w = as_hw(hw)
     rows, cols = patch_grid(h, w, p, 'hw')
     if n != rows*cols:
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3*dim, bias=bias), nn.Linear(dim, dim)
 
     def _qkv(self, x):  # (b, n, dim) -> three of (b, heads, n, dim/heads)
-        b, n, d = check_tokens(x, 'x', self.dim).shape
+        b, n, d = check_token_batch(x, 'x', self.dim).shape
         qkv = self.qkv(x).reshape(b, n, 3, self.heads, d//self.heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -204,7 +204,7 @@ def random_masking(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # visible (b, keep, d); mask (b, n) with
     # 1 = removed; ids_restore (b, n)
     "Keeps a random subset of each sample's tokens; ValueError if none is left (MAE)."
-    n = check_tokens(tokens).shape[1]
+    n = check_token_batch(tokens).shape[1]
     keep = n - n_removed(n, ratio)
     return _keep_lowest(tokens, random_scores(tokens, generator), keep)
 
@@ -216,7 +216,7 @@ def unshuffle(
 ) -> torch.Tensor:   # (b, n, d)
     """All tokens in their old order, `mask_token` where one was removed (MAE). ValueError for
     shapes that disagree and, on the CPU, for `ids_restore` that is no permutation."""
-    b, keep, d = check_tokens(tokens_visible, 'tokens_visible').shape
+    b, keep, d = check_token_batch(tokens_visible, 'tokens_visible').shape
     n = check_order(ids_restore, b, keep)
     if not isinstance(mask_token, torch.Tensor):
         raise TypeError(f'mask_token is {type(mask_token).__name__}; expected a tensor')
