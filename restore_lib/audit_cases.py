@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEERS', 'Between', 'cuts', 'sound_lines', 'verdict', 'museum', 'PeerStep', 'quantiser_step', 'unet_step',
-           'lpips_step', 'new_mae', 'mae_step', 'version_of', 'plant_detach', 'audited_peer', 'audited_peers',
+           'lpips_step', 'new_mae', 'mae_step', 'installed_version', 'plant_detach', 'audited_peer', 'audited_peers',
            'peer_row', 'fill_positions', 'fill_mask_token', 'spread_of_masked', 'mae_states']
 
 # %% ../nbs/appendix/audit_cases.ipynb #audit-cases-003
@@ -185,7 +185,7 @@ PEERS = {  # library -> (its step, the layer behind which a detach may be plante
 }
 
 
-def version_of(
+def installed_version(
     library,  # the name of its package
 ):
     "Its version; None, and a printed reason, if it is not installed."
@@ -229,7 +229,7 @@ def audited_peers(
 ) -> dict:  # library -> (breaks as it is, breaks with a planted detach), if it is installed
     "The steps of all libraries that are installed, audited twice."
     found = {}
-    for library in filter(version_of, PEERS):
+    for library in filter(installed_version, PEERS):
         reports = [audited_peer(library, images, planted) for planted in (False, True)]
         found[library] = tuple(report.breaks for report in reports)
     return found
