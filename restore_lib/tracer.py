@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Flow', 'where_zeros_begin', 'why_zero', 'Break', 'Cell', 'GradientReport', 'Audit', 'why_none', 'by_values',
-           'find_breaks', 'terms_of', 'audit_gradient']
+           'find_breaks', 'unused_layers', 'terms_of', 'audit_gradient']
 
 # %% ../nbs/appendix/tracer.ipynb #tracer-003
 import math
@@ -248,7 +248,7 @@ def _lost_within(node, k):
     if not node.name()[-1].isdigit():  # a class of somebody's own, from autograd.Function
         return 'zero slope', f'the backward of {node.name()[: -len("Backward")]} gives zeros'
     if kind in _FLAT:
-        return 'zero slope', f'{kind} is flat at every value that it got'
+        return 'zero slope', f'{kind} is flat at every value that it got (gradient 0)'
     return 'no gradient', f'a gradient comes to {kind}, and zeros go on from there'
 
 
@@ -272,7 +272,8 @@ def why_zero(
 # %% ../nbs/appendix/tracer.ipynb #tracer-016
 class Break(NamedTuple):
     """A place where learning stops. `how` is one of 'detach', 'numpy', 'number', 'no_grad',
-    'inference mode', 'integer cast', 'zero slope', 'zero factor', 'in-place on a leaf', 'in-place',
+    'inference mode', 'integer cast', 'not differentiable', 'zero slope', 'zero factor',
+    'in-place on a leaf', 'in-place',
     'frozen', 'not frozen', 'constant', 'unused', 'not in the optimizer', 'cleared', 'not finite',
     'no gradient', 'cancelled', 'cut', 'zero and frozen', 'constant input'."""
 
@@ -318,16 +319,19 @@ def _none(how, says, where=''):
 
 
 class GradientReport(Report):
-    """What `audit_gradient` found; true if there is no break. `.breaks`,
-    and `.cells[term, name]` with state, norm, how, where, says."""
+    """What `audit_gradient` found; true if there is no break. `.breaks`, `.cells[term, name]` with
+    state, norm, how, where, says, and `.unused`: layers that learn and that no term depends on."""
 
-    def __init__(self, terms, names, cells, breaks):
+    def __init__(self, terms, names, cells, breaks, unused=()):
         rows = [{'gradient of': t, **{n: str(cells[t, n]) for n in names}} for t in terms]
         says = 'No break'
         if breaks:
             plural = 's' if len(breaks) > 1 else ''
             says = f'{len(breaks)} break{plural}: {", ".join(b.name for b in breaks)}'
-        super().__init__(not breaks, says, rows, cells=cells, breaks=breaks)
+        if unused:
+            more = f' and {len(unused) - 3} more' if len(unused) > 3 else ''
+            says += f'; no term depends on {", ".join(unused[:3])}{more}'
+        super().__init__(not breaks, says, rows, cells=cells, breaks=breaks, unused=list(unused))
 
     def __repr__(self):
         return '\n'.join([super().__repr__(), *(f'- {b}' for b in self.breaks)])
@@ -631,6 +635,47 @@ def find_breaks(
     found = [b for b in found if not known & {b.name, b.name.rpartition('.')[0]}]
     return causes + found + list(_not_updated(audit))
 
+
+def _idle(module, path, is_used):
+    "Names of the largest pieces of `module` all of whose learning parameters are idle."
+    learning = [p for p in module.parameters() if p.requires_grad]
+    if learning and not any(map(is_used, learning)):
+        return [path]
+    own = [
+        f'{path}.{name}'
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad and not is_used(p)
+    ]
+    children = module.named_children()
+    return own + [found for n, m in children for found in _idle(m, f'{path}.{n}', is_used)]
+
+
+def unused_layers(
+    audit,  # an `Audit`
+) -> list:
+    """Names of layers inside the watched modules that learn and that no term's value depends on:
+    built and never called, say. Empty for a step that has run before: its values are gone."""
+    rehearsal = audit.rehearsal
+    if rehearsal is None:
+        return []
+    ends = [rehearsal.op(term) for term in audit.terms.values()] + rehearsal.exports
+    used = {op for end in ends for op in end.behind()}
+
+    def is_used(p):
+        return id(p) in audit.used or rehearsal.op(p) in used
+
+    parts = audit.watch
+    modules = {n: part for n, part in parts.items() if isinstance(part, nn.Module)}
+    idle = [n for n, module in modules.items() if _idle(module, n, is_used) == [n]]
+    named = {id(part) for part in parts.values()}  # watched themselves: the report has them already
+    named |= {id(p) for n in idle for p in modules[n].parameters()}
+
+    def is_known(p):
+        return id(p) in named or is_used(p)
+
+    found = [name for n, module in modules.items() for name in _idle(module, n, is_known)]
+    return list(dict.fromkeys(found))
+
 # %% ../nbs/appendix/tracer.ipynb #tracer-029
 def _add_up(parts, losses):
     "Do the terms that a step returned add up to what went backward?"
@@ -640,13 +685,25 @@ def _add_up(parts, losses):
     return math.isclose(total, backward, rel_tol=1e-4)
 
 
+def _of_tuple(result):
+    "The losses of a step that returned a tuple or a list; anything else as it is."
+    if not isinstance(result, (tuple, list)) or not result:
+        return result
+    first, *others = result
+    others = [t for t in others if isinstance(t, torch.Tensor)]
+    more = [t for t in others if t.numel() == 1 and t.requires_grad and t is not first]
+    if not more or not isinstance(first, (torch.Tensor, dict)):
+        return first
+    terms = first if isinstance(first, dict) else dict(loss=first)
+    return terms | {f'loss {k}': t for k, t in enumerate(more, 2)}
+
+
 def terms_of(
     result,  # what a step returned, or the loss itself
     rehearsal=None,  # of the step, if there was one
 ) -> dict:
     "{name: scalar}; raises if there is no loss, or one that is no scalar."
-    if isinstance(result, (tuple, list)) and result:
-        result = result[0]
+    result = _of_tuple(result)
     losses = rehearsal.losses if rehearsal else []
     if rehearsal and not losses and not any(t.requires_grad for t in tensors_in(result)):
         losses = rehearsal.asked
@@ -740,9 +797,11 @@ def audit_gradient(
 ) -> GradientReport:
     """Follows the gradient of each loss term to each watched part; says where and how it ends.
 
-    The function returns the loss or {term: loss}, or calls backward itself; optimizers whose `step`
-    it calls are known. Of a loss that is handed in before its backward, the graph says whether it
-    reaches a part, and not on which line it ends.
+    The function returns the loss, {term: loss} or a tuple (its first, and each later scalar that
+    asks for a gradient, is a loss), or calls backward itself; optimizers whose `step` it calls are
+    known. A layer inside a watched module that no term depends on is listed (`.unused`); it is a
+    break if it is watched itself. Of a loss that is handed in before its backward, the graph says
+    whether it reaches a part, and not on which line it ends.
 
     Updates of the step are not made (optimizers, schedules, scalers, whatever writes into
     parameters after backward or autograd.grad). What the step touches or leads to is put back,
@@ -765,7 +824,8 @@ def audit_gradient(
         _check_names(parts, terms, expect, frozen)
         audit = Audit(terms, parts, rehearsal, frozen, optimizers)
         cells = {(term, name): audit.cell(term, name) for term in terms for name in parts}
-        return GradientReport(terms, parts, cells, find_breaks(audit, cells, expect))
+        breaks = find_breaks(audit, cells, expect)
+        return GradientReport(terms, parts, cells, breaks, unused_layers(audit))
     except _LeafWritten as error:
         return GradientReport([], [], {}, [*error.args])
     finally:

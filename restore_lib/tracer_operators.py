@@ -76,7 +76,7 @@ ENDS = {  # how -> what it says, with the operator's name
     'no_grad': '{} ran under no_grad',
     'inference mode': '{} ran in inference mode',
     'integer cast': '{} made integers of it',
-    'zero slope': '{} has no gradient',
+    'not differentiable': '{} has no derivative (gradient None)',
     'in-place on a leaf': '{} wrote it into a leaf',
     'no gradient': '{} passes no gradient on',
 }
@@ -107,7 +107,7 @@ def cut_at(
     if name in ('detach', 'data', 'detach_'):
         return 'detach'
     if not (t.is_floating_point() or t.is_complex()):
-        return 'integer cast' if name in _CASTS else 'zero slope'
+        return 'integer cast' if name in _CASTS else 'not differentiable'
     return 'no gradient'
 
 # %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-016
@@ -276,7 +276,7 @@ def stops(
     found = [_as_export(stop, ways) for stop in found]
     # where all ways end, nothing else matters; a choice of indices says least
     gates = [stop for stop in found if len(found) > 1 and _is_on_all_ways(stop, ways, starts)]
-    return gates[:1] or sorted(found, key=lambda op: op.cut == 'zero slope')
+    return gates[:1] or sorted(found, key=lambda op: op.cut == 'not differentiable')
 
 # %% ../nbs/appendix/tracer_operators.ipynb #tracer-operators-028
 def graph_nodes(

@@ -123,7 +123,7 @@ def no_straight_through(p):
         step,
         dict(p.watch, book=p.book),
         dict(expect=dict(recon=['enc', 'dec'], commit=['enc'], code=['book'])),
-        {'enc': 'zero slope'},
+        {'enc': 'not differentiable'},
     )
 
 
@@ -379,7 +379,12 @@ BROKEN = dict(
     ),
     clamp=lambda p: (p.through(lambda z: (z - 9).clamp(0, 1)), p.watch, {}, {'enc': 'zero slope'}),
     relu=lambda p: (p.through(lambda z: F.relu(z - 9)), p.watch, {}, {'enc': 'zero slope'}),
-    threshold=lambda p: (p.through(lambda z: (z > 0).float()), p.watch, {}, {'enc': 'zero slope'}),
+    threshold=lambda p: (
+        p.through(lambda z: (z > 0).float()),
+        p.watch,
+        {},
+        {'enc': 'not differentiable'},
+    ),
     zero_backward=lambda p: (p.through(Hole.apply), p.watch, {}, {'enc': 'zero slope'}),
     no_backward=lambda p: (p.through(Index.apply), p.watch, {}, {'enc': 'no gradient'}),
     **{
@@ -734,8 +739,87 @@ SOUND = dict(
 def test_sound(name):
     step, watch, options = SOUND[name](Parts())
     report = audit_gradient(step, watch, **options)
-    assert report.breaks == []
+    assert report.breaks == [] and report.unused == []
     assert report and 'No break' in repr(report)
+
+
+# ------------------------- what has two names, or none
+def test_none_and_zero_have_names_of_their_own():
+    "Both stop the encoder: an operator without a derivative gives None, a flat one gives 0."
+    p = Parts()
+    for line, how, state, word in (
+        (lambda z: (z > 0).float(), 'not differentiable', 'none', 'None'),
+        (lambda z: z.argmax(1, True).expand_as(z) / 2, 'not differentiable', 'none', 'None'),
+        (lambda z: (z * 255).round() / 255, 'zero slope', 'zero', '0'),
+        (lambda z: F.relu(z - 9), 'zero slope', 'zero', '0'),
+    ):
+        report = audit_gradient(p.through(line), p.watch)
+        assert (report.breaks[0].how, report.cells['loss', 'enc'].state) == (how, state)
+        assert report.breaks[0].says.endswith(f'(gradient {word})')
+
+
+def test_each_loss_of_a_tuple_is_a_term():
+    p = Parts()
+
+    def step(second, *more):
+        return lambda: (F.mse_loss(p.dec(p.enc(p.x)), p.x), second(), *more)
+
+    l1 = lambda: F.l1_loss(p.dec(p.enc(p.x)), p.x)
+    assert list(audit_gradient(step(l1), p.watch).cells) == [
+        (term, part) for term in ('loss', 'loss 2') for part in p.watch
+    ]
+    report = audit_gradient(step(lambda: 0.0 * l1()), p.watch)
+    assert {b.name: b.how for b in report.breaks} == {'loss 2': 'zero factor'}
+    # a part that only the second loss moves is sound; as a list, too
+    book = lambda: p.book.weight.square().mean()
+    assert audit_gradient(step(book), dict(p.watch, book=p.book)).breaks == []
+    assert audit_gradient(lambda: list(step(book)()), dict(p.watch, book=p.book)).breaks == []
+    # images, numbers and what was detached for a log are no losses; nor is the same loss again
+    for extra in (lambda: p.x, lambda: 0.5, lambda: l1().detach()):
+        assert {term for term, _ in audit_gradient(step(extra), p.watch).cells} == {'loss'}
+    assert audit_gradient(lambda: (l1(),) * 2, p.watch).rows[1:] == []
+    # a dict and one more; and what goes backward is told from its parts
+    terms = lambda: (dict(l1=l1()), book())
+    report = audit_gradient(terms, dict(p.watch, book=p.book), expect={'loss 2': ['book']})
+    assert report and {term for term, _ in report.cells} == {'l1', 'loss 2'}
+
+    def backward_of_the_sum():
+        a, b = step(l1)()
+        (a + b).backward()
+        return a, b
+
+    assert {t for t, _ in audit_gradient(backward_of_the_sum, p.watch).cells} == {'loss', 'loss 2'}
+
+    def backward_of_one():
+        a, b = step(l1)()
+        a.backward()
+        return a, b
+
+    assert {t for t, _ in audit_gradient(backward_of_one, p.watch).cells} == {'loss'}
+
+
+def test_a_layer_that_is_never_called_is_listed():
+    p = Parts()
+    side = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    model = nn.ModuleDict(dict(enc=p.enc, dec=p.dec, side=side))
+    model.scale = nn.Parameter(torch.ones(1))
+    model.frozen = nn.Linear(3, 3).requires_grad_(False)
+    step = lambda: F.mse_loss(model.dec(model.enc(p.x)), p.x)
+    report = audit_gradient(step, dict(model=model))
+    assert report and report.unused == ['model.scale', 'model.side']
+    assert 'no term depends on model.scale, model.side' in report.says
+    report = audit_gradient(step, dict(model=model, side=model.side))
+    assert {b.name: b.how for b in report.breaks} == {'side': 'unused'}
+    assert report.unused == ['model.scale']
+    report = audit_gradient(step, dict(model=model, scale=model.scale))
+    assert [b.name for b in report.breaks] == ['scale'] and report.unused == ['model.side']
+    # used: one weight of two; a number that left torch; of a step that has run nothing is known
+    by_weight = lambda: step() + F.linear(torch.ones(3), model.side[0].weight).sum()
+    found = audit_gradient(by_weight, dict(model=model)).unused
+    assert found == ['model.scale', 'model.side.0.bias']
+    by_number = lambda: step() * model.scale.item()
+    assert audit_gradient(by_number, dict(model=model)).unused == ['model.side']
+    assert audit_gradient(step(), dict(model=model)).unused == []
 
 
 # ------------------------- what it says, and what it leaves as it was
