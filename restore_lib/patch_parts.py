@@ -235,24 +235,33 @@ def grid_scores(
 def show_maps(
     maps,          # a list of (n, n)
     titles,        # one for each
-    marks,         # (row, column) of a red cross in each
+    marks=None,    # (row, column) of a red cross in each
     below=None,    # a line below each
     cols=5,        # maps a row
-    low=0,         # the value of the darkest colour
-    high=1,        # and of the lightest
+    low=0,         # the value at the dark end of the colours
+    high=1,        # and at the other
     suptitle=None,  # a line above all
+    targets=None,  # (row, column) of a white circle in each
+    cmap='viridis',  # the colours, by matplotlib's name
 ):
-    "Maps of patches side by side, a red cross in each."
+    "Maps of patches side by side on one scale, with a red cross and a white circle in each."
     import matplotlib.pyplot as plt
-    rows = math.ceil(len(maps)/cols)
+    rows, none = math.ceil(len(maps)/cols), [None]*len(maps)
     size = (1.55*cols + 0.4, 1.95*rows + 0.3)
     fig, axes = plt.subplots(rows, cols, figsize=size, squeeze=False)
-    for ax, m, title, mark, line in zip(axes.flat, maps, titles, marks, below or ['']*len(maps)):
-        shown = ax.imshow(m, cmap='viridis', vmin=low, vmax=high)
-        ax.plot(mark[1], mark[0], 'r+', ms=9, mew=2)
+    each = zip(axes.flat, maps, titles, marks or none, targets or none, below or ['']*len(maps))
+    for ax, m, title, mark, target, line in each:
+        shown = ax.imshow(m, cmap=cmap, vmin=low, vmax=high)
+        if target:
+            for color, width in (('k', 4), ('w', 2)):      # white with a dark rim
+                ax.plot(target[1], target[0], f'{color}o', ms=14, mew=width, mfc='none',
+                        clip_on=False)
+        if mark:
+            ax.plot(mark[1], mark[0], 'r+', ms=9, mew=2)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel(line, fontsize=8)
         ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(True)
     fig.colorbar(shown, ax=axes, shrink=0.8)
     fig.suptitle(suptitle, fontsize=10)
     plt.show()

@@ -16,12 +16,12 @@ from fastcore.basics import patch
 from torch import nn
 
 from .checks import check_images, check_number, check_whole
-# other lessons take the last four names from here
-from .knobs import Flagged as Flagged, PixelStats as PixelStats
 from restore_lib.patch_parts import (
     check_drop, check_grid, check_masking, check_order, check_positions, check_token_batch,
     grid_scores, n_removed, random_scores, rectangle_scores,
 )
+# other lessons take these four names from here
+from .knobs import Flagged as Flagged, PixelStats as PixelStats
 from .patch_parts import as_hw as as_hw, patch_grid as patch_grid
 
 # %% ../nbs/05_patching.ipynb #05-015
