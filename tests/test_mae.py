@@ -843,7 +843,7 @@ def test_two_batches_a_step_equal_one_of_twice_the_size(monkeypatch):
         visible = tokens.gather(1, ids.argsort(1)[:, :keep, None].expand(-1, -1, tokens.shape[2]))
         return visible, (ids >= keep).float(), ids
 
-    monkeypatch.setitem(M._MASKINGS, 'block', same)
+    monkeypatch.setitem(M.MASKINGS, 'block', same)
     models = []
     for batch, accumulate in ((8, 1), (4, 2)):
         models.append(fresh())
