@@ -14,6 +14,7 @@ from restore_lib import mae as M
 from restore_lib.audit import reads_truth
 from restore_lib.mae import (
     MAE,
+    FillingMAE,
     features,
     inpaint_bilinear,
     inpaint_mean,
@@ -843,7 +844,7 @@ def test_two_batches_a_step_equal_one_of_twice_the_size(monkeypatch):
         visible = tokens.gather(1, ids.argsort(1)[:, :keep, None].expand(-1, -1, tokens.shape[2]))
         return visible, (ids >= keep).float(), ids
 
-    monkeypatch.setitem(M._MASKINGS, 'block', same)
+    monkeypatch.setitem(M.MASKINGS, 'block', same)
     models = []
     for batch, accumulate in ((8, 1), (4, 2)):
         models.append(fresh())
@@ -1586,3 +1587,146 @@ def test_loading_leaves_the_random_state_alone(tmp_path):
     path, state = kept(tmp_path, published()), torch.get_rng_state()
     load_pretrained(path)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# a model that begins with the filling -------------------------------------------------------------
+
+FILLING = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
+
+
+def filling_mae(shaken=True, **kw):
+    model = FillingMAE(**(FILLING | kw))
+    return shake(model, 0.1) if shaken else model
+
+
+def removed_mse(drawn, x, mask, p=4):
+    gone = mask_pixels(mask, p, x.shape[-2:]).expand_as(x) > 0
+    return torch.stack([(a - b)[m].square().mean() for a, b, m in zip(drawn, x, gone)])
+
+
+def test_an_untrained_one_draws_the_filling():
+    x = torch.rand(3, 3, 24, 24)
+    drawn, mask = reconstruct(filling_mae(False, sweeps=5), x, generator=gen())
+    assert torch.allclose(
+        drawn, inpaint_bilinear(x, 1 - mask_pixels(mask, 4, 24), 5), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize('kw', [{}, dict(ring=0), dict(dec_depth=0), dict(channels=1, ring=3)])
+@pytest.mark.parametrize('masking, ratio', [('random', 0.75), ('block', 0.5), ('grid', 0.75)])
+def test_its_loss_is_minus_the_db_of_what_it_draws(kw, masking, ratio):
+    model = filling_mae(**kw)
+    x = torch.rand(3, model.encoder.channels, 24, 24)
+    loss, pred, mask = model(x, ratio, masking, gen())
+    drawn = M.unpatchify(pred, 4, 24)
+    by_hand = 10 * (removed_mse(drawn, x, mask) + 1e-5).log10().mean()
+    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-4)
+    assert torch.equal(drawn, reconstruct(model, x, ratio, masking, gen())[0])
+    short, some, same = model(x, ratio, masking, gen(), whole=False)
+    assert torch.equal(same, mask) and torch.allclose(short, loss)
+    for k in range(3):  # the same patches, in the order in which they were shuffled
+        a, b = pred[k][mask[k] == 1], some[k]
+        assert torch.allclose(a.sum(0), b.sum(0), atol=1e-4)
+
+
+def test_it_reads_visible_pixels_alone_and_all_of_its_parts_learn():
+    model, x = filling_mae(), torch.rand(3, 3, 24, 24)
+    drawn, mask = reconstruct(model, x, generator=gen())
+    gone = mask_pixels(mask, 4, 24) > 0
+    other = torch.where(gone, torch.rand_like(x), x)
+    assert torch.equal(
+        reconstruct(model, other, generator=gen())[0][gone.expand_as(x)],
+        drawn[gone.expand_as(x)],
+    )
+    model(x, generator=gen(), whole=False)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_fainter_image_is_drawn_alike():
+    "Mean and contrast of the visible pixels are taken out and put back."
+    model, x = filling_mae(), torch.rand(2, 3, 24, 24)
+    one = reconstruct(model, x, generator=gen())[0]
+    faint = reconstruct(model, 0.3 + 0.4 * x, generator=gen())[0]
+    assert torch.allclose(0.3 + 0.4 * one, faint, atol=2e-3)
+
+
+def test_windows_hold_a_patch_and_its_surroundings():
+    x = torch.rand(2, 3, 12, 8)
+    got = M.windows(x, 4, 2)
+    padded = F.pad(x, (2,) * 4, mode='replicate')
+    assert torch.equal(got[:, 3].reshape(2, 3, 8, 8), padded[:, :, 4:12, 4:12])
+    assert torch.equal(
+        M.windows(x, 4, 0).reshape(2, 6, 3, 16).transpose(2, 3).reshape(2, 6, 48), patchify(x, 4)
+    )
+
+
+@pytest.mark.parametrize('kw, says', [(dict(sweeps=-1), 'sweeps'), (dict(ring=-1), 'ring')])
+def test_bad_arguments_of_it(kw, says):
+    with pytest.raises(ValueError, match=says):
+        filling_mae(**kw)
+
+
+@pytest.mark.parametrize('make', [small, filling_mae])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_precisions(make, dtype):
+    model, x = make().to(dtype), torch.rand(2, 3, 24, 24).to(dtype)
+    for whole in (False, True):
+        loss, pred, _ = model(x, generator=gen(), whole=whole)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(pred).all()
+
+
+@pytest.mark.parametrize(
+    'model',
+    [
+        lambda: small(norm_pix_loss=True, **STATS),
+        lambda: small(img_size=(16, 24), channels=1, dec_depth=1),
+        lambda: filling_mae(sweeps=3, ring=2),
+    ],
+)
+def test_files_of_both(tmp_path, model):
+    from restore_lib.model_files import load_model, save_model
+
+    model = model().eval()
+    again, says = load_model(save_model(model, tmp_path / 'it.safetensors', task='draw'))
+    assert type(again) is type(model) and says == {'task': 'draw'}
+    assert again.made_of() == model.made_of()
+    hw = [g * model.encoder.patch for g in model.encoder.grid]
+    x = torch.rand(2, model.encoder.channels, *hw)
+    one, two = (reconstruct(m, x, generator=gen())[0] for m in (model, again))
+    assert torch.allclose(one, two, atol=0.05 * one.abs().max())  # half precision
+
+
+def test_a_decoder_without_blocks_draws_removed_patches():
+    model, x = small(dec_depth=0), torch.rand(2, 3, 24, 24)
+    losses = [model(x, generator=gen(), whole=whole)[0] for whole in (True, False)]
+    assert torch.allclose(*losses, rtol=1e-5)
+
+
+def test_the_decoder_knows_places():
+    "Without positions every removed patch of an image is drawn alike."
+    model, x = small(), torch.rand(2, 3, 24, 24)
+    _, pred, mask = model(x, generator=gen(), whole=False)
+    assert (pred - pred[:, :1]).abs().max() > 0.1
+    model.decoder_pos_embed.zero_()
+    _, pred, _ = model(x, generator=gen(), whole=False)
+    assert torch.allclose(pred, pred[:, :1].expand_as(pred), atol=1e-4)
+
+
+# the weights of the library -----------------------------------------------------------------------
+
+
+def test_committed_weights_beat_both_fillings_on_photographs_and_digits():
+    from restore_lib.data import digits, photos
+    from restore_lib.mae_training import fixed_crops, scores
+    from restore_lib.model_files import load_model
+
+    sets = {
+        'mae_photos': fixed_crops(photos('test').values(), each=24),
+        'mae_digits': digits(100, 'test')[0],
+    }
+    for name, x in sets.items():
+        found = scores(load_model(name)[0], x, sweeps=(0, 32))
+        ours = found.pop('MAE')
+        for filling in found.values():
+            assert ours['crops'] > filling['crops'] and ours['pooled'] > filling['pooled'], name
