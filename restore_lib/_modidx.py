@@ -1049,6 +1049,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'restore_lib.label_study._rate': ('appendix/label_study.html#_rate', 'restore_lib/label_study.py'),
                                          'restore_lib.label_study._rates_config': ( 'appendix/label_study.html#_rates_config',
                                                                                     'restore_lib/label_study.py'),
+                                         'restore_lib.label_study._right': ( 'appendix/label_study.html#_right',
+                                                                             'restore_lib/label_study.py'),
                                          'restore_lib.label_study._untrained': ( 'appendix/label_study.html#_untrained',
                                                                                  'restore_lib/label_study.py'),
                                          'restore_lib.label_study.best_rate': ( 'appendix/label_study.html#best_rate',

@@ -170,7 +170,7 @@ def labelled_curve(
         return random_crops(x[ids], flip=pics.flip), labels[ids]
 
     def ask(m):
-        return topk_correct(predict(m, judges[0]), judges[1])
+        return _right(predict(m, judges[0]), judges[1])
 
     judges = _judges(pics, judge)
     groups = depth_groups(model, blr * BATCH / 256, 0.75 if pretrained else 1.0, 0.05)
@@ -181,6 +181,11 @@ def labelled_curve(
 def _judges(pics, judge):
     parts = dict(test=(pics.x_test, pics.labels_test), valid=(pics.x_valid, pics.labels_valid))
     return parts[judge]
+
+
+def _right(logits, labels):
+    "Which images are right; none, where a rate was so large that the network has diverged."
+    return torch.zeros(len(labels)) if logits.isnan().any() else topk_correct(logits, labels)
 
 # %% ../nbs/appendix/label_study.ipynb #label_study-016
 def probe_curve(
@@ -210,7 +215,7 @@ def probe_curve(
 
     @torch.no_grad()
     def ask(m):
-        return topk_correct(m(f_judge), judges[1])
+        return _right(m(f_judge), judges[1])
 
     rate, params = blr * BATCH / 256, model.parameters()
     by_sgd = optimizer == 'SGD'
@@ -376,14 +381,11 @@ def cells(
 ) -> list:  # of (source, seed, way, per_class)
     "Every cell of the grid, what is of use first."
     rate = [('fine-tuned', 20), ('scratch', 20), ('scratch', None), ('scratch', 100)]
-    rate += [(way, n) for way in WAYS[4:] for n in LABELS]
-    quick = [('probe, SGD', n) for n in LABELS] + [('probe, LARS', n) for n in (20, None)]
-    rest = [('fine-tuned', None), ('fine-tuned', 100), ('scratch', 5), ('fine-tuned', 5)]
-    phases = rate, quick, rest
-    return [
-        (source, seed, *cell)
-        for source in sources for phase in phases for seed in seeds for cell in phase
-    ]
+    votes = [(way, n) for way in WAYS[4:] for n in LABELS]
+    probes = [('probe, SGD', n) for n in LABELS] + [('probe, LARS', n) for n in (20, None)]
+    rest = [('fine-tuned', None), ('fine-tuned', 100), *probes, ('scratch', 5), ('fine-tuned', 5)]
+    order = rate + votes + rest
+    return [(source, seed, *cell) for source in sources for seed in seeds for cell in order]
 
 
 def missing_cells(
