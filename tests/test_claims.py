@@ -143,7 +143,7 @@ def test_arithmetic_is_exact_to_the_printed_digits():
 def test_a_verdict_leaves_no_figure_out():
     row = ROWS['07_transfer.eval']
     assert 'training mode, shuffled' in row['keys']
-    assert verdict_text(row) == 'not reproduced (another setting: not seen here)'
+    assert verdict_text(row) == 'not reproduced (another setting: seen here)'
     row = ROWS['20_meanflow.easy-samples']  # p = 0.5, of its code, neglects nothing
     assert verdict(row) == 'refuted' and 'neglects the hard' in row['claim']
     for row in BOOK['claims']:  # what decides is shown

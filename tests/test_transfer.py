@@ -3,27 +3,32 @@ what is frozen, devices, bad input."""
 
 import subprocess, sys
 
-from common import DEVICES
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import DEVICES
 from torch import nn
 
-from restore_lib.mae import MAE
+from restore_lib.data import ImageFolder
+from restore_lib.mae import MAE, mae_tiny, pretrainer
 from restore_lib.patching import ViTEncoder, interpolate_pos_embed, sincos_pos_embed
-from restore_lib.mae import mae_tiny
 from restore_lib.transfer import (
     Classifier,
+    Labelled,
+    depth_groups,
     encoder_like,
+    exchange_rate,
     few_labels,
     finetune,
     knn_probe,
     labelled,
+    labels_equal,
     lars,
     linear_probe,
     load_encoder,
     mixer,
+    plain_view,
     predict,
     soft_cross_entropy,
     strong_augment,
@@ -794,3 +799,155 @@ def test_the_loss_of_finetuning_holds_plain_numbers():
         for k, c in zip(tune().loss_fn.__code__.co_freevars, tune().loss_fn.__closure__)
     }
     assert held == dict(classes=4, mixup=0.8, cutmix=1.0, smoothing=0.1)
+
+
+# a folder of images, as ImageNet is one -----------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Two classes of photographs of several sizes; blue ones and red ones."
+    from torchvision.utils import save_image
+
+    for k in range(12):
+        x = 0.3 * torch.rand(3, 20 + k, 40 - k)
+        x[2 * (k % 2)] += 0.6
+        path = tmp_path / ('red', 'blue')[k % 2] / f'{k}.png'
+        path.parent.mkdir(exist_ok=True)
+        save_image(x, path)
+    return ImageFolder(tmp_path)
+
+
+def test_a_folder_streams_through_pretraining_finetuning_probe_and_test(folder):
+    train = labelled(folder, transform=weak_augment(14, True, (0.2, 1.0)), batch=4)
+    mae = mae_tiny(14, 7, dim=16, depth=1)
+    pretrainer(mae, train).fit(2)
+    hard = labelled(folder, transform=strong_augment(14, True, (0.08, 1.0)), batch=4)
+    for f, loader, head in ((finetune, hard, 'linear'), (linear_probe, train, 'bn')):
+        model = Classifier(encoder_like(mae), 2, head)
+        load_encoder(model, mae)
+        learn = f(model, loader).fit(2)
+        test = labelled(folder, transform=plain_view(14), batch=5, shuffle=False)
+        logits = predict(learn.bare, test)
+        assert logits.shape == (12, 2)
+        x = torch.stack([plain_view(14)(folder[i]) for i in range(12)])
+        assert torch.allclose(logits, predict(learn.bare, x), atol=1e-6)
+        topk_accuracy(logits, test.dataset.labels)
+
+
+def test_a_folder_is_learned(folder):
+    torch.manual_seed(0)
+    model = Classifier(ViTEncoder(14, 7, 16, 1, 2), 2)
+    train = labelled(folder, transform=weak_augment(14, True), batch=8)
+    learn = finetune(model, train, blr=0.3, layer_decay=1.0, mixup=0.8).fit(25)
+    test = labelled(folder, transform=plain_view(14), shuffle=False)
+    assert topk_accuracy(predict(learn.bare, test), test.dataset.labels) == 1
+
+
+def test_a_folder_is_read_when_asked_for_and_in_workers(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        ImageFolder, '__getitem__', lambda self, i: read.append(i) or torch.rand(3, 9, 9)
+    )
+    loader = labelled(folder, transform=weak_augment(8), batch=4)
+    assert not read and loader.dataset.classes == 2
+    next(iter(loader))
+    assert len(read) == 4
+    batches = list(labelled(folder, transform=plain_view(8), batch=4, shuffle=False, workers=2))
+    assert torch.cat([labels for _, labels in batches]).tolist() == folder.labels
+
+
+def test_a_folder_that_cannot_serve(folder, tmp_path):
+    with pytest.raises(ValueError, match='transform is None; images of a folder differ in size'):
+        labelled(folder)
+    with pytest.raises(ValueError, match='images holds 12, labels 11'):
+        Labelled(folder, torch.zeros(11, dtype=torch.int64), 2, plain_view(8))
+    with pytest.raises(ValueError, match='expected 0 to 0'):
+        labelled(folder, classes=1, transform=plain_view(8))
+    (tmp_path / 'red' / '0.png').rename(tmp_path / 'loose.png')
+    with pytest.raises(ValueError, match='reaches from -1'):  # it lies in no class
+        labelled(ImageFolder(tmp_path), transform=plain_view(8))
+
+
+def test_predict_refuses_a_loader_that_shuffles():
+    x, labels = toy()
+    with pytest.raises(ValueError, match='shuffle=False'):
+        predict(Classifier(encoder(), 4), labelled(x, labels, 4))
+
+
+@pytest.mark.parametrize('make', [weak_augment, strong_augment, plain_view])
+def test_bicubic_resizing_stays_between_0_and_1(make):
+    x = (torch.rand(3, 40, 30) > 0.5).float()
+    out = torch.stack([make(50)(x) for _ in range(10)])
+    assert out.shape == (10, 3, 50, 50) and 0 <= out.min() and out.max() <= 1
+
+
+def test_weak_augment_is_bicubic_and_cuts_what_is_asked_for():
+    crop = weak_augment(224, True, (0.2, 1.0)).transforms[0]
+    assert crop.interpolation.value == 'bicubic' and crop.scale == (0.2, 1.0)
+
+
+# what no shape tells ------------------------------------------------------------------------------
+
+
+def test_a_state_of_another_pooling_or_other_heads_is_refused():
+    def made(pool='mean', heads=4):
+        return Classifier(ViTEncoder(14, 7, 32, 2, heads, 1), 5, 'bn', pool)
+
+    state = made().state_dict()
+    made().load_state_dict(state)
+    for other, says in ((made('cls'), "pool='mean'"), (made(heads=8), r'heads=\[4\]')):
+        with pytest.raises(RuntimeError, match=says):
+            other.load_state_dict(state)
+
+
+def test_an_encoder_without_blocks_has_no_likeness():
+    with pytest.raises(ValueError, match='source has no block'):
+        encoder_like(encoder(depth=0))
+
+
+def test_depth_groups_names_what_is_wrong():
+    model = Classifier(encoder(), 4)
+    assert {g['lr'] for g in depth_groups(model, 2.0, 1.0)} == {2.0}
+    with pytest.raises(ValueError, match='layer_decay is 0;'):
+        depth_groups(model, 1.0, 0)
+    with pytest.raises(ValueError, match='weight_decay is -1'):
+        depth_groups(model, 1.0, weight_decay=-1)
+
+
+# the exchange rate of labels ----------------------------------------------------------------------
+
+
+def coin(share, seeds=3, images=1500):
+    g = torch.Generator().manual_seed(int(1e4 * share))
+    return (torch.rand(seeds, images, generator=g) < share).float()
+
+
+def test_labels_equal_follows_the_log():
+    measured = {100: 0.7, 10: 0.5}
+    assert labels_equal(0.6, measured) == pytest.approx(10**1.5)
+    assert labels_equal(0.5, measured) == labels_equal(0.2, measured) == 10
+    assert labels_equal(0.7, measured) == 100 and labels_equal(0.71, measured) == float('inf')
+    dips = {1: 0.1, 2: 0.5, 4: 0.4, 8: 0.6}  # the first number that does it
+    assert labels_equal(0.45, dips) < 2
+
+
+def test_exchange_rate_finds_the_number_and_its_interval():
+    without = {20: coin(0.5), 100: coin(0.6), 800: coin(0.8)}
+    r = exchange_rate(coin(0.7), without)
+    low, high = r.interval
+    assert low < r.labels < high and 100 < low and high < 800
+    assert r.labels == pytest.approx(100 * 8**0.5, rel=0.2)
+
+
+def test_exchange_rate_beyond_what_was_measured():
+    without = {20: coin(0.5), 100: coin(0.6)}
+    r = exchange_rate(coin(0.9), without)
+    assert r.labels == float('inf') and r.interval == (100, float('inf'))
+    assert 'more than 100' in r.says
+    r = exchange_rate(coin(0.6), without)  # reached, but not told apart at the end
+    assert 20 < r.interval[0] < 100 and r.interval[1] == float('inf')
+    r = exchange_rate(coin(0.2), without)  # worse than the fewest labels
+    assert r.labels == 20 and r.interval[1] == 20
+    with pytest.raises(ValueError, match='without holds 1 numbers'):
+        exchange_rate(coin(0.6), {20: coin(0.5)})
