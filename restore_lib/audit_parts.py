@@ -340,8 +340,10 @@ def trials_report(
     rows = []
     for name in names:
         by = f'{found[name][0]:.3g}' if name in found else 'not run'
-        failure = failures.get(name, ('', ''))[1]
-        rows.append({'check': name, 'largest difference': by, 'failure': failure})
+        verdict = 'ok' if name in found else 'not run'
+        if name in failures:
+            verdict = f'FAILS: {failures[name][1]}'
+        rows.append({'check': name, 'largest difference': by, 'verdict': verdict})
     says = 'No hidden state'
     if failures:
         says = f'Hidden state or worse: {", ".join(failures)}'
@@ -409,7 +411,8 @@ def chain_failures(
     if like_psnr:
         near, wanted = got >= min(at_least, perfect), f'at least {min(at_least, perfect):.4g} dB'
     if not near:
-        failures['identity'] = f'a perfect restoration scores {got:.4g}; expected {wanted}'
+        score = f'{got:.2f} dB' if like_psnr else f'{got:.4g}'
+        failures['identity'] = f'a perfect restoration scores {score}; expected {wanted}'
     if like_psnr and not abs(known - 20) <= 0.5:
         factor = f'the data range is off by a factor of {10 ** ((known - 20) / 20):.3g}'
         failures['known error'] = f'an error of rms 0.1 scores {known:.2f} dB, not 20: {factor}'
@@ -433,7 +436,7 @@ def chain_report(
         rows.append({'what': _SCORED[k], 'score': v, 'failure': failures.get(k, '')})
     says = 'A perfect restoration scores perfect'
     if failures:
-        says = f'The chain fails: {", ".join(failures)}'
+        says = f'The chain fails: {"; ".join(f"{k}: {v}" for k, v in failures.items())}'
     figures = dict(failures=failures, scores=scores, ranges=ranges)
     return Report(not failures, says, rows, 4, **figures)
 

@@ -192,7 +192,7 @@ def judged_rows(
     top = sign*min(sign*v for v in ceilings) if ceilings else None
     room = sign*(top - floor) if ceilings else math.inf
     share = 'error removed %' if top == math.inf else 'closed %'
-    rows = []
+    several, rows = any(len(r['grid']) > 1 for r in rungs), []      # else there is no spread
     for r in sorted(rungs, key=lambda r: _ORDER.index(r['kind'])):
         mean, seeds = r['grid'].mean().item(), r['grid'].mean(1)
         gain, spread, closed = sign*(mean - floor), None, None
@@ -201,7 +201,8 @@ def judged_rows(
         if r['kind'] == 'ours' and ceilings and room > 0:
             closed = 100*headroom(metric, floor, top, mean).share
         problem = _what_is_wrong(r, gain, room, metric, unit)
-        row = dict(name=r['name'], kind=r['kind'], mean=mean, spread=spread, gain=gain)
+        row = dict(name=r['name'], kind=r['kind'], mean=mean)
+        row |= dict(spread=spread, gain=gain) if several else dict(gain=gain)
         rows.append(row | {share: closed, **r['extra'], 'problem': problem})
     return rows
 

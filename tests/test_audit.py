@@ -692,6 +692,11 @@ def test_stateless_names_hidden_state(kind, names):
         and report.says.startswith('Hidden state')
         and names[0] in repr(report)
     )
+    for r in report.rows:
+        name, verdict = r['check'], r['verdict']
+        failed = name in report.failures
+        wanted = [f'FAILS: {report.failures[name][1]}'] if failed else ['ok', 'not run']
+        assert verdict in wanted
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -894,7 +899,7 @@ def test_identity_check_names_it(args, names):
         not report
         and names <= set(report.failures)
         and all(report.failures.values())
-        and 'The chain fails' in report.says
+        and all(f'{name}: {why}' in report.says for name, why in report.failures.items())
     ), report
 
 
@@ -919,6 +924,13 @@ def test_identity_check_through_bytes_and_its_figures():
         and report.scores['known error'] == pytest.approx(20, abs=0.01)
     )
     assert 'factor of 0.5' in identity_check(signed(naive_psnr, 1)).failures['known error']
+
+
+def test_identity_check_says_the_score():
+    "The sentence that is printed alone carries the number, in dB for a PSNR."
+    report = identity_check(psnr, to_signed)
+    score = report.scores['identity']
+    assert f'identity: a perfect restoration scores {score:.2f} dB; expected at' in report.says
 
 
 def test_identity_check_bad_input():
@@ -1451,6 +1463,12 @@ def test_oracle_gap_refuses_a_truth_out_of_range_and_scores_that_are_none():
                 (Y[:1],),
                 named(lambda a, b: torch.full((len(a),), value), 'm'),
             )
+
+
+def test_a_ladder_of_single_runs_has_no_empty_column():
+    ladder = Ladder().floor('y', [20.0, 25.0]).add('ours', [31.0, 33.0])
+    assert 'spread' not in ladder.table().columns
+    assert 'spread' in ladder.add('twice', [[31.0, 33.0]] * 2).table().columns
 
 
 def test_a_ladder_names_a_mean_that_one_perfect_image_makes_infinite():
