@@ -22,7 +22,7 @@ from .mae_checks import check_known, check_loader, check_ratio, check_scored, ch
 from .patching import Block, Flagged, PixelStats, ViTEncoder, block_masking
 from .patching import grid_masking, patchify, random_masking, sincos_pos_embed
 from .patching import unpatchify, unshuffle
-from .published_mae import IMAGENET, load_published
+from .published_mae import IMAGENET_STATS, load_published
 from .states import in_deployment
 
 # %% ../nbs/06_mae.ipynb #06-020
@@ -264,15 +264,15 @@ def mae_tiny(img_size=32, patch=4, **kw) -> MAE:
 
 def mae_vit_base(img_size=224, norm_pix_loss=True) -> MAE:
     "ViT-B/16 with the published decoder, 512 wide and 8 blocks (He et al. 2022)."
-    return MAE(img_size, 16, 768, 12, 12, 512, 8, 16, norm_pix_loss, **IMAGENET)
+    return MAE(img_size, 16, 768, 12, 12, 512, 8, 16, norm_pix_loss, **IMAGENET_STATS)
 
 def mae_vit_large(img_size=224, norm_pix_loss=True) -> MAE:
     "ViT-L/16 with the published decoder (He et al. 2022)."
-    return MAE(img_size, 16, 1024, 24, 16, 512, 8, 16, norm_pix_loss, **IMAGENET)
+    return MAE(img_size, 16, 1024, 24, 16, 512, 8, 16, norm_pix_loss, **IMAGENET_STATS)
 
 def mae_vit_huge(img_size=224, norm_pix_loss=True) -> MAE:
     "ViT-H/14 with the published decoder (He et al. 2022)."
-    return MAE(img_size, 14, 1280, 32, 16, 512, 8, 16, norm_pix_loss, **IMAGENET)
+    return MAE(img_size, 14, 1280, 32, 16, 512, 8, 16, norm_pix_loss, **IMAGENET_STATS)
 
 # %% ../nbs/06_mae.ipynb #06-040
 def mae_loss(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATIOS', 'TASKS', 'KNOBS', 'scaled', 'fixed_crops', 'pooled', 'drawn', 'scores', 'board', 'drawing_steps',
            'photo_mae', 'digit_mae', 'training_loss', 'crop_db', 'crop_mse', 'photo_images', 'digit_images',
-           'mae_learner', 'train_mae', 'measured', 'before_and', 'glyphs', 'knob_learner', 'read_right', 'Along',
+           'mae_learner', 'train_mae', 'row_scores', 'before_and', 'glyphs', 'knob_learner', 'read_right', 'Along',
            'knob_row', 'knob_study', 'held_out', 'score_row', 'score_study']
 
 # %% ../nbs/appendix/mae_training.ipynb #mae_training-003
@@ -223,13 +223,13 @@ def train_mae(
         save_pretrained(
             learn.trained(), name, f'train_mae({name!r}, {stage}, {steps}) of `mae_training`',
             stage, data, {f'dB of removed patches, validation, {k}': round(v, 2)
-                          for k, v in measured(learn.metrics).items()},
+                          for k, v in row_scores(learn.metrics).items()},
             licence='Apache-2.0; the images are public domain, CC0, CC BY or for research',
             task='fill removed patches', stage=stage, **record)
     return learn
 
 
-def measured(
+def row_scores(
     row,  # of a Learner's history
 ) -> dict:
     "Mean over crops and pooled, in dB, out of a row."
@@ -242,7 +242,7 @@ def before_and(before, learn, stage, steps):
     gone, curve = before.get('steps', 0), before.get('curve', [])
     for row in learn.history:
         if 'dB' in row:
-            values = [round(v, 3) for v in measured(row).values()]
+            values = [round(v, 3) for v in row_scores(row).values()]
             curve = [*curve, [gone + row['step'], *values]]
     return dict(steps=gone + steps, curve=curve,
                 minutes=round(before.get('minutes', 0) + learn.seconds/60, 1))
