@@ -7,7 +7,10 @@ config.read('settings.ini', encoding='utf-8')
 s = config['DEFAULT']
 
 setup(
-    version=s['version'], description=s['description'], python_requires=f">={s['min_python']}",
-    install_requires=s['requirements'].split(), extras_require={'dev': s['dev_requirements'].split()},
+    version=s['version'],
+    description=s['description'],
+    python_requires=f">={s['min_python']}",
+    install_requires=s['requirements'].split(),
+    extras_require={'dev': s['dev_requirements'].split()},
     entry_points={'console_scripts': s['console_scripts'].split()},
 )
