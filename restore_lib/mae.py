@@ -21,7 +21,7 @@ from .learner import Learner, param_groups, warmup_cosine
 from .mae_checks import check_known, check_loader, check_ratio, check_scored, check_size
 from .patching import Block, Flagged, PixelStats, ViTEncoder, block_masking
 from .patching import grid_masking, patchify, random_masking, sincos_pos_embed
-from .patching import unpatchify, unshuffle
+from .patching import unpatchify, unshuffle, xavier_linear
 from .published_mae import IMAGENET_STATS, load_published
 from .states import in_deployment
 
@@ -156,7 +156,7 @@ class MAE(Flagged, PixelStats):
         self.decoder_norm = nn.LayerNorm(dec_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dec_dim, patch*patch*channels)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
-            part.apply(ViTEncoder._init)
+            part.apply(xavier_linear)
         self.set_stats(mean, std, channels)
         self.norm_pix_loss = norm_pix_loss
         self.sizes = dict(dim=int(dim), depth=int(depth), heads=int(heads), dec_dim=dec_dim,
@@ -382,7 +382,7 @@ class FillingMAE(MAE):
         self.sweeps, self.ring = check_whole(sweeps, 'sweeps', 0), check_whole(ring, 'ring', 0)
         side = patch + 2*self.ring
         self.filling_embed = nn.Linear((channels + 1)*side*side, dec_dim)
-        self.filling_embed.apply(ViTEncoder._init)
+        self.filling_embed.apply(xavier_linear)
         nn.init.zeros_(self.decoder_pred.weight)     # at first the drawing is the filling
 
     def inside(self, imgs):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'linear_from_conv', 'Attention', 'DropPath', 'Mlp', 'Block', 'sincos_pos_embed',
-           'interpolate_pos_embed', 'random_masking', 'unshuffle', 'block_masking', 'grid_masking', 'ViTEncoder']
+           'interpolate_pos_embed', 'random_masking', 'unshuffle', 'block_masking', 'grid_masking', 'xavier_linear',
+           'ViTEncoder']
 
 # %% ../nbs/05_patching.ipynb #05-003
 import math
@@ -255,7 +256,7 @@ def grid_masking(
     return _keep_lowest(tokens, grid_scores(tokens, hw, ratio, removed, generator), n - removed)
 
 # %% ../nbs/05_patching.ipynb #05-074
-def _xavier(m):
+def xavier_linear(m):
     "MAE's start of every linear layer."
     if isinstance(m, nn.Linear):
         nn.init.xavier_uniform_(m.weight)
@@ -287,7 +288,7 @@ class ViTEncoder(nn.Module):
         drops = [drop_path*k/max(depth - 1, 1) for k in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, mlp, drop) for drop in drops)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.apply(_xavier)
+        self.apply(xavier_linear)
 
 # %% ../nbs/05_patching.ipynb #05-075
 @patch
