@@ -54,16 +54,17 @@ def check_tokens(
 def check_indices(
     indices,         # whole numbers, any shape
     k,               # the first that is too large
+    name='indices',  # the argument's name, for the message
 ) -> torch.Tensor:   # the same as int64
     "Passes indices through; TypeError for what is no whole number, ValueError out of range."
     kind = getattr(indices, 'dtype', type(indices).__name__)
     whole = isinstance(indices, torch.Tensor) and kind != torch.bool
     if not whole or indices.is_floating_point():
-        raise TypeError(f'indices is {kind}; expected a tensor of whole numbers')
+        raise TypeError(f'{name} is {kind}; expected a tensor of whole numbers')
     if indices.numel():
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= k:
-            raise ValueError(f'indices span {low} to {high}; expected 0 to {k - 1}')
+            raise ValueError(f'{name} span {low} to {high}; expected 0 to {k - 1}')
     return indices.long()
 
 # %% ../nbs/appendix/code_parts.ipynb #code_parts-009
@@ -237,7 +238,8 @@ class CodeVectors(Flagged):
 
 
 def _checked_decay(decay):
-    if not 0 <= decay < 1:
+    "A number from 0 to below 1: with 1 the codes would never move."
+    if check_number(decay, 'decay', 0, 1) == 1:
         raise ValueError(f'decay is {decay}; expected None or a number from 0 to below 1')
     return float(decay)
 

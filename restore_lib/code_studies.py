@@ -56,7 +56,7 @@ def train_digit_codes(
                DataLoader(TensorDataset(valid), 100))
     learn = codebook_learner(model, *loaders, cbs=[Metrics(dB=codec_psnr), *cbs])
     config = dict(n=n, codes=codes, width=width, batch=batch)
-    return learn.fit_or_load(f'08_tokenizer_{source}', config, steps, steps//10, steps//20)
+    return learn.fit_or_load(f'08_tokenizer_{source}', config, steps, max(1, steps//10))
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-007
 def coded(model, source, n, part):
@@ -82,7 +82,7 @@ def train_digit_prior(
                     DataLoader(valid, 200), opt=opt, sched=warmup_cosine(0.05),
                     cbs=[EMA(0.998), *cbs], clip=1.0)
     config = dict(n=n, batch=batch)
-    return learn.fit_or_load(f'08_prior_{source}', config, steps, steps//20, steps//20)
+    return learn.fit_or_load(f'08_prior_{source}', config, steps, max(1, steps//20))
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-009
 def train_reader(source='glyphs', n=20_000, steps=600):
@@ -125,14 +125,23 @@ def digit_scores(model, prior, reader, source, n=20_000, each=50, steps=(1, 2, 4
     return scores
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-010
-def study_digits(source='glyphs', n=20_000, code_steps=3000, steps=4000, save=True, cbs=()):
+def study_digits(
+    source='glyphs',  # or 'mnist'
+    n=20_000,  # training digits
+    code_steps=3000,  # of the tokenizer
+    steps=4000,  # of the prior
+    save=True,  # write the weights into the library?
+    each=50,  # digits of each class to be written and read
+    reader_steps=600,  # of the network that reads them
+    cbs=(),  # callbacks, such as Progress()
+):
     "Both trainings; rows into data/studies (in a study), weights into the library."
     suffix = '' if source == 'glyphs' else f'_{source}'
     codes = train_digit_codes(source, n, code_steps, cbs=cbs)
     model = codes.trained()
     prior = train_digit_prior(model, source, n, steps, cbs=cbs)
-    reader = train_reader(source, n)
-    scores = digit_scores(model, prior.trained(), reader, source, n)
+    reader = train_reader(source, n, reader_steps)
+    scores = digit_scores(model, prior.trained(), reader, source, n, each)
     minutes = (codes.seconds + prior.seconds)/60
     config = dict(data=source, row='tokenizer and prior', steps=[code_steps, steps], n=n)
     record_study('08_codebook', config, scores, minutes)
@@ -187,7 +196,7 @@ def train_colour_codes(
         DataLoader(TensorDataset(valid), 100), lr=lr, loss=loss,
         cbs=[Metrics(dB=codec_psnr, st_lpips=codec_lpips), *cbs])
     config = dict(codes=codes, width=width, batch=batch, name=name)
-    return learn.fit_or_load(f'08_colour_{name}', config, steps, steps//10, steps//20)
+    return learn.fit_or_load(f'08_colour_{name}', config, steps, max(1, steps//10))
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-013
 def palette_of_means(train, x, k, patch=4):
@@ -262,9 +271,9 @@ CURES = {
 }
 
 
-def study_cures(steps=1200, seeds=3, cures=CURES):
+def study_cures(steps=1200, seeds=3, cures=CURES, n=4000):
     "dB and codes in use over training for each cure; one recorded row a seed."
-    train, valid = digits(4000)[0], digits(200, 'valid')[0]
+    train, valid = digits(n)[0], digits(200, 'valid')[0]
     for name, options in cures.items():
         for seed in range(seeds):
             with random_seeded(seed):
@@ -296,9 +305,9 @@ COMMITMENTS = {  # name: (weight, loss, rates, seeds)
 }
 
 
-def study_commitment(steps=350, rows=COMMITMENTS):
+def study_commitment(steps=350, rows=COMMITMENTS, n=4000):
     "dB and codes in use on unseen digits, and the dB of each digit."
-    train, test = digits(4000)[0], digits(500, 'test')[0]
+    train, test = digits(n)[0], digits(500, 'test')[0]
     for name, (beta, loss, rates, seeds) in rows.items():
         for seed in range(seeds):
             with random_seeded(seed):

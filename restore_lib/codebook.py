@@ -247,6 +247,8 @@ def tokenizer_loss(
 ):                    # function (model, batch) -> {term: scalar}, for Learner
     "Terms mse, codebook, commitment and, if asked for, perceptual; their sum is the loss."
     weight = check_number(weight, 'weight', 0)
+    if perceptual is not None and not isinstance(perceptual, nn.Module):
+        raise TypeError(f'perceptual is {type(perceptual).__name__}; expected a module or None')
     def loss(model, batch):
         x = batch if isinstance(batch, torch.Tensor) else batch[0]
         x_hat, out = model(x)
@@ -361,7 +363,8 @@ def draw_codes(
 ) -> torch.Tensor:    # (b, n), whole numbers below num_codes
     "Numbers of new images, from torch's random state (MaskGIT, Chang et al. 2022, section 3.2)."
     hidden, steps = prior.num_codes, check_whole(steps, 'steps', 1)
-    labels = check_indices(labels, prior.classes + 1)
+    guidance, chance = check_number(guidance, 'guidance'), check_number(chance, 'chance', 0)
+    labels = check_indices(labels, prior.classes + 1, 'labels')
     if indices is None:
         indices = labels.new_full((len(labels), math.prod(prior.grid)), hidden)
     indices = check_indices(indices, hidden + 1)

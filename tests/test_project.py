@@ -89,6 +89,9 @@ ALLOWED = {
     'plots': {'metrics'},
     'ladder': {'metrics'},
     'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
+    'code_parts': {'patching'},
+    'tokenizers': {'codebook'},
+    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}
