@@ -6,7 +6,7 @@
 __all__ = ['CURES', 'COMMITMENTS', 'codec_psnr', 'train_digit_codes', 'coded', 'train_digit_prior', 'train_reader',
            'nearest_distance', 'digit_scores', 'study_digits', 'colour_images', 'codec_lpips', 'train_colour_codes',
            'palette_of_means', 'kmeans_of_patches', 'codec_scores', 'study_colour', 'study_cures', 'swapped',
-           'study_commitment', 'grey_crops', 'jpeg_curve', 'study_photos']
+           'study_commitment', 'Blind', 'blind_weights', 'grey_crops', 'jpeg_curve', 'study_photos']
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-003
 import copy
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from .code_parts import kmeans, nearest_code
@@ -30,7 +31,7 @@ from .patching import patchify, unpatchify
 from .records import record_study
 from .states import random_seeded
 from .tokenizers import code_bits
-from .trunks import st_lpips
+from .trunks import st_lpips, vgg
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-006
 def codec_psnr(model, batch):
@@ -322,6 +323,30 @@ def study_commitment(steps=350, rows=COMMITMENTS, n=4000):
             figures = dict(dB=db.mean().item(), codes=used, of_each=each)
             config = dict(data='glyphs', row=name, codes=256, steps=steps)
             record_study('08_codebook', config, figures, learn.seconds/60, seed)
+
+# %% ../nbs/appendix/code_studies.ipynb #code_studies-027
+class Blind(nn.Module):
+    "A distance that is cut off from the network whose images it judges."
+
+    def __init__(self, distance):
+        super().__init__()
+        self.distance = distance
+
+    @torch.no_grad()
+    def forward(self, x_hat, x):
+        return self.distance(x_hat, x)
+
+
+def blind_weights(steps=3):
+    "Share of the weights that are equal after training with a blind term and without one."
+    trained = []
+    for term in (Blind(vgg((9,), weights='st')), None):
+        with random_seeded(0):
+            model = vit_codebook_tiny(codebook=Codebook(64, 8, init='normal'))
+        data = DataLoader(TensorDataset(digits(64)[0]), 8, shuffle=True)
+        model = codebook_learner(model, data, loss=tokenizer_loss(term, 10.0)).fit(steps).trained()
+        trained.append(torch.cat([p.flatten() for p in model.parameters()]))
+    return (trained[0] == trained[1]).float().mean().item()
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-025
 def grey_crops(split, n):

@@ -357,7 +357,7 @@ def draw_codes(
     prior,            # a CodePrior
     labels,           # (b,) classes; prior.classes means "any"
     steps=12,         # in which the numbers are filled in
-    guidance=1.0,     # how far guesses move towards the class; 0: not
+    guidance=2.0,     # how far guesses move towards the class; 0: not
     indices=None,     # (b, n) to begin with, prior.num_codes where hidden; None: all hidden
     chance=4.0,       # how much luck, and not certainty, chooses what stays; falls to 0
 ) -> torch.Tensor:    # (b, n), whole numbers below num_codes

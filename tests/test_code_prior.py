@@ -32,7 +32,8 @@ pytestmark = pytest.mark.usefixtures('seed')
 
 
 def small(**options):
-    return CodePrior(**dict(num_codes=5, grid=(3, 4), classes=2, dim=16, depth=1, heads=2) | options)
+    base = dict(num_codes=5, grid=(3, 4), classes=2, dim=16, depth=1, heads=2)
+    return CodePrior(**base | options)
 
 
 class Knows(nn.Module):
