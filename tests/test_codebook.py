@@ -13,29 +13,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from restore_lib import codebook as C
+from restore_lib import tokenizers as T
+from restore_lib.code_parts import ReconstructionGrid, plot_health
 from restore_lib.codebook import (
-    FSQ,
     Codebook,
-    ReconstructionGrid,
-    TimmTokens,
     ViTCodebook,
-    code_bits,
     code_use,
     codebook_learner,
     kmeans,
     nearest_code,
-    plot_health,
     rotate_to,
     straight_through,
     tokenizer_loss,
     usage,
-    vit_codebook_base,
     vit_codebook_tiny,
 )
 from restore_lib.mae import MAE
 from restore_lib.metrics import peak_memory
 from restore_lib.patching import ViTEncoder
+from restore_lib.tokenizers import FSQ, TimmTokens, code_bits, vit_codebook_base
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -1173,7 +1169,7 @@ def test_base_preset(monkeypatch):
             asked.update(kw)
             super().__init__('vit_base_patch16_224', pretrained=False, depth=1)
 
-    monkeypatch.setattr(C, 'TimmTokens', Short)
+    monkeypatch.setattr(T, 'TimmTokens', Short)
     with torch.device('meta'):
         model = vit_codebook_base(pretrained=True)  # shapes without numbers
     assert (
@@ -1298,7 +1294,7 @@ def test_training(codebook, precision):
         and torch.equal(counts, torch.bincount(indices.flatten(), minlength=12))
         and learn.bare.training
     )
-    assert len(plot_health({'a': (learn.history, counts)}, 'title').axes) == 4
+    assert len(plot_health({'a': (learn.history, counts)}, 'title').axes) == 3
 
 
 def test_terms_and_rates():

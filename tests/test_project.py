@@ -91,6 +91,9 @@ ALLOWED = {
     'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
     'mae_training': {'data', 'learner', 'mae'},  # so does this
     'label_study': {'data', 'mae', 'transfer'},  # the long study of lesson 07
+    'code_parts': {'patching'},
+    'tokenizers': {'codebook'},
+    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}

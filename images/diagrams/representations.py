@@ -145,7 +145,8 @@ def codebook():
         '08_codebook',
         388,
         'A codebook: an encoder makes tokens, each becomes the nearest of k codes, a decoder draws '
-        'the image; the gradient passes the choice straight through, three losses move the parts',
+        'the image; the gradient passes the choice straight through, three losses move the '
+        'parts; a prior writes indices of its own',
     )
     y = 112
     x = d.box(20, y, 'x', 'data', w=36)
@@ -160,7 +161,9 @@ def codebook():
     left, right = encoder.edges()[2] + 12, decoder.edges()[0] - 7
     past = 'straight_through: the gradient, as if there had been no choice'
     d.path([(right, y - 1), (right, 38), (left, 38), (left, y - 2)], past, look='to-loss dashed')
-    d.arrow(book, d.box(384, 196, 'indices (b, n)', 'data'))
+    indices = d.box(384, 196, 'indices (b, n)', 'data')
+    d.arrow(book, indices)
+    d.arrow(d.box(258, 196, 'CodePrior\nwrites indices', 'net', w=106), indices)
     y = 286
     pull = d.box(134, y, 'commitment_loss\ncommitment · mse(tokens, q)\nmoves the tokens', 'loss')
     code = d.box(384, y, 'codebook_loss\nmse(q, tokens)\nmoves the codes', 'loss', w=180)
