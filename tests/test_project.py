@@ -94,6 +94,7 @@ ALLOWED = {
     'code_parts': {'patching'},
     'tokenizers': {'codebook'},
     'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
+    'published_mae': {'patching'},
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}
