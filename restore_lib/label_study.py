@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'POINTS', 'KEPT', 'PRETRAINING', 'BATCH', 'SIZES', 'SOURCES', 'FIRST', 'WAYS', 'Pictures', 'pictures',
            'random_crops', 'pretrained_on', 'train_and_ask', 'labelled_curve', 'probe_curve', 'neighbour_votes',
-           'best_rate', 'packed', 'unpacked', 'row_of', 'recorded_rates', 'run_cell', 'cells', 'missing_cells',
+           'best_rate', 'packed', 'unpacked', 'row_of', 'search_of', 'run_cell', 'cells', 'missing_cells',
            'label_study']
 
 # %% ../nbs/appendix/label_study.ipynb #label_study-003
@@ -307,7 +307,7 @@ def _kept(config, seed):
     return rows[0]['figures'] if rows else None
 
 
-def recorded_rates(
+def search_of(
     source,  # a key of SOURCES
     way,  # a key of FIRST
     per_class,  # 20 or None
@@ -329,7 +329,7 @@ def _one(pics, mae, way, per_class, seed, blr, **kw):
 def _rate(source, pics, mae, way, per_class):
     "The best rate: kept, or searched for."
     tried = 20 if per_class in (5, 20) else None
-    found = recorded_rates(source, way, tried)
+    found = search_of(source, way, tried)
     if found is None:
         start, at = time.process_time(), dict(points=(700,), judge='valid')
 
