@@ -1,7 +1,8 @@
 """What lesson 05 does not teach: parity with timm and with formulas written anew, adjoints,
 exact counts, dtypes and devices, bad input."""
 
-import json, math
+import json
+import math
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from restore_lib.patch_parts import n_removed
 from restore_lib.patching import (
-    _n_removed,
     Attention,
     Block,
     DropPath,
@@ -191,7 +192,7 @@ def test_count_is_exact_for_every_n_and_ratio():
             removed = (2 * n * r + 100) // 200  # n*r/100, half up, in whole numbers
             if removed == n:
                 continue
-            assert _n_removed(n, r / 100) == removed, (n, r)
+            assert n_removed(n, r / 100) == removed, (n, r)
     for n, r, keep in [
         (10, 0.9, 1),
         (100, 0.9, 10),
@@ -736,3 +737,115 @@ def test_statistics_out_of_range(mean, std, says):
     PixelStats = getattr(__import__('restore_lib.patching', fromlist=['PixelStats']), 'PixelStats')
     with pytest.raises(ValueError, match=says):
         PixelStats().set_stats(mean, std, 3)
+
+
+# arguments that make no sense ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('ratio', [False, np.bool_(False), Decimal('NaN'), Decimal('sNaN')])
+@pytest.mark.parametrize('name', MASKINGS)
+def test_ratio_that_is_no_share(name, ratio):
+    with pytest.raises(ValueError, match='ratio is'):
+        MASKINGS[name](torch.zeros(1, 48, 2), ratio)
+
+
+@pytest.mark.parametrize('name', MASKINGS)
+def test_a_seed_is_no_generator(name):
+    with pytest.raises(TypeError, match='generator is 3; expected a torch.Generator'):
+        MASKINGS[name](torch.zeros(1, 48, 2), 0.75, generator=3)
+
+
+@pytest.mark.parametrize(
+    'call, error, says',
+    [
+        (lambda: patchify(torch.zeros(1, 3, 8, 8), True), ValueError, 'p is True'),
+        (lambda: patchify(torch.zeros(1, 3, 8, 8), '4'), TypeError, "p is '4'"),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 4, 'ab'), TypeError, "hw is 'ab'"),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 4, None), TypeError, 'hw is None'),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 4, 8.0), ValueError, 'hw is 8.0'),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 4, (8, True)), ValueError, 'hw is .8, True'),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 4, 8, 3.0), ValueError, 'channels is 3.0'),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 4, 8, 0), ValueError, 'channels is 0'),
+        (lambda: linear_from_conv([1.0]), TypeError, 'weight is list'),
+        (lambda: interpolate_pos_embed([1.0], 2, 4), TypeError, 'pos is list'),
+        (
+            lambda: interpolate_pos_embed(torch.zeros(4, 8, dtype=torch.int64), 2, 4),
+            TypeError,
+            'pos is torch.int64',
+        ),
+        (lambda: interpolate_pos_embed(torch.zeros(4, 8), 2, None), TypeError, 'new_hw is None'),
+        (lambda: Attention(32, 4)(torch.zeros(2, 5, 16)), ValueError, r'x has shape .* 32\)'),
+        (lambda: Attention(32, 4)(torch.zeros(5, 32)), ValueError, 'x has shape'),
+        (lambda: Attention(32, 4).weights(np.zeros((2, 5, 32))), TypeError, 'x is ndarray'),
+        (lambda: Block(32, 4).attn(torch.zeros(2, 5, 16)), ValueError, 'x has shape'),
+    ],
+)
+def test_arguments_are_named(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+@pytest.mark.parametrize(
+    'change, error, says',
+    [
+        (dict(ids_restore=[[0, 1]]), TypeError, 'ids_restore is list'),
+        (dict(ids_restore=torch.zeros(2, 8)), TypeError, 'ids_restore is torch.float32'),
+        (dict(mask_token=[0.0] * 4), TypeError, 'mask_token is list'),
+    ],
+)
+def test_unshuffle_names_what_is_no_tensor_of_its_kind(change, error, says):
+    visible, _, ids = random_masking(torch.randn(2, 8, 4), 0.5)
+    good = dict(tokens_visible=visible, ids_restore=ids, mask_token=torch.zeros(4))
+    with pytest.raises(error, match=says):
+        unshuffle(**(good | change))
+
+
+@pytest.mark.parametrize('masking', [0, 0.0, False, 0.75, 'random', ()])
+def test_a_ratio_is_no_masking(masking):
+    "0 and False used to hide nothing, without a word."
+    enc = ViTEncoder(32, 8, 32, 1, 4)
+    with pytest.raises(TypeError, match='masking is .*expected a function of tokens'):
+        enc(torch.rand(1, 3, 32, 32), masking)
+
+
+# what the lesson says of positions ----------------------------------------------------------------
+
+
+def test_the_product_of_two_positions_depends_on_their_offset_only():
+    grid = sincos_pos_embed(32, (9, 11)).double().reshape(9, 11, 32)
+    here, there = grid[:6, :7], grid[3:, 4:]  # three rows and four columns apart
+    assert (here * there).sum(2).std() < 1e-6
+
+
+@pytest.mark.parametrize(
+    'name, exact, largest', [('flip', True, 1.01), ('turn', True, 1.01), ('any', False, math.inf)]
+)
+def test_what_a_matrix_between_positions_can_do(name, exact, largest):
+    "Mirrored and turned places are linear in a position, places in random order are not."
+    e, at = sincos_pos_embed(64, 8).double(), torch.arange(64).reshape(8, 8)
+    target = {'flip': at.flip(1), 'turn': at.rot90(), 'any': torch.randperm(64)}[name].flatten()
+    m = torch.linalg.lstsq(e, e[target], rcond=1e-6, driver='gelsd').solution
+    assert m.abs().max() < largest
+    assert ((e @ m - e[target]).square().mean().sqrt() < 1e-6) == exact
+
+
+def test_hidden_patches_can_be_left_out_before_the_embedding():
+    "As many multiplications as the row above of the lesson's last table."
+    enc, x = ViTEncoder(32, 8, 32, 2, 4).eval(), torch.rand(2, 3, 32, 32)
+    latent, mask, ids = enc(x, lambda t: random_masking(t, 0.75, gen()))
+    visible, _, _ = random_masking(patchify(x, 8), 0.75, gen())
+    pos, _, _ = random_masking(enc.pos_embed[:, 1:].expand(2, -1, -1), 0.75, gen())
+    assert torch.allclose(enc.transform(enc.patch_embed(visible) + pos), latent, atol=1e-6)
+
+
+# names that other lessons take from here ----------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['Flagged', 'PixelStats', 'as_hw', 'patch_grid'])
+def test_names_that_moved_are_still_here(name):
+    import restore_lib.knobs
+    import restore_lib.patch_parts
+    import restore_lib.patching
+
+    home = restore_lib.knobs if name in ('Flagged', 'PixelStats') else restore_lib.patch_parts
+    assert getattr(restore_lib.patching, name) is getattr(home, name)

@@ -7,8 +7,9 @@ def patching():
     d = Drawing(
         '05_patching',
         432,
-        'Sixteen patches are shuffled, the first four are kept, and unshuffle puts them back in '
-        'their old places with a mask token wherever a patch was removed',
+        'An image becomes sixteen tokens; the tokens are shuffled, the first four are kept and '
+        'encoded, and unshuffle puts them back in their old places with a mask token wherever '
+        'one was removed',
     )
     order = [9, 2, 12, 7, 5, 14, 0, 11, 3, 8, 15, 1, 10, 6, 13, 4]
     n, keep, size, middle = 16, 4, 24, 560
@@ -26,7 +27,7 @@ def patching():
     d.arrow(square(58, whole), strip(58, whole), 'patchify', '(b, c, h, w) → (b, n, p·p·c)')
     strip(132, shown + [('op faint', str(k)) for k in order[keep:]])
     strip(194, shown, first + 1.5 * size)
-    net = d.box(first + 1.5 * size, 246, 'network', 'net', w=96)
+    net = d.box(first + 1.5 * size, 246, 'encode', 'net', w=96)
     strip(298, shown + [('cond', 'm')] * (n - keep))
     d.arrow(strip(374, filled), square(374, filled), 'unpatchify', '(b, n, p·p·c) → (b, c, h, w)')
     for new, old in enumerate(order):
@@ -40,11 +41,13 @@ def patching():
     d.path([net.at('bottom'), (net.x, 285)], look='to-data')
     for y, name, what in (
         (132, 'random_masking', 'ids_shuffle = score.argsort()'),
-        (194, 'visible (b, keep, d)', 'the first keep of n'),
+        (186, 'visible (b, keep, d)', 'the first keep of n'),
+        (240, 'ViTEncoder.transform', 'class token, blocks, norm'),
         (290, 'unshuffle', 'mask_token m for those that are\nmissing, then gather(ids_restore)'),
     ):
         d.note(120, y - 9, name, 'start', bold=True)
         d.note(120, y + 9 + 8.5 * what.count('\n'), what, 'start')
+    d.note(middle, 28, 'embed, and add positions, before the shuffle')
     return d
 
 
