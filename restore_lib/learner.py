@@ -100,7 +100,7 @@ class Learner:
 
 # %% ../nbs/03_learner.ipynb #03-026
 def warmup_cosine(
-    warmup=0.05,   # share of the steps over which the rate rises from 0
+    warmup=0.05,   # share of the steps over which the rate rises
     floor=0.0,     # share of the rate that is left at the end
 ):                 # a function (step, steps) -> factor of the learning rate
     "A schedule: linear rise, then half a cosine down (Loshchilov and Hutter 2017)."
