@@ -205,7 +205,8 @@ def test_a_tokenizer_of_a_mae_comes_back(tmp_path):
     model = ViTCodebook(mae, Codebook(12, 6, init='normal'), 16, 1, 2).eval()
     save_model(model, tmp_path / 'a.safetensors')
     again, _ = load_model(tmp_path / 'a.safetensors')
-    assert torch.equal(again.mean, mae.mean) and torch.equal(again.std, mae.std)
+    for name in ('mean', 'std'):  # a file holds them in half precision
+        assert torch.allclose(getattr(again, name), getattr(mae, name), rtol=1e-3)
 
 
 def test_a_prior_comes_back_from_its_file(tmp_path):

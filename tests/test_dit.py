@@ -801,7 +801,7 @@ def test_numbers_of_numpy():
         (lambda: SineTime(8, 8, -1.0), ValueError, 'scale is -1'),
         (lambda: FourierTime(8, 8, math.nan), ValueError, 'scale is nan'),
         (lambda: FinalLayer(8, 4, 'batch'), ValueError, 'norm is'),
-        (lambda: DiT('16', 4, 16, 1, 2), ValueError, 'img_size'),
+        (lambda: DiT('16', 4, 16, 1, 2), TypeError, 'img_size'),
         (lambda: DiT(16, 4, '16', 1, 2), TypeError, "dim is '16'"),
         (lambda: FlowUNet(base=8.0), ValueError, 'base is 8.0'),
     ],

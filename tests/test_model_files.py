@@ -196,7 +196,7 @@ def test_each_file_is_small_and_its_record_complete():
         assert all(says.get(k) not in (None, '', {}) for k in M.RECORD), name
         assert isinstance(says['seed'], int) and says['minutes'] > 0
         assert all(isinstance(v, (int, float)) for v in says['scores'].values())
-        assert says['recipe'].startswith(('make study ONLY=', 'train_'))
+        assert says['recipe'].startswith(('make study ONLY=', 'train_', 'study_'))
         assert 'Apache-2.0' in says['licence']
         model, again = load_model(name)
         assert all(torch.isfinite(v).all() for v in model.state_dict().values())
