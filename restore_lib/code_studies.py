@@ -237,31 +237,39 @@ def codec_scores(x_hat, x):
 def study_colour(steps=3000, more=500, save=True, cbs=()):
     "A colour tokenizer; then as many steps more with and without the perceptual term."
     train, _, test = colour_images()
-    first = train_colour_codes('first', steps, cbs=cbs)
-    start = first.trained()
-    plain = train_colour_codes('more', more, start, 0.0, lr=5e-4, cbs=cbs)
-    sharp = train_colour_codes('perceptual', more, start, 0.05, lr=5e-4, cbs=cbs)
-    rows = {'means of patches': (palette_of_means(train[:3000], test, 1024), 0),
-            'k-means of patches': (kmeans_of_patches(train[:3000], test, 1024), 0)}
-    for name, learn in (('mse', plain), ('mse and perceptual', sharp)):
-        with torch.no_grad():
-            x_hat = torch.cat([learn.trained()(part)[0] for part in test.split(100)])
-        rows[name] = x_hat, (first.seconds + learn.seconds)/60
-    for name, (x_hat, minutes) in rows.items():
-        config = dict(data='cifar10 tiles', row=name, codes=1024, steps=[steps, more])
+    data = "cifar10(3000, 'train', 'tiles')"
+    how = f'study_colour({steps}, {more}) of `code_studies`'
+
+    def keep(row, x_hat, minutes, more=0):
+        config = dict(data='cifar10 tiles', row=row, codes=1024, steps=[steps, more])
         record_study('08_codebook', config, codec_scores(x_hat, test), minutes)
+
+    def judged(learn):
+        with torch.no_grad():
+            return torch.cat([learn.trained()(part)[0] for part in test.split(100)])
+
+    def shipped(learn, name, minutes, more=0):
+        scores = {k: round(v, 4) for k, v in learn.metrics.items()}
+        save_pretrained(learn.trained(), name, how, 0, data, scores, round(minutes),
+                        'Apache-2.0', steps=steps + more)
+
+    first = train_colour_codes('first', steps, cbs=cbs)
+    start, minutes = first.trained(), first.seconds/60
+    keep('means of patches', palette_of_means(train[:3000], test, 1024), 0)
+    keep('k-means of patches', kmeans_of_patches(train[:3000], test, 1024), 0)
+    keep(f'tokenizer, {steps:,} steps', judged(first), minutes)
     curve = [r for r in first.history if 'dB' in r]
     curve = {k: [round(r[k], 4) for r in curve] for k in ('step', 'dB', 'st_lpips')}
-    record_study('08_codebook', dict(data='cifar10 tiles', row='curve', steps=steps), curve,
-                 first.seconds/60)
-    how = f'study_colour({steps}, {more}) of `code_studies`'
-    for learn, name in ((plain, 'colour_codes'), (sharp, 'colour_codes_perceptual')):
-        if save:
-            save_pretrained(learn.trained(), name, how, 0, "cifar10(3000, 'train', 'tiles')",
-                            {k: round(v, 4) for k, v in learn.metrics.items()},
-                            round((first.seconds + learn.seconds)/60), 'Apache-2.0',
-                            steps=steps + more)
-    return rows
+    config = dict(data='cifar10 tiles', row='curve', steps=steps)
+    record_study('08_codebook', config, curve, minutes)
+    if save:
+        shipped(first, 'colour_codes', minutes)
+    for name, row, weight in (('more', 'mse', 0.0), ('perceptual', 'mse and perceptual', 0.05)):
+        learn = train_colour_codes(name, more, start, weight, lr=5e-4, cbs=cbs)
+        spent = minutes + learn.seconds/60
+        keep(row, judged(learn), spent, more)
+        if save and weight:
+            shipped(learn, 'colour_codes_perceptual', spent, more)
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-023
 CURES = {

@@ -320,3 +320,26 @@ def test_floors_at_equal_bits():
 def test_the_health_panel_takes_books_without_codes():
     history = [dict(step=k, active=4, perplexity=3.0) for k in range(3)]
     assert len(plot_health({'a': (history, torch.tensor([3, 0, 1]))}).axes) == 3
+
+
+def test_the_colour_study_ships_what_its_row_scores(monkeypatch, tmp_path):
+    "The weights `colour_codes` are those of the row that the lesson reads, not of a later stage."
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
+    images = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows, shipped = {}, {}
+    monkeypatch.setattr(S, 'colour_images', lambda: (images, images[:8], images[:8]))
+    monkeypatch.setattr(S, 'palette_of_means', lambda train, x, k: x)
+    monkeypatch.setattr(S, 'kmeans_of_patches', lambda train, x, k: x)
+    monkeypatch.setattr(
+        S, 'record_study', lambda name, config, figures, minutes: rows.update(
+            {config['row']: figures}))
+    monkeypatch.setattr(
+        S, 'save_pretrained', lambda model, name, *how, steps: shipped.update(
+            {name: (model, steps)}))
+    S.study_colour(2, 1)
+    assert {'tokenizer, 2 steps', 'mse', 'mse and perceptual', 'curve'} < set(rows)
+    model, steps = shipped['colour_codes']
+    with torch.no_grad():
+        scored = S.codec_scores(model(images[:8])[0], images[:8])
+    assert steps == 2 and scored == rows['tokenizer, 2 steps']
+    assert shipped['colour_codes_perceptual'][1] == 3
