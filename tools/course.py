@@ -114,11 +114,19 @@ def execute(path):
     return nb
 
 
+def is_grey(image):
+    "Are the three channels of an RGB image the same?"
+    red, green, blue = (channel.tobytes() for channel in image.split())
+    return red == green == blue
+
+
 def smaller(png):
-    "The same picture, base64 in and out, without an unused alpha channel."
+    "The same picture, base64 in and out, without channels that say nothing: alpha, colour."
     image = Image.open(io.BytesIO(base64.b64decode(png)))
     if image.mode == 'RGBA' and image.getextrema()[3] == (255, 255):
         image = image.convert('RGB')
+    if image.mode == 'RGB' and is_grey(image):
+        image = image.getchannel(0)
     image.save(out := io.BytesIO(), 'PNG', optimize=True)
     return base64.b64encode(out.getvalue()).decode()
 
