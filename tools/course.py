@@ -235,7 +235,10 @@ def outputs(only):
     # here, and only here, notebooks renew the README's images
     os.environ['RESTORE_IMAGES'] = str(ROOT / 'images')
     os.environ['RESTORE_CLAIMS'] = 'write'  # and the page of claims
-    for path in notebooks(only):
+    paths, claims = notebooks(only), NBS / 'appendix/claims.ipynb'
+    if claims.exists() and claims not in paths:
+        paths.append(claims)  # its page follows the figures that lessons give
+    for path in paths:
         print(f'{path.stem:24}', end='', flush=True)
         own = path.stem if path in appendix() else path.name[:2]
         for old in (ROOT / 'runs').glob(own + '_*'):
