@@ -61,6 +61,8 @@ class Flagged(nn.Module):
 class PixelStats(nn.Module):
     """A module that works on (x - mean)/std, both part of its state: loaded weights bring the
     statistics they were trained on. A strict `load_state_dict` refuses a state without them."""
+    exact = 'mean', 'std'     # a file keeps these as they are, and halves the rest: `model_files`
+
     def set_stats(self,
         mean,      # a number, or one for each channel, of pixels in [0, 1]
         std,       # the same, above 0

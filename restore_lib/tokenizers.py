@@ -155,18 +155,21 @@ def large_tokenizer(
     weight=0.1,  # of the perceptual term
     lr=3e-4,  # learning rate; the codes get a third
     every=50,  # steps between two pictures
-    **options,  # of the Learner: precision='fp16', seed, cpu
+    encoder=None,  # what else timm.create_model takes, such as dict(img_size=32, patch_size=4)
+    cbs=(),  # callbacks, besides TensorBoard's
+    **options,  # of the Learner: valid, precision='fp16', seed, cpu
 ):  # a Learner: call fit(steps) or fit_or_load(name, config, steps)
     "ViT encoder and decoder with a codebook between, four losses, layered rates, TensorBoard."
-    revive = 0.2*batch*196/codes
-    model = ViTCodebook(TimmTokens(name, pretrained), Codebook(codes, width, revive=revive), dim,
-                        depth, heads)
+    tokens = TimmTokens(name, pretrained, **encoder or {})
+    revive = 0.2*batch*math.prod(tokens.grid)/codes  # a fifth of an equal share
+    model = ViTCodebook(tokens, Codebook(codes, width, revive=revive), dim, depth, heads)
     few = [images[k] for k in range(min(first, len(images)))]
     few = torch.stack([item if isinstance(item, torch.Tensor) else item[0] for item in few])
     with torch.no_grad():
         model.codebook.start(torch.cat([model.tokens(part) for part in few.split(batch)]))
-    cbs = [ReconstructionGrid(folder, few[:4], every)] if folder else []
+    seen = [ReconstructionGrid(folder, few[:4], every)] if folder else []
     train = DataLoader(images, batch, shuffle=True)
     loss = tokenizer_loss(vgg(weights=features), weight)
     rates = {'codebook': 1/3}
-    return codebook_learner(model, train, lr=lr, rates=rates, loss=loss, cbs=cbs, **options)
+    return codebook_learner(model, train, lr=lr, rates=rates, loss=loss, cbs=[*seen, *cbs],
+                            **options)

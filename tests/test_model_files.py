@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from restore_lib import model_files as M
 from restore_lib.model_files import load_model, pretrained, save_model, save_pretrained
+from restore_lib.patching import PixelStats
 
 
 @pytest.fixture(scope='module')
@@ -182,6 +183,15 @@ def test_what_is_exact_stays_so():
     half = M.as_half(state, ('mean', 'other'))
     assert half['mean'].dtype == half['meaning'].dtype == torch.float32
     assert half['net.mean'].dtype == torch.float16 and half['n'].dtype == torch.int64
+
+
+def test_statistics_of_pixels_are_exact_in_every_class():
+    "Halved, they would move each image a little, before any weight has its say."
+    kinds = [M.class_named(name) for name in M.model_classes()]
+    kinds = [kind for kind in kinds if issubclass(kind, PixelStats)]
+    assert len(kinds) >= 2
+    for kind in kinds:
+        assert {'mean', 'std'} <= set(kind.exact), kind
 
 
 # the weights that come with the library ----------------------------------------------------------
