@@ -5,6 +5,7 @@ import copy
 import json
 import math
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,6 +324,37 @@ def test_a_study_of_the_large_recipe(study, monkeypatch):
     (row,) = study()
     assert row['figures'] == scores == again
     assert row['config']['row'] == 'large recipe, small' and row['minutes'] >= 0
+
+
+def test_rows_by_name_and_what_is_missing(study, capsys):
+    "Of several configurations the newest; seeds in order; what is not there is told, not raised."
+    for steps, seed, dB in ((10, 0, 1.0), (20, 1, 3.0), (20, 0, 2.0)):
+        config = dict(data='d', row='a', steps=steps)
+        S.record_study('08_codebook', config, dict(dB=dB), 0, seed)
+    S.record_study('08_codebook', dict(data='other', row='b'), dict(dB=9.0), 0)
+    assert S.recorded(['a'], data='d') == {'a': [dict(dB=2.0), dict(dB=3.0)]}
+    assert capsys.readouterr().out == ''
+    assert list(S.recorded(['b', 'c', 'a'])) == ['b', 'a']
+    assert capsys.readouterr().out == 'not recorded yet: c\n'
+    assert S.recorded(['b'], data='d') == {}
+    assert capsys.readouterr().out == 'not recorded yet: b\n'
+
+
+def test_no_rows_at_all_are_told(study, capsys):
+    assert S.recorded(S.CURES, data='glyphs') == {}
+    assert all(name in capsys.readouterr().out for name in ('averages', 'revival'))
+
+
+def test_curves_of_three_seeds():
+    "The mean as a line, all seeds in the band."
+    seeds = [dict(step=[1, 2], dB=[20.0, 21 + k], active=[3, 4 + k]) for k in range(3)]
+    axes = S.plot_curves({'a': seeds, 'b': seeds[:1]}, 'title').axes
+    assert len(axes) == 2
+    lines = [line.get_ydata().tolist() for line in axes[0].lines]
+    assert lines == [[20.0, 22.0], [20.0, 21.0]]
+    heights = axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (20, 23)
+    plt.close('all')
 
 
 def test_swapped_names_change_the_weights_only():

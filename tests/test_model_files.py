@@ -213,6 +213,11 @@ def test_each_file_is_small_and_its_record_complete():
         assert dict(again, **{'class': M.name_of_class(model)}) == says
 
 
+def test_the_readme_of_the_data_names_each():
+    text = (ROOT / 'data/README.md').read_text(encoding='utf-8')
+    assert [name for name in M.pretrained_files() if f'`{name}`' not in text] == []
+
+
 def test_they_are_installed_too():
     "Not only where the library is worked on."
     tools = tomllib.loads((ROOT / 'pyproject.toml').read_text())['tool']
