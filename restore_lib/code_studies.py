@@ -13,7 +13,6 @@ __all__ = ['SMALL_ARTICLE', 'CURES', 'COMMITMENTS', 'recorded', 'codec_psnr', 't
 import copy
 import io
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -374,6 +373,8 @@ def plot_curves(
     names=dict(dB='dB on validation images', active='codes in use of a batch'),  # figure: title
 ):  # a figure
     "Figures over training: the mean of the seeds, and from the lowest to the highest."
+    import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, len(names), figsize=(7.8, 3.0), squeeze=False)
     for ax, (key, text) in zip(axes[0], names.items()):
         for name, seeds in curves.items():
