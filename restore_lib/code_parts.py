@@ -364,7 +364,7 @@ def plot_health(
     "Codes in use and perplexity over training, and use by rank; at most four lines read well."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(7.8, 2.7))
+    fig, axes = plt.subplots(1, 3, figsize=(7.8, 2.7), layout='constrained')
     for name, (history, counts) in runs.items():
         for ax, key in zip(axes, ('active', 'perplexity')):
             rows = [(r['step'], r[key]) for r in history if key in r]

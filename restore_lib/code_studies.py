@@ -375,7 +375,8 @@ def plot_curves(
     "Figures over training: the mean of the seeds, and from the lowest to the highest."
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(names), figsize=(7.8, 3.0), squeeze=False)
+    fig, axes = plt.subplots(1, len(names), figsize=(7.8, 3.0), squeeze=False,
+                             layout='constrained')
     for ax, (key, text) in zip(axes[0], names.items()):
         for name, seeds in curves.items():
             values, steps = np.array([f[key] for f in seeds]), seeds[0]['step']
