@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_tokens', 'check_tokens', 'check_indices', 'nearest_code', 'usage', 'all_reduce', 'from_first', 'code_sums',
-           'unit_vectors', 'kmeans', 'rotate_to', 'CodeVectors', 'start_codes', 'ready', 'revive_codes',
+           'unit_vectors', 'kmeans', 'rotate_to', 'CodeVectors', 'start_codes', 'ready', 'scale_counts', 'revive_codes',
            'CodebookHealth', 'ReconstructionGrid', 'plot_health']
 
 # %% ../nbs/appendix/code_parts.ipynb #code_parts-003
@@ -203,6 +203,7 @@ class CodeVectors(Flagged):
         self.register_buffer('counts', torch.ones(self.num_codes))
         self.register_buffer('sums', codes.detach().clone())
         self.register_buffer('started', torch.tensor(init != 'kmeans'))
+        self.scaled = True  # False: the counts are those of a start by more tokens than a batch's
 
     def vectors(self):
         "The codes as they are used: (num_codes, dim), of length 1 if cosine."
@@ -291,6 +292,18 @@ def ready(
 
 # %% ../nbs/appendix/code_parts.ipynb #code_parts-023
 @torch.no_grad()
+def scale_counts(
+    book,  # CodeVectors
+    counts,  # (num_codes,) of a batch
+):
+    "After a start by other tokens, counts and sums as large as one batch makes them: once."
+    if not book.scaled:
+        share = counts.sum()/book.counts.sum()
+        book.counts.mul_(share)
+        book.sums.mul_(share)
+        book.scaled = True
+
+
 def revive_codes(
     book,  # CodeVectors
     tokens,  # (n, dim) of the batch

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SMALL_ARTICLE', 'CURES', 'COMMITMENTS', 'recorded', 'codec_psnr', 'train_digit_codes', 'coded', 'train_digit_prior',
            'train_reader', 'nearest_distance', 'digit_scores', 'study_digits', 'colour_images', 'codec_lpips',
-           'train_colour_codes', 'palette_of_means', 'kmeans_of_patches', 'to_tiles', 'from_tiles', 'codec_scores',
-           'study_colour', 'study_article', 'study_cures', 'plot_curves', 'swapped', 'study_commitment', 'Blind',
-           'blind_weights', 'grey_crops', 'jpeg_curve', 'study_photos']
+           'free_loss', 'train_free_tokens', 'train_colour_codes', 'palette_of_means', 'kmeans_of_patches', 'to_tiles',
+           'from_tiles', 'codec_scores', 'study_colour', 'study_article', 'study_cures', 'plot_curves', 'swapped',
+           'study_commitment', 'Blind', 'blind_weights', 'grey_crops', 'jpeg_curve', 'study_photos']
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-003
 import copy
@@ -190,33 +190,60 @@ def codec_lpips(model, batch):
     return _judge[0](model(batch[0])[0].clamp(0, 1), batch[0])
 
 
+def free_loss(model, batch):
+    "The error of images drawn from tokens that no code replaces."
+    return F.mse_loss(model.draw(model.tokens(batch[0])), batch[0])
+
+
+def train_free_tokens(
+    model,  # a ViTCodebook
+    train,  # images (n, c, h, w)
+    steps,
+    batch=16,  # images a step
+    cbs=(),  # callbacks, such as Progress()
+):
+    "The same tokenizer, trained without codes; then codes by k-means of its tokens."
+    opt = torch.optim.AdamW(param_groups(model, 1e-3, weight_decay=0.0), betas=(0.9, 0.99))
+    data = DataLoader(TensorDataset(train), batch, shuffle=True)
+    learn = Learner(model, free_loss, data, opt=opt, sched=warmup_cosine(0.1, 0.5), cbs=cbs)
+    learn.fit_or_load('08_colour_free', dict(batch=batch), steps)
+    with torch.no_grad(), random_seeded(0):
+        tokens = torch.cat([model.tokens(part) for part in train[:3000].split(250)])
+        some = tokens.flatten(0, 1)
+        model.codebook.start(some[torch.randperm(len(some))[:30_000]])
+    return learn
+
+
 def train_colour_codes(
     name,  # of the run
     steps,
     start=None,  # a tokenizer to go on from; None: a new one
+    free=600,  # steps without codes before a new one gets them
     perceptual=0.0,  # weight of ST-LPIPS (VGG) in the loss
     codes=1024,  # how many
     width=16,  # numbers a code
     batch=16,  # images a step
-    lr=2e-3,  # at its highest
+    lr=1e-3,  # at its highest
     cbs=(),  # callbacks, such as Progress()
 ):
     "A Learner with a trained colour tokenizer; stopped, the same call goes on."
-    train, valid, _ = colour_images()
+    (train, valid, _), before = colour_images(), 0
     with random_seeded(0):
-        book = Codebook(codes, width, decay=0.98, revive=0.2*batch*64/codes)
+        book = Codebook(codes, width, decay=0.95, revive=0.2*batch*64/codes)
         model = vit_codebook_tiny(32, 4, 3, codebook=book, dim=96, depth=2)
-        with torch.no_grad():
-            book.start(model.tokens(train[:128]))
     if start is not None:
         model = copy.deepcopy(start).requires_grad_(True)
+    elif free:
+        before = train_free_tokens(model, train, free, batch, cbs).seconds
     loss = tokenizer_loss(st_lpips('vgg'), perceptual) if perceptual else None
     learn = codebook_learner(
         model, DataLoader(TensorDataset(train), batch, shuffle=True),
         DataLoader(TensorDataset(valid), 100), lr=lr, loss=loss,
         cbs=[Metrics(dB=codec_psnr, st_lpips=codec_lpips), *cbs])
     config = dict(codes=codes, width=width, batch=batch, name=name)
-    return learn.fit_or_load(f'08_colour_{name}', config, steps, max(1, steps//10))
+    learn.fit_or_load(f'08_colour_{name}', config, steps, max(1, steps//10))
+    learn.seconds += before
+    return learn
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-013
 def palette_of_means(train, x, k, patch=4):

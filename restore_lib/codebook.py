@@ -18,7 +18,8 @@ from torch import nn
 
 from .checks import check_images, check_number, check_whole
 from .code_parts import CodebookHealth, CodeVectors, all_reduce, as_tokens
-from .code_parts import check_indices, code_sums, ready, revive_codes, start_codes
+from .code_parts import check_indices, code_sums, ready, revive_codes
+from .code_parts import scale_counts, start_codes
 from .code_parts import kmeans as kmeans, nearest_code as nearest_code
 from .code_parts import rotate_to as rotate_to, unit_vectors, usage as usage
 from .learner import Learner, param_groups, warmup_cosine
@@ -107,6 +108,7 @@ class Codebook(CodeVectors):
     def start(self, tokens):  # (n, dim), or whatever forward takes
         "Codes by k-means from these tokens, such as those of several batches."
         start_codes(self, tokens)
+        self.scaled = False
 
 # %% ../nbs/08_codebook.ipynb #08-041
 @patch
@@ -118,6 +120,7 @@ def learn(self: Codebook,
 ) -> torch.Tensor:  # (num_codes,): how often each code was taken
     "A step of the moving averages; then codes that starve come back to life."
     counts, sums = code_sums(tokens, indices, self.num_codes)
+    scale_counts(self, counts)
     self.counts.lerp_(counts, 0.01 if self.decay is None else 1 - self.decay)
     if self.decay is not None:
         self.sums.lerp_(sums, 1 - self.decay)

@@ -562,6 +562,25 @@ def test_start():
 
 
 @pytest.mark.parametrize('decay', [None, 0.9])
+def test_codes_started_by_many_batches_move_and_revive_as_those_started_by_one(decay):
+    "The counts of a start by ten batches would hold the codes, and the dead ones, for long."
+    torch.manual_seed(3)
+    tokens, moved = torch.randn(1, 64, 4), torch.randn(1, 64, 4) + 2
+    books = [Codebook(8, 4, decay, revive=2.0).train() for _ in range(2)]
+    for book, batches in zip(books, (1, 10)):
+        torch.manual_seed(1)
+        book.start(tokens)
+        book.counts.mul_(batches)  # what as many batches give
+        book.sums.mul_(batches)
+        torch.manual_seed(2)
+        for _ in range(5):
+            book(moved)
+    assert close(books[0].codes, books[1].codes, 1e-4)
+    assert close(books[0].counts, books[1].counts, 1e-3)
+    assert books[1].counts.sum() < 80
+
+
+@pytest.mark.parametrize('decay', [None, 0.9])
 def test_fewer_tokens_than_codes(decay):
     book = Codebook(20, 4, decay, revive=1)
     before = held(book)
