@@ -483,6 +483,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'restore_lib/code_studies.py'),
                                           'restore_lib.code_studies.digit_scores': ( 'appendix/code_studies.html#digit_scores',
                                                                                      'restore_lib/code_studies.py'),
+                                          'restore_lib.code_studies.flat_share': ( 'appendix/code_studies.html#flat_share',
+                                                                                   'restore_lib/code_studies.py'),
                                           'restore_lib.code_studies.free_loss': ( 'appendix/code_studies.html#free_loss',
                                                                                   'restore_lib/code_studies.py'),
                                           'restore_lib.code_studies.from_tiles': ( 'appendix/code_studies.html#from_tiles',

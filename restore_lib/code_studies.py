@@ -6,8 +6,8 @@
 __all__ = ['SMALL_ARTICLE', 'CURES', 'COMMITMENTS', 'recorded', 'codec_psnr', 'train_digit_codes', 'coded', 'train_digit_prior',
            'train_reader', 'nearest_distance', 'digit_scores', 'study_digits', 'colour_images', 'codec_lpips',
            'free_loss', 'train_free_tokens', 'train_colour_codes', 'palette_of_means', 'kmeans_of_patches', 'to_tiles',
-           'from_tiles', 'codec_scores', 'study_colour', 'study_article', 'study_cures', 'plot_curves', 'swapped',
-           'study_commitment', 'Blind', 'blind_weights', 'grey_crops', 'jpeg_curve', 'study_photos']
+           'from_tiles', 'codec_scores', 'flat_share', 'study_colour', 'study_article', 'study_cures', 'plot_curves',
+           'swapped', 'study_commitment', 'Blind', 'blind_weights', 'grey_crops', 'jpeg_curve', 'study_photos']
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-003
 import copy
@@ -297,15 +297,28 @@ def codec_scores(x_hat, x):
             **{n: db[t].mean().item() for n, t in zip(names, thirds)}}
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-015
+def flat_share(
+    codes,  # (k, d)
+    directions=3,
+) -> float:
+    "Share of the codes' variance that lies in so many directions, the best ones."
+    strengths = torch.linalg.svdvals((codes - codes.mean(0)).float()).square()
+    return (strengths[:directions].sum()/strengths.sum()).item()
+
+
 def study_colour(steps=3000, more=500, save=True, cbs=()):
     "A colour tokenizer; then as many steps more with and without the perceptual term."
     train, _, test = colour_images()
     data = "cifar10(3000, 'train', 'tiles')"
     how = f'study_colour({steps}, {more}) of `code_studies`'
 
-    def keep(row, x_hat, minutes, more=0):
+    def keep(row, x_hat, minutes, more=0, **figures):
         config = dict(data='cifar10 tiles', row=row, codes=1024, steps=[steps, more])
-        record_study('08_codebook', config, codec_scores(x_hat, test), minutes)
+        record_study('08_codebook', config, codec_scores(x_hat, test) | figures, minutes)
+
+    def in_three(learn):
+        share = flat_share(learn.trained().codebook.codes)
+        return {'variance of the codes in 3 directions, %': 100*share}
 
     def judged(learn):
         with torch.no_grad():
@@ -316,11 +329,13 @@ def study_colour(steps=3000, more=500, save=True, cbs=()):
         save_pretrained(learn.trained(), name, how, 0, data, scores, round(minutes),
                         'Apache-2.0', steps=steps + more)
 
+    at_once = train_colour_codes('at_once', steps, free=0, cbs=cbs)
+    keep('codes at once', judged(at_once), at_once.seconds/60, **in_three(at_once))
     first = train_colour_codes('first', steps, cbs=cbs)
     start, minutes = first.trained(), first.seconds/60
     keep('means of patches', palette_of_means(train[:3000], test, 1024), 0)
     keep('k-means of patches', kmeans_of_patches(train[:3000], test, 1024), 0)
-    keep(f'tokenizer, {steps:,} steps', judged(first), minutes)
+    keep(f'tokenizer, {steps:,} steps', judged(first), minutes, **in_three(first))
     curve = [r for r in first.history if 'dB' in r]
     curve = {k: [round(r[k], 4) for r in curve] for k in ('step', 'dB', 'st_lpips')}
     config = dict(data='cifar10 tiles', row='curve', steps=steps)
