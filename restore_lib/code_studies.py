@@ -218,12 +218,12 @@ def train_colour_codes(
     name,  # of the run
     steps,
     start=None,  # a tokenizer to go on from; None: a new one
-    free=600,  # steps without codes before a new one gets them
     perceptual=0.0,  # weight of ST-LPIPS (VGG) in the loss
     codes=1024,  # how many
     width=16,  # numbers a code
     batch=16,  # images a step
     lr=1e-3,  # at its highest
+    free=600,  # steps without codes before a new one gets them
     cbs=(),  # callbacks, such as Progress()
 ):
     "A Learner with a trained colour tokenizer; stopped, the same call goes on."
@@ -343,7 +343,7 @@ def study_colour(steps=3000, more=500, save=True, cbs=()):
     if save:
         shipped(first, 'colour_codes', minutes)
     for name, row, weight in (('more', 'mse', 0.0), ('perceptual', 'mse and perceptual', 0.05)):
-        learn = train_colour_codes(name, more, start, weight, lr=5e-4, cbs=cbs)
+        learn = train_colour_codes(name, more, start, perceptual=weight, lr=5e-4, cbs=cbs)
         spent = minutes + learn.seconds/60
         keep(row, judged(learn), spent, more)
         if save and weight:
