@@ -6,7 +6,7 @@
 __all__ = ['labels_equal', 'few_labels', 'clipped', 'weak_augment', 'strong_augment', 'plain_view', 'Labelled', 'labelled',
            'make_head', 'Classifier', 'encoder_like', 'load_encoder', 'soft_cross_entropy', 'unmixed', 'mixer',
            'depth_groups', 'finetune', 'scaled_rate', 'predict', 'topk_correct', 'topk_accuracy', 'lars', 'probe_loss',
-           'linear_probe', 'knn_probe', 'exchange_rate']
+           'linear_probe', 'knn_probe', 'answers_between', 'exchange_rate']
 
 # %% ../nbs/07_transfer.ipynb #07-003
 import copy
@@ -21,8 +21,9 @@ from .audit import compare
 from .checkpoints import load_report
 from .checks import check_images, check_interval, check_number, check_whole
 from .knobs import Knobbed
-from .label_checks import check_as_many, check_classes, check_enough, check_fits
-from .label_checks import check_labels, check_same_form, check_targets
+from .label_checks import check_as_many, check_classes, check_enough, check_features
+from .label_checks import check_fits, check_labels, check_pool, check_same_form
+from .label_checks import check_smoothing, check_targets, labels_told
 from .learner import Learner, warmup_cosine
 from .patching import PixelStats, ViTEncoder, interpolate_pos_embed
 from .states import in_deployment
@@ -56,13 +57,9 @@ def few_labels(
     if per_class is not None:
         per_class = check_whole(per_class, 'per_class', 1)
     counts = check_enough(labels, per_class or 1, classes)
-    if per_class is None:
-        return torch.arange(len(labels))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]    # class by class, random inside a class
-    first = counts.cumsum(0) - counts                    # where each class begins
-    rank = torch.arange(len(labels)) - first[labels[order]]
-    return order[rank < per_class].sort().values
+    return torch.cat([ids[:per_class] for ids in order.split(counts.tolist())]).sort().values
 
 # %% ../nbs/07_transfer.ipynb #07-009
 def clipped(
@@ -71,6 +68,7 @@ def clipped(
     "Pixels from 0 to 1: bicubic resizing overshoots at edges."
     return x.clamp(0, 1)
 
+# %% ../nbs/07_transfer.ipynb #07-009a
 def weak_augment(
     size,              # side of the result, in pixels
     flip=False,        # mirror half of them? Right for photographs, wrong for digits and letters
@@ -97,6 +95,7 @@ def strong_augment(
     more = v2.RandAugment(ops, check_whole(magnitude, 'magnitude', 0, 30)), v2.RandomErasing(erase)
     return v2.Compose([weak_augment(size, flip, scale), *more])
 
+# %% ../nbs/07_transfer.ipynb #07-009c
 def plain_view(
     size,  # side of the result, in pixels
 ):         # (c, h, w) in [0, 1] -> (c, size, size)
@@ -115,8 +114,7 @@ class Labelled(Dataset):
         classes=None,    # how many classes there are; default as many as the folder has
         transform=None,  # function of (c, h, w), such as `strong_augment`
     ):
-        streams = isinstance(images, Dataset)
-        if streams:
+        if isinstance(images, Dataset):
             labels = torch.tensor(images.labels) if labels is None else labels
             classes = len(images.classes) if classes is None else classes
             if transform is None:
@@ -186,25 +184,13 @@ class Classifier(Knobbed, PixelStats):
         mean = getattr(encoder, 'mean', 0.5) if mean is None else mean
         std = getattr(encoder, 'std', 0.5) if std is None else std
         self.encoder = copy.deepcopy(getattr(encoder, 'encoder', encoder))
-        if pool not in ('mean', 'cls'):
-            raise ValueError(f"pool is {pool!r}; expected 'mean' or 'cls'")
-        if pool == 'cls' and self.encoder.cls_token is None:
-            raise ValueError("pool is 'cls', but the encoder has no class token")
-        self.pool, self.frozen, self.fc_norm = pool, False, nn.Identity()
-        self.classes = check_whole(classes, 'classes', 1)
+        self.pool, self.frozen = check_pool(pool, self.encoder), False
+        self.classes, self.fc_norm = check_whole(classes, 'classes', 1), nn.Identity()
         dim = self.encoder.patch_embed.out_features
         if head == 'linear' and pool == 'mean':
             self.encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(dim, eps=1e-6)
         self.head = make_head(head, dim, self.classes)
         self.set_stats(mean, std, self.encoder.channels)
-
-    def own_knobs(self):
-        "What decides the function, and no tensor's shape tells."
-        return dict(pool=self.pool, heads=[b.attn.heads for b in self.encoder.blocks[:1]])
-
-    def group_matcher(self, coarse=False):
-        "Which parameters are of which layer, as timm's `param_groups_layer_decay` asks."
-        return dict(stem=r'^encoder\.(?:cls_token|patch_embed)', blocks=r'^encoder\.blocks\.(\d+)')
 
 # %% ../nbs/07_transfer.ipynb #07-019b
 @patch
@@ -223,6 +209,7 @@ def forward(self: Classifier,
     pooled = tokens[:, 0] if self.pool == 'cls' else tokens[:, skip:].mean(1)
     return self.head(self.fc_norm(pooled))
 
+# %% ../nbs/07_transfer.ipynb #07-019c
 @patch
 def freeze(self: Classifier):
     "The encoder gets no gradient any more, and stays in evaluation mode whatever `train()` says."
@@ -230,6 +217,7 @@ def freeze(self: Classifier):
     self.frozen = True
     return self
 
+# %% ../nbs/07_transfer.ipynb #07-019d
 @patch
 def train(self: Classifier, mode=True):
     "Training mode, or not; a frozen encoder stays in evaluation mode."
@@ -237,6 +225,12 @@ def train(self: Classifier, mode=True):
     if self.frozen:
         self.encoder.eval()
     return self
+
+# %% ../nbs/07_transfer.ipynb #07-019e
+@patch
+def own_knobs(self: Classifier):
+    "What decides the function, and no tensor's shape tells."
+    return dict(pool=self.pool, heads=[b.attn.heads for b in self.encoder.blocks[:1]])
 
 # %% ../nbs/07_transfer.ipynb #07-021
 def encoder_like(
@@ -282,16 +276,16 @@ def soft_cross_entropy(
 ) -> torch.Tensor:  # a scalar
     """Cross-entropy with smoothed or mixed targets (Szegedy et al. 2016).
     ValueError for labels, probabilities or a smoothing out of range."""
-    if not 0 <= smoothing < 1:
-        raise ValueError(f'smoothing is {smoothing}; expected 0 to below 1')
+    check_smoothing(smoothing)
     check_targets(targets, logits)
     return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
-# %% ../nbs/07_transfer.ipynb #07-025
+# %% ../nbs/07_transfer.ipynb #07-024c
 def unmixed(imgs, labels):
     "Images and labels as they are."
     return imgs, labels
 
+# %% ../nbs/07_transfer.ipynb #07-025
 def mixer(
     classes,     # how many
     mixup=0.8,   # alpha of the Beta distribution that the blend is drawn from; 0 for none
@@ -304,6 +298,12 @@ def mixer(
     both = (v2.MixUp, mixup), (v2.CutMix, cutmix)
     ways = [way(alpha=alpha, num_classes=classes) for way, alpha in both if alpha]
     return v2.RandomChoice(ways) if ways else unmixed
+
+# %% ../nbs/07_transfer.ipynb #07-027b
+@patch
+def group_matcher(self: Classifier, coarse=False):
+    "Which parameters are of which layer, as timm's `param_groups_layer_decay` asks."
+    return dict(stem=r'^encoder\.(?:cls_token|patch_embed)', blocks=r'^encoder\.blocks\.(\d+)')
 
 # %% ../nbs/07_transfer.ipynb #07-028
 def depth_groups(
@@ -339,13 +339,12 @@ def finetune(
     if model.frozen:
         raise ValueError('model has a frozen encoder (a probe was trained on it); '
                          'expected a new Classifier')
-    if not 0 <= smoothing < 1:
-        raise ValueError(f'smoothing is {smoothing}; expected 0 to below 1')
+    check_smoothing(smoothing)
     warmup, classes = check_number(warmup, 'warmup', 0, 1), model.classes
     mixer(classes, mixup, cutmix)                       # refuses wrong numbers before training
     lr = scaled_rate(blr, train, options)
-    def loss_fn(model, batch):                          # holds plain numbers only: a run is
-        if not model.training:                          # known by them
+    def loss_fn(model, batch):      # a checkpoint tells runs apart by the numbers used in here
+        if not model.training:
             return soft_cross_entropy(model(batch[0]), batch[1])
         imgs, targets = mixer(classes, mixup, cutmix)(*batch)
         return soft_cross_entropy(model(imgs), targets, smoothing)
@@ -397,6 +396,7 @@ def topk_correct(
     labels = check_labels(labels, logits.shape[1])
     return (logits.topk(k, 1).indices == labels[:, None]).any(1).float()
 
+# %% ../nbs/07_transfer.ipynb #07-031c
 def topk_accuracy(logits, labels, k=1) -> float:
     "The share of `topk_correct`; ValueError for no image."
     if not len(logits):
@@ -423,11 +423,12 @@ def lars(
     groups = [g for g in groups if g['params']]
     return Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust)
 
-# %% ../nbs/07_transfer.ipynb #07-042
+# %% ../nbs/07_transfer.ipynb #07-042a
 def probe_loss(model, batch):
     "Plain cross-entropy."
     return soft_cross_entropy(model(batch[0]), batch[1])
 
+# %% ../nbs/07_transfer.ipynb #07-042
 def linear_probe(
     model,        # a Classifier, head 'bn'; its encoder is frozen here
     train,        # DataLoader of (imgs, labels), such as `labelled` with `weak_augment`
@@ -457,8 +458,7 @@ def knn_probe(
     classes = check_classes(classes, train_labels)
     check_labels(train_labels, classes, 'train_labels')
     check_as_many(train_features, train_labels, ('train_features', 'train_labels'))
-    if not torch.isfinite(train_features).all() or not torch.isfinite(test_features).all():
-        raise ValueError('train_features or test_features holds values that are NaN or infinite')
+    check_features(train_features, test_features, names=('train_features', 'test_features'))
     k = check_whole(k, 'k', 1, len(train_features))
     if temperature is not None:
         temperature = check_number(temperature, 'temperature', above=0)
@@ -471,33 +471,39 @@ def knn_probe(
     shares = votes.new_zeros(len(near), classes).scatter_add_(1, labels, votes)
     return shares/shares.sum(1, keepdim=True)
 
+# %% ../nbs/07_transfer.ipynb #07-060a
+def answers_between(
+    measured,    # {labels of each class: (seeds, images) 1 where right}
+    between=12,  # numbers of labels from one measured number to the next
+) -> dict:       # the same, at more numbers of labels
+    "Each image's answer, 0 to 1, on a straight line over log(labels)."
+    numbers, found = sorted(measured), {}
+    for a, b in zip(numbers, numbers[1:]):
+        for share in (k/between for k in range(between)):
+            lerp = torch.lerp(measured[a].double(), measured[b].double(), share)
+            found[a*(b/a)**share] = lerp
+    return {**found, numbers[-1]: measured[numbers[-1]].double()}
+
 # %% ../nbs/07_transfer.ipynb #07-060
 def exchange_rate(
-    few,        # (seeds, images) 1 where right: few labels, with pretraining
-    without,    # {labels of each class: (seeds, images)}: without
-    level=0.95, # of the interval
-    between=12, # numbers of labels tried between two measured ones
-    n_boot=1000,  # resamples of seeds and images at each
-) -> Report:    # `.labels`, `.interval`: inf is more than the largest number that was measured
-    """How many labels without pretraining do what few do with it: those that `compare` does not
-    tell apart. Images and seeds are resampled; between numbers answers follow log(labels)."""
-    numbers = sorted(without)
-    if len(numbers) < 2:
-        raise ValueError(f'without holds {len(numbers)} numbers of labels; expected two at least')
-    tried = {}
-    for a, b in zip(numbers, numbers[1:]):
-        for k in range(between + (b == numbers[-1])):
-            share = k/between
-            right = torch.lerp(without[a].double(), without[b].double(), share)
-            tried[a*(b/a)**share] = compare(few, right, level=level, n_boot=n_boot)
-    open_ = [n for n, r in tried.items() if r.interval[0] <= 0 <= r.interval[1]]
-    above = [n for n, r in tried.items() if r.interval[0] > 0]
-    means = {n: right.mean().item() for n, right in without.items()}
-    labels = labels_equal(few.mean().item(), means)
-    low = min(open_, default=max(above, default=numbers[0]))
-    high = max(open_, default=labels)
-    high = float('inf') if numbers[-1] in above + open_ else high
-    text = f'{labels:.0f}' if labels < float('inf') else f'more than {numbers[-1]}'
-    row = dict(labels=text, low=low, high=high, largest=float(numbers[-1]))
-    return Report(low > 0, f'as good as {text} labels of each class', [row],
+    few,          # (seeds, images) 1 where right: few labels, with pretraining
+    without,      # {labels of each class: (seeds, images)}: without
+    level=0.95,   # of the interval
+    between=12,   # as in `answers_between`
+    n_boot=400,   # resamples of seeds and images at each number
+) -> Report:      # `.labels`; `.interval`: from 0 and to inf lie beyond what was measured
+    "How many labels without pretraining do what few do with it: those not told apart from it."
+    if len(without) < 2:
+        raise ValueError(f'without holds {len(without)} numbers of labels; expected two at least')
+    less, equal, more = [], [], []
+    for n, right in answers_between(without, between).items():
+        low, high = compare(few, right, level=level, n_boot=n_boot).interval
+        (less if low > 0 else more if high < 0 else equal).append(n)
+    most = max(without)
+    labels = labels_equal(few.mean().item(), {n: t.mean().item() for n, t in without.items()})
+    low = 0.0 if min(without) in equal + more else min(equal, default=max(less))
+    high = float('inf') if most in equal + less else max(equal, default=min(more))
+    told, *ends = (labels_told(n, without) for n in (labels, low, high))
+    row = {'labels': told, 'from': ends[0], 'to': ends[1]}
+    return Report(low > 0, f'as good as {told} labels of each class', [row],
                   labels=labels, interval=(low, high))

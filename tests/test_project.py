@@ -91,6 +91,7 @@ ALLOWED = {
     'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
     'mae_training': {'data', 'learner', 'mae'},  # so does this
     'label_study': {'data', 'mae', 'transfer'},  # the long study of lesson 07
+    'label_curves': {'audit', 'transfer'},  # and how it is read
     'code_parts': {'patching'},
     'tokenizers': {'codebook'},
     'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too

@@ -16,6 +16,7 @@ from restore_lib.patching import ViTEncoder, interpolate_pos_embed, sincos_pos_e
 from restore_lib.transfer import (
     Classifier,
     Labelled,
+    answers_between,
     depth_groups,
     encoder_like,
     exchange_rate,
@@ -882,9 +883,33 @@ def test_bicubic_resizing_stays_between_0_and_1(make):
     assert out.shape == (10, 3, 50, 50) and 0 <= out.min() and out.max() <= 1
 
 
-def test_weak_augment_is_bicubic_and_cuts_what_is_asked_for():
-    crop = weak_augment(224, True, (0.2, 1.0)).transforms[0]
+def test_augmentations_are_those_of_torchvision_with_the_numbers_asked_for():
+    crop, _, flip = weak_augment(224, True, (0.2, 1.0)).transforms
+    assert type(crop).__name__ == 'RandomResizedCrop' and crop.size == (224, 224)
     assert crop.interpolation.value == 'bicubic' and crop.scale == (0.2, 1.0)
+    assert type(flip).__name__ == 'RandomHorizontalFlip' and flip.p == 0.5
+    weak, ops, erase = strong_augment(224, True, (0.08, 1.0), 2, 9, 0.25).transforms
+    assert [type(t).__name__ for t in weak.transforms] == [
+        type(t).__name__ for t in weak_augment(224, True).transforms
+    ] and weak.transforms[0].scale == (0.08, 1.0)
+    assert type(ops).__name__ == 'RandAugment' and (ops.num_ops, ops.magnitude) == (2, 9)
+    assert type(erase).__name__ == 'RandomErasing' and erase.p == 0.25
+
+
+def test_a_folder_is_mixed_when_it_is_finetuned(folder, monkeypatch):
+    from restore_lib import transfer
+
+    seen = []
+    monkeypatch.setattr(
+        transfer,
+        'soft_cross_entropy',
+        lambda z, t, s=0.0: seen.append((t, s)) or soft_cross_entropy(z, t, s),
+    )
+    train = labelled(folder, transform=strong_augment(14, True, (0.08, 1.0)), batch=4)
+    finetune(Classifier(ViTEncoder(14, 7, 16, 1, 2), 2), train).fit(2)
+    for targets, smoothing in seen:  # probabilities, blended; smoothed by the loss
+        assert targets.shape == (4, 2) and smoothing == 0.1
+        assert torch.allclose(targets.sum(1), torch.ones(4))
 
 
 # what no shape tells ------------------------------------------------------------------------------
@@ -940,6 +965,26 @@ def test_exchange_rate_finds_the_number_and_its_interval():
     assert r.labels == pytest.approx(100 * 8**0.5, rel=0.2)
 
 
+def test_the_interval_covers_seeds_as_well_as_images():
+    "Seeds that lie apart widen it; the means, and the mean answer to each image, are the same."
+    apart = torch.cat([coin(0.6, 1), coin(0.7, 1), coin(0.8, 1)])
+    without = {5: coin(0.3), 20: coin(0.5), 100: coin(0.6), 800: coin(0.8), 6400: coin(0.95)}
+
+    def width(few):
+        low, high = exchange_rate(few, without).interval
+        return high - low
+
+    assert width(apart) > 2 * width(coin(0.7))
+
+
+def test_answers_between_follow_the_log():
+    measured = {10: torch.tensor([[0.0, 1, 0, 1]]), 1000: torch.tensor([[1.0, 1, 0, 0]])}
+    found = answers_between(measured, 2)
+    assert [round(n) for n in found] == [10, 100, 1000]
+    assert list(found.values())[1].tolist() == [[0.5, 1, 0, 0.5]]
+    assert torch.equal(found[1000].float(), measured[1000])
+
+
 def test_exchange_rate_beyond_what_was_measured():
     without = {20: coin(0.5), 100: coin(0.6)}
     r = exchange_rate(coin(0.9), without)
@@ -947,7 +992,10 @@ def test_exchange_rate_beyond_what_was_measured():
     assert 'more than 100' in r.says
     r = exchange_rate(coin(0.6), without)  # reached, but not told apart at the end
     assert 20 < r.interval[0] < 100 and r.interval[1] == float('inf')
+    r = exchange_rate(coin(0.51), without)  # above the fewest labels, but not told apart from them
+    assert 20 < r.labels < 100 and r.interval[0] == 0 and r.rows[0]['from'] == '20 or fewer'
+    assert not r and r.interval[1] < 100
     r = exchange_rate(coin(0.2), without)  # worse than the fewest labels
-    assert r.labels == 20 and r.interval[1] == 20
+    assert r.labels == 20 and r.interval == (0, 20) and r.rows[0]['labels'] == '20 or fewer'
     with pytest.raises(ValueError, match='without holds 1 numbers'):
         exchange_rate(coin(0.6), {20: coin(0.5)})
