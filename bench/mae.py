@@ -2,15 +2,15 @@
 from the same weights, with one thread and with two; asked: a ratio of at least 1.1, and a peak of
 memory that is at most the peer's.
 
-On a busy machine read the one-thread rows and the ratio of work (processor time); a single turn of
-two threads says little. Beside ten other processes the tiny step had, at nice 5: one thread 1.12 by
-the clock and 1.09 in work; two threads 1.10 and 1.11, but turns from 0.87 to 1.11. The reason is
-threads, not allocation: in a step two threads wait for each other about 1,000 times (ours 1,025
-voluntary switches, the peer 1,125), and wherever another process has the core the wait lasts a
-slice of the scheduler, whosever turn it is. Without GOMP_SPINCOUNT, which make sets, they spin
-while they wait and take the core from the one that is waited for: the same twelve steps did not end
-within five minutes. Memory that is given back and taken again costs ours less (1,113 page faults a
-step, the peer 1,543), and neither any with make's MALLOC_ settings and one thread."""
+On a busy machine read the one-thread rows and the ratio of work (processor time): a single turn of
+two threads says little. Beside some ten other processes, at nice 5 and with make's settings, the
+tiny step had 1.12 by the clock and 1.09 in work with one thread, 1.10 and 1.11 with two, but single
+turns of two threads from 0.87 to 1.11. Threads are the reason, not allocation: in a step two
+threads wait for each other about 1,000 times (voluntary switches: ours 1,025, the peer 1,125), and
+where another process has the core, a wait lasts a slice of the scheduler, whosever turn it is.
+Without GOMP_SPINCOUNT they also spin while they wait; bench/quiet.py measures what that costs. Page
+faults are fewer on our side: with glibc's defaults 1,113 a step, the peer 1,543; with make's none
+on either side in one thread."""
 
 from importlib.util import find_spec
 

@@ -458,7 +458,8 @@ def against(
         raise ValueError(f'no row has {key}={reference!r}; there are {", ".join(runs) or "none"}')
     unit, form = ('dB', '+.2f') if figure == 'dB' else ('%', '+.1f')
     start, found = runs[reference], []
-    for name, own in runs.items():
+    for name in sorted(runs, key=lambda name: name != reference):      # it comes first
+        own = runs[name]
         common = sorted(own.keys() & start.keys())
         if not common:
             continue
