@@ -23,11 +23,11 @@ from restore_lib.mae import (
     mae_vit_base,
     mae_vit_huge,
     mae_vit_large,
-    mask_pixels,
     masked_psnr,
     pretrainer,
     reconstruct,
 )
+from restore_lib.mae_parts import MASKINGS, mask_pixels, windows
 from restore_lib.patching import (
     ViTEncoder,
     block_masking,
@@ -844,7 +844,7 @@ def test_two_batches_a_step_equal_one_of_twice_the_size(monkeypatch):
         visible = tokens.gather(1, ids.argsort(1)[:, :keep, None].expand(-1, -1, tokens.shape[2]))
         return visible, (ids >= keep).float(), ids
 
-    monkeypatch.setitem(M.MASKINGS, 'block', same)
+    monkeypatch.setitem(MASKINGS, 'block', same)
     models = []
     for batch, accumulate in ((8, 1), (4, 2)):
         models.append(fresh())
@@ -1652,11 +1652,11 @@ def test_a_fainter_image_is_drawn_alike():
 
 def test_windows_hold_a_patch_and_its_surroundings():
     x = torch.rand(2, 3, 12, 8)
-    got = M.windows(x, 4, 2)
+    got = windows(x, 4, 2)
     padded = F.pad(x, (2,) * 4, mode='replicate')
     assert torch.equal(got[:, 3].reshape(2, 3, 8, 8), padded[:, :, 4:12, 4:12])
     assert torch.equal(
-        M.windows(x, 4, 0).reshape(2, 6, 3, 16).transpose(2, 3).reshape(2, 6, 48), patchify(x, 4)
+        windows(x, 4, 0).reshape(2, 6, 3, 16).transpose(2, 3).reshape(2, 6, 48), patchify(x, 4)
     )
 
 
@@ -1711,6 +1711,75 @@ def test_the_decoder_knows_places():
     model.decoder_pos_embed.zero_()
     _, pred, _ = model(x, generator=gen(), whole=False)
     assert torch.allclose(pred, pred[:, :1].expand_as(pred), atol=1e-4)
+
+
+# its four changes, one away at a time -------------------------------------------------------------
+
+
+def ablated(*lacks):
+    from restore_lib.mae_training import Ablated
+
+    return shake(Ablated(**FILLING, sweeps=3, ring=2, lacks=lacks), 0.1)
+
+
+@pytest.mark.parametrize('lacks', [[], ['filling'], ['told'], ['statistics'], ['dB']])
+def test_without_a_change_it_still_reads_visible_pixels_alone(lacks):
+    model, x = ablated(*lacks), torch.rand(2, 3, 24, 24)
+    drawn, mask = reconstruct(model, x, generator=gen())
+    other = torch.where(mask_pixels(mask, 4, 24) > 0, torch.rand_like(x), x)
+    again = reconstruct(model, other, paste=False, generator=gen())[0]
+    gone = mask_pixels(mask, 4, 24).expand_as(x) > 0
+    assert torch.equal(again[gone], drawn[gone])
+
+
+def test_each_name_takes_its_own_change_away():
+    from restore_lib.mae_training import Ablated
+
+    x = 0.3 + 0.4 * torch.rand(2, 3, 24, 24)
+    start = Ablated(**FILLING, sweeps=3, lacks=['filling'])
+    drawn, mask = reconstruct(start, x, generator=gen())
+    assert torch.allclose(drawn, M.inpaint_mean(x, 1 - mask_pixels(mask, 4, 24)), atol=1e-6)
+    untold = ablated('told')
+    untold(x, generator=gen())[0].backward()
+    assert untold.filling_embed.weight.grad is None
+    loss, pred, mask = ablated('dB')(x, generator=gen())
+    by_hand = removed_mse(M.unpatchify(pred, 4, 24), x, mask).mean()
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    fixed = ablated('statistics')
+    one, faint = (reconstruct(fixed, y, generator=gen())[0] for y in (x, 0.3 + 0.4 * x))
+    assert not torch.allclose(0.3 + 0.4 * one, faint, atol=0.01)
+
+
+def study_row(name, seed, values, figure='dB'):
+    return dict(config=dict(knob=name), seed=seed, figures={figure: values})
+
+
+def test_rows_are_compared_over_the_seeds_that_both_have():
+    from restore_lib.audit import compare
+    from restore_lib.mae_training import against
+
+    g = gen()
+    runs = {(n, s): (20 + torch.rand(30, generator=g)).tolist() for n in 'ab' for s in range(4)}
+    kept = [('b', 3), ('a', 2), ('b', 0), ('a', 0), ('b', 2), ('a', 3), ('a', 1)]
+    rows = [study_row(n, s, runs[n, s]) for n, s in kept]
+    reference, other = against(rows, 'knob', 'a')
+    assert reference['seeds'] == 4 and other['seeds'] == 3 and 'told apart' not in reference
+    own, base = ([runs[n, s] for s in (0, 2, 3)] for n in 'ba')
+    report = compare(own, base, paired_seeds=True)
+    assert other['difference'] == report.difference
+    assert other['told apart'] == ('yes' if report else 'no')
+
+
+def test_two_seeds_tell_nothing_apart_and_answers_count_in_percent():
+    from restore_lib.mae_training import against
+
+    read = {'a': '0011', 'b': '1111'}
+    rows = [study_row(n, s, read[n], 'right') for s in range(2) for n in read]
+    rows.append(dict(config=dict(filling='smooth'), seed=0, figures={}))
+    base, other = against(rows, 'knob', 'a', 'right')
+    assert (base['%'], other['%'], other['told apart']) == (50, 100, 'too few seeds')
+    with pytest.raises(ValueError, match='there are a, b'):
+        against(rows, 'knob', 'c', 'right')
 
 
 # the weights of the library -----------------------------------------------------------------------

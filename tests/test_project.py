@@ -89,7 +89,8 @@ ALLOWED = {
     'plots': {'metrics'},
     'ladder': {'metrics'},
     'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
-    'mae_training': {'data', 'learner', 'mae'},  # so does this
+    'mae_training': {'audit', 'data', 'learner', 'mae', 'patching'},  # so does this
+    'mae_parts': {'patching'},
     'label_study': {'data', 'mae', 'transfer'},  # the long study of lesson 07
     'label_curves': {'audit', 'transfer'},  # and how it is read
     'code_parts': {'patching'},
