@@ -6,7 +6,7 @@ import torch
 
 from restore_lib import label_curves
 from restore_lib.label_checks import labels_told
-from restore_lib.label_curves import LabelCurves, gain_of, ladder_of, rate_of, rates_of
+from restore_lib.label_curves import LabelCurves, gain_of, ladder_of, rate_of, exchange_rates
 from restore_lib.label_study import POINTS, packed
 
 IMAGES = 400
@@ -58,7 +58,7 @@ def test_curves_have_a_row_for_each_seed(study):
 
 def test_both_readings_of_every_set_with_rows(study, monkeypatch):
     monkeypatch.setattr(label_curves, 'rate_of', lambda curves, *steps: (curves.source, steps))
-    assert rates_of() == {
+    assert exchange_rates() == {
         ('glyphs', 'labelled steps'): ('glyphs', (3000, 3000)),
         ('glyphs', 'all steps'): ('glyphs', (1000, 3000)),
         ('MNIST', 'labelled steps'): ('MNIST', (3000, 3000)),
