@@ -11,6 +11,9 @@ setup(
     description=s['description'],
     python_requires=f">={s['min_python']}",
     install_requires=s['requirements'].split(),
-    extras_require={'dev': s['dev_requirements'].split()},
+    extras_require={
+        'dev': s['dev_requirements'].split(),
+        'bm3d': s['bm3d_requirements'].split(),  # free for non-commercial use only
+    },
     entry_points={'console_scripts': s['console_scripts'].split()},
 )

@@ -314,6 +314,8 @@ def check_writable(
         raise ValueError(f'{path} is a folder; expected the name of a file')
     if not os.path.isdir(folder):
         raise ValueError(f'{folder} is no folder; expected one that exists')
+    if os.path.exists(path) and not os.stat(path).st_mode & 0o222:     # a superuser could write it
+        raise ValueError(f'{path} is read-only; expected another name')
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -669,7 +671,7 @@ def run_command(
     name,      # of the command; its messages begin with it
     image,     # the file to read
     out,       # the file to write; its ending chooses the format
-    prepare,   # prepare(say) -> work, scale, words: loads what is needed once the image is open
+    prepare,   # prepare(x, say) -> work, scale, words: loads what the open image needs
 ):             # the shell's exit status: 0, or 2 after a message
     """What a command does around `work(x (1, c, h, w))`, whose result is `scale` times as large:
     reads, tries the output before the work, writes whole or not at all, never over its input.
@@ -681,7 +683,7 @@ def run_command(
     try:
         with _as_refusals():
             x, kept = open_image(image, say)
-            work, scale, words = prepare(say)
+            work, scale, words = prepare(x, say)
             check_output(out, kept, [scale*n for n in x.shape[:1:-1]], image, say)
         done = work(x)
         with _as_refusals():

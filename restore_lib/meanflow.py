@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BRIDGES', 'straight_path', 'draw_times', 'FlowLoss', 'adaptive_weight', 'FlowMatching', 'Regression', 'MeanFlow',
            'Folded', 'FlowStep', 'RawError', 'flow_learner', 'grey_share', 'hole_psnr', 'diversity', 'Bridge',
-           'ShiftFlow', 'Restorer']
+           'ShiftFlow', 'FlowRestorer']
 
 # %% ../nbs/20_meanflow.ipynb #20-003
 import math, re
@@ -270,7 +270,7 @@ class Folded(Knobbed):
 
 # %% ../nbs/20_meanflow.ipynb #20-023
 class FlowStep:
-    """The loss for a Learner, from batches of clean x or (x, label), x (b, c, h, w) in [0, 1]: of a Restorer, with x degraded anew each time,
+    """The loss for a Learner, from batches of clean x or (x, label), x (b, c, h, w) in [0, 1]: of a FlowRestorer, with x degraded anew each time,
     or without `degrade` of a flow that makes pictures from noise. Remembers the last `FlowLoss`."""
     def __init__(self,
         degrade=None,  # x -> y, or (y, mask)
@@ -299,9 +299,9 @@ class RawError(Callback):
             self.seen = []
 
 def flow_learner(
-    flow,          # FlowMatching, MeanFlow or Regression, or a Restorer
+    flow,          # FlowMatching, MeanFlow or Regression, or a FlowRestorer
     data,          # map-style data set of x (c, h, w) in [0, 1], or of (x, label)
-    degrade=None,  # x -> y, or (y, mask), for a Restorer
+    degrade=None,  # x -> y, or (y, mask), for a FlowRestorer
     batch=32, lr=2e-3, seed=0,
     ema=0.99,      # decay of the averaged weights, which validation and `trained` use; 0 for none
     cbs=(),        # further callbacks
@@ -426,7 +426,7 @@ class ShiftFlow(Knobbed):
         with in_deployment(self): return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
 
 # %% ../nbs/20_meanflow.ipynb #20-034
-class Restorer(Knobbed):
+class FlowRestorer(Knobbed):
     "A flow from degraded to clean pictures: restorer(y, x, mask) is the training loss, restorer(y, mask=mask, steps=n) a picture, not clipped; y, x (b, c, h, w) in [0, 1]."
     def __init__(self,
         flow,    # FlowMatching, MeanFlow, Regression or ShiftFlow, on values in [-1, 1]

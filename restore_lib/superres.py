@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sr_pairs', 'unsharp', 'detail_scores', 'LatentSR', 'SRLoss', 'Buckets', 'SRConfig', 'make_sr', 'sr_learner',
-           'superresolve', 'train_superres', 'superres_image']
+           'superresolve', 'train_superres']
 
 # %% ../nbs/15_superres.ipynb #15-002
 import hashlib, os
@@ -28,11 +28,11 @@ from .diffusion import Loss, ResidualShift, WEIGHTS
 from .draws import StepNoise
 from .files import whole_file
 from restore_lib.image_files import (
-    check_writable, in_strips, opened_image, planes_of, run_command, tiled,
+    check_writable, in_strips, opened_image, planes_of, tiled,
 )
 from .learner import Callback, EMA, Learner, Metrics, warmup_cosine
 from .metrics import psnr
-from .model_files import constructor_arguments, load_model, save_model
+from .model_files import constructor_arguments, save_model
 from .realworld import second_order
 from .states import in_deployment, random_seeded, seed_all
 from .unet import SwinUNet
@@ -525,7 +525,7 @@ def train_superres(args=None) -> int:  # the command line's words -> the shell's
         learn = sr_learner(model, train, held, **options)
         learn.fit_or_load('15_cli', dict(config=asdict(c), **files), c.steps, max(1, c.steps//20))
         if learn.acc.is_main_process:
-            says = dict(data=Path(data).name, **learn.metrics)
+            says = dict(task=f'x{c.scale}', data=Path(data).name, **learn.metrics)
             with whole_file(out) as part: save_model(learn.trained(), part, **says)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f'train_superres: {error}', file=sys.stderr)
@@ -533,24 +533,3 @@ def train_superres(args=None) -> int:  # the command line's words -> the shell's
     if learn.acc.is_main_process:
         print(f'{out}: {learn.step} steps' + ''.join(f', {k} {v:.2f}' for k, v in learn.metrics.items()))
     return 0
-
-def superres_image(args=None) -> int:  # the command line's words -> the shell's exit status
-    "The command `superres_image in.png out.png --weights FILE --steps 1`; never writes over its input."
-    import argparse
-    p = argparse.ArgumentParser(
-        'superres_image', description='Enlarges a picture by a model of lesson 15.')
-    p.add_argument('image')
-    p.add_argument('out')
-    p.add_argument('--weights', required=True, help='a file by train_superres or save_model')
-    p.add_argument('--steps', type=int, default=1, help=(
-        '1 for the least squared error, more for more detail'))
-    p.add_argument('--seed', type=int, default=0)
-    a = p.parse_args(args)
-
-    def prepare(say):
-        model, _ = load_model(a.weights, 'superres.LatentSR')
-        if model.process is not None:
-            model.process.subsequence(a.steps)             # ValueError before the work
-        return (lambda x: superresolve(model, x, a.steps, a.seed)), model.scale, ''
-
-    return run_command('superres_image', a.image, a.out, prepare)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Degradation', 'first_stage_loss', 'first_stage_learner', 'ResidualEncoder', 'FiLM', 'ConditionalBlock',
            'ConditionalDecoder', 'TwoStageDMAE', 'fourier_residual', 'PatchCritic', 'gradient_balance', 'Adversary',
-           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore', 'restore_image']
+           'two_stage_loss', 'ShareSchedule', 'two_stage_learner', 'restore']
 
 # %% ../nbs/10_two_stage.ipynb #10-003
 import copy
@@ -24,11 +24,11 @@ from restore_lib.degrade import (
     Mixture, bicubic_down, bicubic_up, block_mask, gaussian, gaussian_blur, rain,
     salt_and_pepper,
 )
-from .image_files import opened_image, planes_of, run_command, tiled
+from .image_files import opened_image, planes_of, tiled
 from .learner import Callback, Learner, Metrics, param_groups, warmup_cosine
 from .mae import pretrainer
 from .metrics import psnr
-from .model_files import constructor_arguments, load_model, pretrained
+from .model_files import constructor_arguments
 from .patching import Block, ViTEncoder, sincos_pos_embed, unpatchify
 from .states import in_deployment
 
@@ -463,72 +463,3 @@ def restore(
     with in_deployment(model):
         out = tiled(last_image, planes, size, overlap, batch, tqdm if progress else None)
     return back(together(out.to(x)))
-
-# %% ../nbs/10_two_stage.ipynb #10-069
-_KIND = 'two_stage.TwoStageDMAE'         # what the command restores with
-
-def _weights_for(task, sigma):
-    "The name of the weights for a task; ValueError says which there are."
-    have = {name: says for name, says in pretrained().items() if says['class'] == _KIND}
-
-    def fits(says):
-        level = says.get('sigma')
-        near = level is None or sigma is None or abs(255*level - sigma) < 0.5
-        return says.get('task') == task and near
-
-    def words(task, sigma):
-        return f'--task {task}' + (f' --sigma {sigma:g}' if sigma else '')
-
-    found = [name for name, says in have.items() if fits(says)]
-    if found:
-        return found[0]
-    kinds = ', '.join(words(s['task'], 255*(s.get('sigma') or 0)) for s in have.values())
-    raise ValueError(
-        f'no weights for {words(task, sigma)}; there are weights for: {kinds or "nothing"}. '
-        'Others can be trained with lesson 10 and given with --weights FILE')
-
-def _check_words(task, sigma, says):
-    "ValueError where --task or --sigma contradict what a file of weights says that it is for."
-    trained_task, trained = says.get('task'), says.get('sigma')
-    if task is not None and trained_task is not None and task != trained_task:
-        raise ValueError(f'--task is {task}; the weights are for {trained_task} (leave it out)')
-    if sigma is not None and trained and abs(255*trained - sigma) >= 0.5:
-        level = f'{255*trained:g}'
-        raise ValueError(f'--sigma is {sigma:g}; the weights are for {level} (leave it out)')
-
-def _parser():
-    import argparse
-    parser = argparse.ArgumentParser('restore_image', description=(
-        'Restores a photograph of any size, grey or colour, by a two-stage network (lesson 10).'))
-    add = parser.add_argument
-    add('image', help='the photograph, in any format that Pillow reads')
-    add('out', help='where to write; the ending chooses the format')
-    add('--task', help='what is to be undone (default: denoise)')
-    add('--sigma', type=float, help=(
-        'for denoise: the level of the noise, in grey levels of 0 to 255'))
-    add('--weights', help=(
-        'a file by save_model, instead of the weights that come with the library'))
-    add('--quiet', action='store_true', help='no progress bar')
-    return parser
-
-def restore_image(
-    args=None,    # list of words; default the command line's
-) -> int:         # the shell's exit status: 0, or 2 after a message
-    """The command `restore_image in.png out.png --task denoise --sigma 25`: a photograph in, its
-    restored version out; never writes over its input."""
-    a = _parser().parse_args(args)
-
-    def prepare(say):
-        sigma = None if a.sigma is None else check_number(a.sigma, '--sigma', 0)
-        model, says = load_model(a.weights or _weights_for(a.task or 'denoise', sigma), _KIND)
-        _check_words(a.task, sigma, says)
-        task, level = says.get('task', '?'), says.get('sigma')
-        size = model.encoder.grid[0]*model.encoder.patch
-
-        def work(x):
-            if sigma is not None and not level:
-                say(f'--sigma is not used, task {task} finds out the level itself')
-            return restore(model, x, size, size//2, progress=not a.quiet)
-        return work, 1, f', task {task}' + (f', sigma {255*level:g}' if level else '')
-
-    return run_command('restore_image', a.image, a.out, prepare)

@@ -895,7 +895,7 @@ def command(tmp_path, monkeypatch, capsys):
         def enlarge(x):
             return x.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
-        def prepare(say):
+        def prepare(x, say):
             if error:
                 raise error
             say('ready')

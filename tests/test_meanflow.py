@@ -23,7 +23,7 @@ from restore_lib.meanflow import (
     MeanFlow,
     RawError,
     Regression,
-    Restorer,
+    FlowRestorer,
     ShiftFlow,
     adaptive_weight,
     diversity,
@@ -231,7 +231,7 @@ def test_target_picks_the_labels_and_conditions_of_its_times():
 
 
 def test_printing_tells_the_knobs_that_decide_a_run():
-    text = str(Restorer(MeanFlow(unet(), equal=0.25, omega=1.5, c=0.3), Bridge('jitter', 0.7)))
+    text = str(FlowRestorer(MeanFlow(unet(), equal=0.25, omega=1.5, c=0.3), Bridge('jitter', 0.7)))
     assert all(
         part in text
         for part in ('equal=0.25', 'omega=1.5', 'c=0.3', "way='jvp'", "reduce='sum'", 'sigma=0.7')
@@ -251,7 +251,7 @@ def test_flow_step_makes_from_noise_or_degrades():
         and close(step.last.raw.mean(), loss)
     )
     with_mask, without = (
-        FlowStep(f)(Restorer(Regression(net), Bridge('straight')), [x])
+        FlowStep(f)(FlowRestorer(Regression(net), Bridge('straight')), [x])
         for f in (lambda x: (x / 2, None), lambda x: x / 2)
     )
     assert close(with_mask, without) and close(without, x.square().mean())  # 2 (x - x/2) squared
@@ -479,7 +479,7 @@ def test_learner_in_bf16_with_ema():
     mask = torch.zeros(32, 1, 8, 8)
     mask[..., 2:6, 2:6] = 1
     step = FlowStep(lambda x: (x * (1 - mask[: len(x)]) + 0.5 * mask[: len(x)], mask[: len(x)]))
-    model = Restorer(MeanFlow(unet(), start=0.5), Bridge('jitter'))
+    model = FlowRestorer(MeanFlow(unet(), start=0.5), Bridge('jitter'))
     learn = Learner(
         model,
         step,
@@ -510,7 +510,7 @@ def test_flow_learner():
         ),
     )
     learn = flow_learner(
-        Restorer(FlowMatching(unet()), Bridge('jitter')),
+        FlowRestorer(FlowMatching(unet()), Bridge('jitter')),
         x,
         hide,
         batch=8,
@@ -520,7 +520,7 @@ def test_flow_learner():
         seed=3,
     ).fit(6)
     again = flow_learner(
-        Restorer(FlowMatching(unet()), Bridge('jitter')),
+        FlowRestorer(FlowMatching(unet()), Bridge('jitter')),
         x,
         hide,
         batch=8,
@@ -677,7 +677,7 @@ def test_bridges():
 def test_training_and_sampling_use_the_same_source(kind):
     x, y, mask = holed()
     net = Told(lambda z, t, r, *_: torch.zeros_like(z))
-    model = Restorer(Regression(net), Bridge(kind))
+    model = FlowRestorer(Regression(net), Bridge(kind))
     model(y, x, mask, generator=gen(1))
     model(y, mask=mask, generator=gen(1))
     trained, sampled = net.calls
@@ -689,16 +689,16 @@ def test_training_and_sampling_use_the_same_source(kind):
 def test_ranges_are_zero_to_one_outside_and_minus_one_to_one_inside():
     x, y, mask = holed()
     net = Told(lambda z, t, r, label, cond: z - (2 * x - 1))
-    out = Restorer(Regression(net), Bridge('straight'))(y, mask=mask)
+    out = FlowRestorer(Regression(net), Bridge('straight'))(y, mask=mask)
     assert close(out, x) and close(
-        Restorer(Regression(net), Bridge('straight'))(y, x, mask).raw, torch.zeros(6)
+        FlowRestorer(Regression(net), Bridge('straight'))(y, x, mask).raw, torch.zeros(6)
     )
 
 
 def test_shift_flow_is_lesson_13s_process():
     x, y, mask = holed()
     net, process = unet(cond_channels=4), ResidualShift(4, kappa=0.5)
-    model = Restorer(ShiftFlow(net, process), Bridge('straight', told=True))
+    model = FlowRestorer(ShiftFlow(net, process), Bridge('straight', told=True))
     ask = lambda z, t, cond: cond + net(z, (t + 1) / 4, None, None, cond)
     torch.manual_seed(2)
     want = process.loss(ask, 2 * x - 1, 2 * y - 1, generator=gen(1), stratified=True)
@@ -719,10 +719,10 @@ def test_shift_flow_is_lesson_13s_process():
 @pytest.mark.parametrize(
     'make',
     [
-        lambda: Restorer(FlowMatching(unet()), Bridge('jitter')),
-        lambda: Restorer(MeanFlow(unet(cond_channels=4)), Bridge('noise')),
-        lambda: Restorer(Regression(unet()), Bridge('straight')),
-        lambda: Restorer(ShiftFlow(unet(cond_channels=4)), Bridge('straight', told=True)),
+        lambda: FlowRestorer(FlowMatching(unet()), Bridge('jitter')),
+        lambda: FlowRestorer(MeanFlow(unet(cond_channels=4)), Bridge('noise')),
+        lambda: FlowRestorer(Regression(unet()), Bridge('straight')),
+        lambda: FlowRestorer(ShiftFlow(unet(cond_channels=4)), Bridge('straight', told=True)),
     ],
 )
 def test_restoring_reads_no_truth_learns_everything_and_can_be_repeated(make):
@@ -746,9 +746,9 @@ def test_reader_separates_what_divides_from_what_does_not():
     )  # in the hole, v = -x and z = (1 - t) x
     blind = Told(lambda z, t, r, *_: torch.where(mask > 0, 0.2, 0.0))
     for net, sound in ((reads, False), (blind, True)):
-        model, source, path = Restorer(FlowMatching(net), Bridge('straight')).reader(y, mask)
+        model, source, path = FlowRestorer(FlowMatching(net), Bridge('straight')).reader(y, mask)
         assert bool(leak_probe(model, 2 * x - 1, source, mask, path)) == sound
-    shift = Restorer(
+    shift = FlowRestorer(
         ShiftFlow(Told(lambda z, t, r, label, cond: 0 * z)), Bridge('straight', told=True)
     )
     model, source, path = shift.reader(y, mask, gen())
@@ -839,16 +839,16 @@ T = torch.full((4,), 0.5)
             ValueError,
             'mask has shape',
         ),
-        (lambda: Restorer(ShiftFlow(unet()), Bridge('jitter')), ValueError, 'its own noise'),
+        (lambda: FlowRestorer(ShiftFlow(unet()), Bridge('jitter')), ValueError, 'its own noise'),
         (
-            lambda: Restorer(FlowMatching(unet()), Bridge('straight'))(
+            lambda: FlowRestorer(FlowMatching(unet()), Bridge('straight'))(
                 255 * torch.rand(2, 1, 8, 8)
             ),
             ValueError,
             '0 to 255',
         ),
         (
-            lambda: Restorer(FlowMatching(unet()), Bridge('noise'))(torch.rand(2, 1, 8, 8)),
+            lambda: FlowRestorer(FlowMatching(unet()), Bridge('noise'))(torch.rand(2, 1, 8, 8)),
             ValueError,
             'cond is given',
         ),
@@ -1045,10 +1045,10 @@ def test_knobs_of_a_flow(knob, bad):
             ValueError,
             'ema is 5',
         ),
-        (lambda: Restorer(unet(), Bridge()), TypeError, 'flow is Folded'),
-        (lambda: Restorer(FlowMatching(unet()), 'straight'), TypeError, 'bridge is str'),
+        (lambda: FlowRestorer(unet(), Bridge()), TypeError, 'flow is Folded'),
+        (lambda: FlowRestorer(FlowMatching(unet()), 'straight'), TypeError, 'bridge is str'),
         (
-            lambda: Restorer(FlowMatching(unet()), Bridge())(PICTURES[:0]),
+            lambda: FlowRestorer(FlowMatching(unet()), Bridge())(PICTURES[:0]),
             ValueError,
             'at least one image',
         ),
@@ -1069,8 +1069,8 @@ TOLD = lambda **kw: ShiftFlow(FlowUNet(1, base=8, mults=(1, 2), waves=8, cond_ch
         (FLOW, lambda: MeanFlow(FLOW().net), "kind='FlowMatching', but it is 'MeanFlow' here"),
         (FLOW, lambda: Regression(FLOW().net), 'Regression'),
         (
-            lambda: Restorer(FLOW(), Bridge('jitter', 0.5)),
-            lambda: Restorer(FLOW(), Bridge('jitter', 0.25)),
+            lambda: FlowRestorer(FLOW(), Bridge('jitter', 0.5)),
+            lambda: FlowRestorer(FLOW(), Bridge('jitter', 0.25)),
             r"bridge=\['jitter', 0.5, False\]",
         ),
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 from course_map import maps
 from diffusion import diffusion
 from foundations import foundations
+from in_use import in_use
 from representations import representations
 
 HERE = Path(__file__).resolve().parent
@@ -14,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 
 def drawings():
     "All drawings, in the order of their names."
-    parts = [*maps(), *foundations(), *representations(), *diffusion()]
+    parts = [*maps(), *foundations(), *representations(), *diffusion(), *in_use()]
     return sorted(parts, key=lambda d: d.name)
 
 
