@@ -23,7 +23,7 @@ from .mae import pretrainer
 from .model_files import constructor_arguments
 from .patching import Block, ViTEncoder, patchify, sincos_pos_embed, unpatchify
 from restore_lib.two_stage_parts import (
-    PIXEL_LOSSES, RESIDUALS, STAGE_RATES, check_draws_pixels, check_multiple, check_tokens,
+    PIXEL_LOSSES, RESIDUALS, STAGE_RATES, check_draws_pixels, check_multiple, check_patch_tokens,
     check_truth_size, dmae_decoder, encoder_arguments, fourier_residual, pixel_stats,
     residual_estimator, stage_score,
 )
@@ -139,7 +139,7 @@ class ConditionalDecoder(nn.Module):
         self.decoder_pred = nn.Linear(dec_dim, out)
 
     def forward(self, latent, grid, e=None):
-        cls = check_tokens(latent, grid)
+        cls = check_patch_tokens(latent, grid)
         t = self.decoder_embed(latent)
         t = t + sincos_pos_embed(t.shape[2], grid, bool(cls))[None].to(latent)
         if cls and e is not None and e.shape[1] > 1:

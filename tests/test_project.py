@@ -95,6 +95,9 @@ ALLOWED = {
     'tokenizers': {'codebook'},
     'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
     'published_mae': {'patching'},
+    'two_stage_parts': {'degrade', 'metrics'},
+    # the long study of lesson 10
+    'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}
