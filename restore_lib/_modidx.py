@@ -2495,6 +2495,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'restore_lib/two_stage_study.py'),
                                              'restore_lib.two_stage_study.judged_pair': ( 'appendix/two_stage_study.html#judged_pair',
                                                                                           'restore_lib/two_stage_study.py'),
+                                             'restore_lib.two_stage_study.mean_of': ( 'appendix/two_stage_study.html#mean_of',
+                                                                                      'restore_lib/two_stage_study.py'),
                                              'restore_lib.two_stage_study.rate_kind': ( 'appendix/two_stage_study.html#rate_kind',
                                                                                         'restore_lib/two_stage_study.py'),
                                              'restore_lib.two_stage_study.residual_study': ( 'appendix/two_stage_study.html#residual_study',

@@ -7,7 +7,7 @@ __all__ = ['CROP', 'STUDY_PATCH', 'STUDY_WIDTH', 'STUDY_BATCH', 'FIRST_STEPS', '
            'SECOND_WAYS', 'AGAIN', 'IN_TASKS', 'SECOND_KNOBS', 'STUDY_RATES', 'textured', 'training_crops',
            'judged_crops', 'study_network', 'first_stage', 'judged_pair', 'training_stream', 'Prepared', 'Behind',
            'second_curve', 'rate_kind', 'built', 'dB', 'trained_way', 'study_config', 'rows_of', 'study_rows',
-           'residual_study', 'scores_of', 'difference', 'curves_of', 'gain_text']
+           'residual_study', 'scores_of', 'mean_of', 'difference', 'curves_of', 'gain_text']
 
 # %% ../nbs/appendix/two_stage_study.ipynb #two_stage_study-003
 import copy
@@ -500,6 +500,19 @@ def scores_of(
             if key in figures:
                 found.append(figures[key])
     return torch.tensor(found) if found else None
+
+
+def mean_of(
+    way,  # as in `scores_of`
+    key,  # of a row's figures: a number, or one for each crop
+    task='denoise',
+    firsts=(0,),
+):  # a number, or None where there are no rows
+    "A figure's mean over seeds."
+    what = 'first' if way == 'first' else 'way' if way in SECOND_WAYS else 'knob'
+    rows = [r for first in firsts for r in rows_of(what, task, first).get(way, {}).values()]
+    found = [torch.tensor(row[key]).float().mean() for row in rows if key in row]
+    return torch.stack(found).mean().item() if found else None
 
 
 def difference(
