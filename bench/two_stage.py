@@ -8,8 +8,9 @@ from restore_lib.dmae import dmae_tiny
 from restore_lib.metrics import peak_memory
 from restore_lib.image_files import tiled
 from restore_lib.two_stage import (
-    ConditionalBlock, Degradation, TwoStageDMAE, first_stage_loss, two_stage_loss,
+    ConditionalBlock, TwoStageDMAE, first_stage_loss, two_stage_loss,
 )
+from restore_lib.two_stage_parts import Degradation
 
 DIM, HEADS, COND = 128, 4, 64  # of the block
 

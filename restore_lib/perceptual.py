@@ -16,7 +16,7 @@ from .padding import mirror_to
 from .patching import ViTEncoder
 from .superres import SRLoss
 from .trunks import FeatureDistance, lpips
-from .two_stage import gradient_balance
+from .two_stage_parts import gradient_balance
 
 # %% ../nbs/16_perceptual.ipynb #16-011
 class TokenMaps(Knobbed):

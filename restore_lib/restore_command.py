@@ -24,7 +24,7 @@ from .image_files import run_command
 from .metrics import psnr
 from .restorers import levels_for, pick_restorer, restorer, restorers
 from .tables import Table
-from .two_stage import Degradation
+from .two_stage_parts import Degradation
 
 # %% ../nbs/appendix/restore_command.ipynb #restore_command-006
 def for_task(

@@ -99,8 +99,11 @@ ALLOWED = {
     'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
     'published_mae': {'patching'},
     # a command around lesson 23, and what it makes of clean images
-    'restore_command': {'data', 'degrade', 'metrics', 'restorers', 'two_stage'},
+    'restore_command': {'data', 'degrade', 'metrics', 'restorers'},
     'restorer_parts': {'superres'},  # whose models it runs
+    'two_stage_parts': {'degrade', 'metrics'},
+    # the long study of lesson 10
+    'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}

@@ -1,17 +1,13 @@
 """What lesson 10 does not teach: formulas derived anew, gradients, resumed runs, which truth is
-read, seams, every kind of picture, bad input."""
+read, files of the model, bad input."""
 
 import copy, inspect, json, os, pickle
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 from common import close, gen, held, same, shake
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -19,16 +15,17 @@ from torch.utils.data import DataLoader
 
 from restore_lib.audit import reads_truth
 from restore_lib.tracer import audit_gradient
-from restore_lib.dmae import DMAE, denoise
+from restore_lib.dmae import DMAE, denoise, load_dmae
 from restore_lib.learner import Callback
 from restore_lib.metrics import psnr
-from restore_lib.model_files import load_model, pretrained, save_model
+from restore_lib.model_files import load_model, save_model
 from restore_lib.patching import Block, sincos_pos_embed
-from restore_lib.image_files import tiled
 from restore_lib.two_stage import (
-    Adversary, ConditionalBlock, ConditionalDecoder, Degradation, FiLM, PatchCritic,
-    ResidualEncoder, ShareSchedule, TwoStageDMAE, gradient_balance, first_stage_learner,
-    first_stage_loss, fourier_residual, restore, two_stage_learner, two_stage_loss,
+    ConditionalBlock, ConditionalDecoder, FiLM, ResidualEncoder, TwoStageDMAE,
+    first_stage_learner, first_stage_loss, pixel_head, two_stage_learner, two_stage_loss,
+)
+from restore_lib.two_stage_parts import (
+    Adversary, Degradation, PatchCritic, ShareSchedule, fourier_residual, gradient_balance,
 )
 
 SIZES = dict(img_size=16, patch=4, dim=32, depth=1, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
@@ -1115,288 +1112,6 @@ def test_degradations_are_values():
         Degradation('denoise', -1)(torch.rand(1, 1, 8, 8))
 
 
-# pictures -----------------------------------------------------------------------------------------
-
-
-class Negative(nn.Module):
-    """Exact, whatever the size; in training mode it would be wrong.
-    Channels beside the first are darker by half."""
-
-    def __init__(self, channels=1, two=False):
-        super().__init__()
-        self.encoder, self.one, self.two = (
-            SimpleNamespace(channels=channels),
-            nn.Parameter(torch.ones(())),
-            two,
-        )
-
-    def forward(self, y):
-        if y.shape[1] != self.encoder.channels:
-            raise AssertionError(f'{y.shape[1]} channels')
-        out = self.one - y + self.training
-        return (out + 3, out) if self.two else out
-
-
-quiet = partial(restore, progress=False)
-
-
-def picture(mode, hw=(35, 50)):
-    "A picture with all levels in it."
-    at = np.arange(hw[0] * hw[1]).reshape(hw)
-    rgba = Image.merge(
-        'RGBA', [Image.fromarray((at * k % 256).astype(np.uint8)) for k in (1, 3, 5, 7)]
-    )
-    if mode == 'I;16':
-        return Image.fromarray((at * 37 % 65536).astype(np.uint16))
-    if mode == 'I':
-        return Image.fromarray((at * 37 % 65536).astype(np.int32))
-    if mode == 'P transparent':
-        out = rgba.convert('RGB').quantize(16)
-        out.info['transparency'] = 3
-        return out
-    if mode == 'LA':
-        out = rgba.convert('L')
-        out.putalpha(rgba.getchannel('A'))
-        return out
-    return rgba if mode == 'RGBA' else rgba.convert('RGB').convert(mode)
-
-
-MODES = {
-    'L': 'L',
-    'RGB': 'RGB',
-    'RGBA': 'RGBA',
-    'LA': 'LA',
-    'P': 'RGB',
-    'P transparent': 'RGBA',
-    '1': 'L',
-    'I;16': 'I;16',
-    'I': 'I;16',
-    'CMYK': 'RGB',
-    'YCbCr': 'RGB',
-    'LAB': 'RGB',
-}
-
-
-def negated(image, mode):
-    "What a Negative makes of it."
-    values = np.asarray(image if mode == 'I;16' else image.convert(mode)).astype(np.int64)
-    out = (65535 if mode == 'I;16' else 255) - values
-    if mode in ('LA', 'RGBA'):
-        out[..., -1] = values[..., -1]
-    return out
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize('mode', MODES)
-def test_pil_modes(mode, channels):
-    "8 bits out, or 16 where it came so; alpha passes by; nothing of the picture is changed."
-    image, wanted = picture(mode), MODES[mode]
-    before, info = image.tobytes(), dict(image.info)
-    out = quiet(Negative(channels), image)
-    assert (
-        out.mode == wanted
-        and out.size == (50, 35)
-        and image.tobytes() == before
-        and image.info == info
-    )
-    assert np.array_equal(np.asarray(out).astype(np.int64), negated(image, wanted))
-
-
-@pytest.mark.parametrize(
-    'mode, ending',
-    [
-        ('L', 'png'),
-        ('RGB', 'bmp'),
-        ('RGBA', 'png'),
-        ('LA', 'png'),
-        ('P', 'gif'),
-        ('P transparent', 'png'),
-        ('1', 'png'),
-        ('I;16', 'png'),
-        ('I;16', 'tiff'),
-        ('CMYK', 'tiff'),
-    ],
-)
-def test_files(tmp_path, mode, ending):
-    path = tmp_path / f'in.{ending}'
-    picture(mode).save(path)
-    before = path.read_bytes()
-    outs = [quiet(Negative(3), p) for p in (path, str(path))]
-    with Image.open(path) as image:
-        wanted = negated(image, MODES[mode])
-    assert (
-        all(
-            o.mode == MODES[mode] and np.array_equal(np.asarray(o).astype(np.int64), wanted)
-            for o in outs
-        )
-        and path.read_bytes() == before
-    )
-
-
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
-    image, exif = picture('RGB'), Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / 'in.png', exif=exif)
-    assert np.array_equal(
-        np.asarray(quiet(Negative(3), tmp_path / 'in.png')),
-        255 - np.asarray(image.transpose(Image.Transpose.ROTATE_270)),
-    )
-
-
-@pytest.mark.parametrize(
-    'shape',
-    [
-        (1, 1),
-        (1, 40),
-        (40, 1),
-        (2, 33),
-        (31, 32),
-        (32, 32),
-        (33, 47),
-        (5, 100),
-        (3, 17, 50),
-        (1, 20, 20),
-        (2, 3, 40, 33),
-        (2, 1, 33, 5),
-    ],
-)
-@pytest.mark.parametrize('channels', [1, 3])
-def test_tensors_of_every_size(shape, channels):
-    x = torch.rand(shape)
-    before = x.clone()
-    out = quiet(Negative(channels), x)
-    assert (
-        out.shape == x.shape
-        and torch.allclose(out, 1 - x, atol=1e-6)
-        and torch.equal(x, before)
-        and not out.requires_grad
-    )
-    if len(shape) == 2:
-        grey = picture('L', shape)
-        assert np.array_equal(np.asarray(quiet(Negative(channels), grey)), 255 - np.asarray(grey))
-
-
-def test_not_clipped_and_other_float_types():
-    x = torch.randn(20, 40, dtype=torch.float64) * 2
-    out = quiet(Negative(), x)
-    assert out.dtype == torch.float64 and close(out, 1 - x, 1e-5) and out.max() > 1
-    assert quiet(Negative(), x.half()).dtype == torch.float16
-
-
-def test_the_refined_image_is_taken():
-    x = torch.rand(1, 40, 40)
-    assert torch.allclose(quiet(Negative(two=True), x), 1 - x, atol=1e-6)
-
-
-def test_colours_and_grey():
-    """A grey model takes colours one by one; a colour model sees grey three times,
-    and the mean is taken."""
-
-    class Own(Negative):
-        def forward(self, y):
-            return y * torch.tensor([0.2, 0.5, 1.1])[: y.shape[1], None, None]
-
-    x = torch.rand(3, 40, 40)
-    assert torch.allclose(
-        quiet(Own(3), x), x * torch.tensor([0.2, 0.5, 1.1])[:, None, None], atol=1e-6
-    ) and torch.allclose(quiet(Own(1), x), x * 0.2, atol=1e-6)
-    assert torch.allclose(quiet(Own(3), x[:1]), x[:1] * 0.6, atol=1e-6)
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-def test_a_two_stage_model(channels):
-    "One window is the model itself; more of them, sizes that the patch does not divide."
-    model = awake(dmae(channels=channels)).eval()
-    run = partial(quiet, model, size=16, overlap=8)
-    y = torch.rand(channels, 16, 16)
-    assert close(run(y), model(y[None])[1][0].detach(), 1e-5)
-    y = torch.rand(channels, 37, 50)
-    with torch.no_grad():
-        hand = tiled(lambda v: model(v)[1], y[None], 16, 8)[0]
-    assert close(run(y), hand, 1e-5)
-    for hw in ((1, 1), (3, 50), (18, 21)):
-        assert run(torch.rand(hw)).shape == hw and run(picture('RGB', hw)).size == hw[::-1]
-
-
-def test_the_mode_comes_back_and_a_bar_is_shown(capsys):
-    model = nn.Module()
-    model.part, model.encoder, model.other = Negative(), SimpleNamespace(channels=1), nn.Dropout()
-    model.forward = model.part.forward
-    model.train()
-    model.other.eval()
-    before = [m.training for m in model.modules()]
-    x = torch.rand(40, 40)
-    assert torch.allclose(restore(model, x), 1 - x, atol=1e-6) and [
-        m.training for m in model.modules()
-    ] == before == [True, True, False]
-    assert '100%' in capsys.readouterr().err
-    quiet(model, x)
-    with pytest.raises(ValueError):
-        quiet(model, x, overlap=32)
-    assert [m.training for m in model.modules()] == before and not capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    'image, error, says',
-    [
-        (torch.zeros(20, 20, dtype=torch.uint8), TypeError, 'uint8'),
-        (torch.zeros(20, 20, dtype=torch.int64), TypeError, 'int64'),
-        (torch.full((20, 20), torch.nan), ValueError, 'NaN'),
-        (torch.full((20, 20), 255.0), ValueError, '0 to 255'),
-        (np.zeros((20, 20)), TypeError, 'ndarray'),
-        (None, TypeError, 'NoneType'),
-        (torch.rand(1, 1, 1, 20, 20), ValueError, 'shape'),
-        (torch.rand(20), ValueError, 'shape'),
-        (torch.rand(2, 20, 20), ValueError, '2 channels'),
-        (torch.rand(20, 20, 3), ValueError, '20 channels'),
-        (Image.new('F', (20, 20)), ValueError, 'mode F'),
-        (torch.rand(0, 20), ValueError, None),
-        (Image.new('L', (0, 20)), ValueError, None),
-    ],
-    ids=lambda v: type(v).__name__ if not isinstance(v, (type, str)) else '',
-)
-def test_what_is_no_image(image, error, says):
-    for channels in (1, 3):
-        with pytest.raises(error, match=says):
-            quiet(Negative(channels), image)
-
-
-def test_files_that_are_no_image(tmp_path, monkeypatch):
-    whole = tmp_path / 'whole.png'
-    picture('RGB', (64, 64)).save(whole)
-    for name, content in (
-        ('text.png', b'not a picture'),
-        ('empty.png', b''),
-        ('half.png', whole.read_bytes()[: whole.stat().st_size // 2]),
-        ('head.png', whole.read_bytes()[:30]),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f'{name} is not a readable image'):
-            quiet(Negative(), tmp_path / name)
-    with pytest.raises(FileNotFoundError, match='nowhere.png'):
-        quiet(Negative(), tmp_path / 'nowhere.png')
-    with pytest.raises(ValueError, match='not a readable image'):
-        quiet(Negative(), tmp_path)
-    monkeypatch.setattr(
-        Image, 'MAX_IMAGE_PIXELS', 1000
-    )  # more than twice of it is refused by Pillow, with an error of its own
-    with pytest.raises(ValueError, match='whole.png'):
-        quiet(Negative(), whole)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-def test_on_a_gpu():
-    model, x = awake(), torch.rand(3, 37, 50)
-    run = lambda m, v: quiet(m, v, size=16, overlap=8)
-    here, there = run(model, x), run(model.cuda(), x)
-    assert (
-        not there.is_cuda
-        and run(model, x.cuda()).is_cuda
-        and close(here, there, 2e-2)
-        and run(model, picture('LA')).mode == 'LA'
-    )
-
-
 # files of weights ---------------------------------------------------------------------------------
 
 
@@ -1476,115 +1191,6 @@ def file_of(model, path, meta=None, state=None):
     return path
 
 
-# what lies beside the pixels of a file ------------------------------------------------------------
-
-import warnings
-
-
-def deep_png(path, kind=2, chunks=()):
-    "A PNG of 16 bits a channel by hand: kind 0 grey, 2 RGB. Its levels."
-    import struct, zlib
-
-    levels = np.random.default_rng(0).integers(0, 65536, (37, 50, 3 if kind == 2 else 1))
-    if kind == 0:
-        levels[:9] = 1000
-    chunk = lambda name, data: (
-        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
-    )
-    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in levels)
-    head = struct.pack('>IIBBBBB', 50, 37, 16, kind, 0, 0, 0)
-    Path(path).write_bytes(
-        b'\x89PNG\r\n\x1a\n'
-        + b''.join(
-            chunk(*c)
-            for c in ((b'IHDR', head), *chunks, (b'IDAT', zlib.compress(rows)), (b'IEND', b''))
-        )
-    )
-    return levels
-
-
-def test_deep_colour_is_said(tmp_path):
-    levels = deep_png(tmp_path / 'in.png')
-    with pytest.warns(UserWarning, match='16 bits a channel become 8'):
-        out = quiet(Negative(3), tmp_path / 'in.png')
-    assert np.array_equal(np.asarray(out), 255 - (levels >> 8))
-
-
-@pytest.mark.parametrize('kind', [8, 16])
-def test_grey_with_a_transparent_level(tmp_path, kind):
-    import struct
-
-    key, path = [(b'tRNS', struct.pack('>H', 1000))], tmp_path / 'in.png'
-    if kind == 16:
-        levels = (deep_png(path, 0, key)[..., 0] / 257).round()
-    else:
-        levels = np.arange(37 * 50).reshape(37, 50) % 256
-        Image.fromarray(levels.astype(np.uint8)).save(path, transparency=7)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        out = np.asarray(quiet(Negative(1), path))
-    assert out.shape == (37, 50, 2) and np.array_equal(out[..., 0], 255 - levels)
-    clear = levels == 7 if kind == 8 else np.arange(37)[:, None].repeat(50, 1) < 9
-    assert np.array_equal(out[..., 1] == 0, clear) and np.array_equal(out[..., 1] == 255, ~clear)
-
-
-def test_profile_and_turn(tmp_path):
-    from PIL import ImageCms
-
-    icc, exif = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes(), Image.Exif()
-    exif[0x112] = 6
-    picture('RGB', (37, 50)).save(tmp_path / 'in.jpg', exif=exif, icc_profile=icc)
-    with Image.open(tmp_path / 'in.jpg') as image:
-        held = quiet(Negative(3), image)
-    assert np.array_equal(np.asarray(held), np.asarray(quiet(Negative(3), tmp_path / 'in.jpg')))
-    assert held.size == (37, 50) and held.info['icc_profile'] == icc
-
-
-def test_integers_of_unknown_range(tmp_path):
-    Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)).save(tmp_path / 'in.tif')
-    for image in (
-        tmp_path / 'in.tif', Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16))
-    ):
-        with pytest.raises(ValueError, match='32-bit integers up to 255'):
-            quiet(Negative(), image)
-
-
-def test_numbers_of_restore():
-    x = torch.rand(40, 40)
-    assert torch.equal(
-        quiet(Negative(), x, size=np.int64(32), overlap=np.int64(16), batch=np.int64(2)),
-        quiet(Negative(), x),
-    )
-    for name, bad in (('size', 0), ('batch', -1), ('batch', 0), ('batch', 1.5), ('size', True)):
-        with pytest.raises(ValueError, match=f'{name} is {bad}'):
-            quiet(Negative(), x, **{name: bad})
-
-
-# the weights that come with the library -----------------------------------------------------------
-
-
-
-def test_no_shipped_weights_read_the_truth():
-    for name, says in pretrained().items():
-        if says['class'] != 'two_stage.TwoStageDMAE':
-            continue
-        model = load_model(name)[0]
-        size = 2, model.encoder.channels, 32, 32
-        assert says['task'] in TASKS and not reads_truth(model, torch.rand(size), torch.rand(size))
-        assert model.mean.flatten().tolist() == model.std.flatten().tolist() == [0.5]
-
-
-def test_shipped_weights_restore_a_photograph():
-    "scikit-image's cameraman, which no lesson trains on: at least 6 dB."
-    from restore_lib.data import photos
-
-    x = photos('test', 1)['camera'][:, 100:228, 180:308]
-    y = x + 25 / 255 * torch.randn(x.shape, generator=gen())
-    score = lambda v: psnr(v.clamp(0, 1)[None], x[None]).item()
-    model, says = load_model('denoise')
-    assert says['task'] == 'denoise' and score(quiet(model, y)) > score(y) + 6
-
-
 # saved models come back as the same function ------------------------------------------------------
 
 
@@ -1604,6 +1210,7 @@ KNOBS = dict(
     place=['end'],
     identity=[False],
     residual=[k for k in KINDS if k != 'deployed'],
+    shared=[True],
 )
 OWN = dict(
     img_size=[(8, 24)],
@@ -1657,7 +1264,7 @@ def test_no_knob_is_forgotten():
     }
     made = fresh(conditional=True).made_of()
     assert (
-        made.keys() == names(TwoStageDMAE) | {'share'}
+        made.keys() == names(TwoStageDMAE) | {'share', 'shared'}
         and made['encoder'].keys() == names(ViTEncoder)
         and made['residual_encoder'].keys() == names(ResidualEncoder)
     )
@@ -1919,3 +1526,108 @@ def test_an_adversary_leaves_frozen_parts_frozen():
     assert (
         adversary.__getstate__()['pair'] is None and adversary.pair is not None
     )  # a fingerprint of the run does not see the last batch
+
+
+# one decoder for both stages, published weights, sizes --------------------------------------------
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_a_shared_decoder(place):
+    "One decoder draws both images; in stage 'A' its FiLM and the residual encoder learn, no more."
+    d, (_, y) = dmae(), pair()
+    model = awake(d, shared=True, place=place)
+    apart = awake(d, place=place)
+    assert model.decoder1 is model.decoder2
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    assert size(apart) - size(model) == size(fresh(d, conditional=False).decoder1)
+    x_hat, refined = model(y)
+    with torch.no_grad():
+        latent = model.encoder.transform(model.encoder.embed((y - 0.5) / 0.5))
+        assert torch.equal(x_hat, model.draw(model.decoder2, latent, (16, 16)))
+    assert not close(x_hat, refined, 1e-3)
+    before = held(model)
+    two_stage_learner(model, loader(Pairs), stage='A', cpu=True).fit(2)
+    moved = {k for k, v in held(model).items() if not torch.equal(v, before[k])}
+    film = {k for k in before if '.film.' in k}
+    sees = {k for k in before if k.startswith('residual_encoder.')}
+    assert moved == film | sees and len(film) == 8  # of two blocks, under either name
+
+
+def test_a_shared_decoder_learns_from_both_images():
+    model = awake(shared=True)
+    two_stage_learner(model, loader(Pairs), stage='end', lam=0.5, cpu=True).fit(1)
+    assert all(p.requires_grad for p in model.decoder1.parameters())
+    with torch.no_grad():
+        model.decoder1.decoder_pred.bias.add_(1)
+    a, b = model(pair()[1])
+    assert (a.mean() - b.mean()).abs() < 0.5  # the shift is in both
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_published_weights_become_a_first_stage(tmp_path, dtype):
+    """A published file draws normalised patches and is refused. With a new pixel head it draws an
+    image, a short training makes that better, and two stages can be built on it."""
+    from test_dmae import published
+
+    torch.save(published(True, side=4), tmp_path / 'dmae.pth')
+    theirs, _ = load_dmae(tmp_path / 'dmae.pth')
+    with pytest.raises(ValueError, match='norm_pix_loss is True.*pixel_head'):
+        TwoStageDMAE.from_pretrained(theirs)
+    with pytest.raises(ValueError, match='pixel_head'):
+        first_stage_learner(theirs, loader(), cpu=True)
+    data = torch.stack([Data(48)[k] for k in range(48)])
+    y = data + 0.1 * torch.randn_like(data)
+    before, theirs = held(theirs), theirs.to(dtype)
+    ours = pixel_head(theirs, y.to(dtype), data.to(dtype))
+    assert theirs.norm_pix_loss and not ours.norm_pix_loss and same(held(theirs.float()), before)
+    assert ours.training == theirs.training and ours.decoder_pred.weight.dtype == dtype
+    ours = ours.float()
+    fresh_y = data[:8] + 0.1 * torch.randn_like(data[:8])
+    score = lambda m: psnr(denoise(m, fresh_y).clamp(0, 1), data[:8]).mean().item()
+    plain = psnr(data.mean().expand_as(data[:8]), data[:8]).mean().item()
+    fitted = score(ours)
+    assert fitted > plain + 1
+    noise = lambda v: v + 0.1 * torch.randn_like(v)
+    how = dict(degrade=noise, blr=0.05, cpu=True)
+    learn = first_stage_learner(ours, loader(batch=8, shuffle=True), **how)
+    assert score(learn.fit(60).trained()) > fitted + 0.3
+    model, _ = TwoStageDMAE.from_pretrained(learn.trained())
+    assert torch.equal(*model(fresh_y))
+
+
+def test_pixel_head_is_least_squares():
+    "With next to no ridge, no other weights of the last layer have a smaller error."
+    d = dmae(norm_pix_loss=True)
+    x = torch.rand(40, 3, 16, 16)
+    out = pixel_head(d, x, x, ridge=1e-9)
+    error = lambda m: (m.pixels(m.draw(x)[0]) - x).square().mean().item()
+    best = error(out)
+    for name in ('weight', 'bias'):
+        other = copy.deepcopy(out)
+        with torch.no_grad():
+            p = getattr(other.decoder_pred, name)
+            p.add_(0.01 * torch.randn_like(p))
+        assert error(other) > best
+    with pytest.raises(ValueError, match='x has shape .* y has shape'):
+        pixel_head(d, x, x[:2])
+
+
+def test_the_truth_must_have_the_inputs_shape():
+    model, (x, y) = awake(residual='truth'), pair()
+    for bad in (x[:2], x[..., :8]):
+        with pytest.raises(ValueError, match='x has shape .* y has shape .* expected the same'):
+            model(y, bad)
+
+
+def test_strides_of_the_residual_encoder():
+    "Patches of 8 pixels get the pooled encoder's own features, one for each token; 4 finer ones."
+    assert fresh(pool=None).residual_encoder.strides == [2, 2, 1]
+    large = fresh(dmae(patch=8), pool=None).residual_encoder
+    pooled = fresh(dmae(patch=8), pool=1).residual_encoder
+    assert large.strides == pooled.strides == [2, 2, 2]
+    pooled.load_state_dict(large.state_dict())
+    r = torch.randn(2, 3, 16, 16)
+    f = large.convs(r)
+    assert f.shape[-2:] == (2, 2)
+    one = F.gelu(large.linear(f.mean((2, 3))))
+    assert close(pooled(r, (2, 2))[:, 0], one, 1e-5)

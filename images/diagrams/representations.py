@@ -198,7 +198,7 @@ def two_stage():
     d.path([y.at('top'), (22, 26), (706, 26), minus.at('top')], 'y')
     see = d.box(672, 190, 'ResidualEncoder\nthree convolutions,\npool, Linear', 'net')
     d.path([minus.at('bottom'), (706, see.edges()[1])], '', 'r (b, c, h, w)')
-    e = d.box(470, 190, 'e (b, 1, cond)', 'cond')
+    e = d.box(470, 190, 'e\n(b, 1 or n, cond)', 'cond')
     two = d.box(358, low, 'decoder2\nConditionalDecoder\ne in every block', 'net')
     d.arrow(see, e)
     d.arrow((e, 'left'), (two, 'top'), look='to-cond')
