@@ -171,7 +171,7 @@ def filters(sigma):
         'total variation': [partial(denoise_tv_chambolle, weight=w*sigma)
                             for w in (0.4, 0.6, 0.8, 1.0, 1.2)],
         'non-local means': [partial(means, patch_size=p, h=h*sigma)
-                            for p in (3, 5, 7) for h in (0.4, 0.6, 0.8, 1.0, 1.2)],
+                            for p in (3, 5) for h in (0.6, 0.8, 1.0, 1.2)],
     }
 
 
