@@ -6,7 +6,8 @@
 __all__ = ['NET', 'STEPS', 'SIGMAS', 'SHARES', 'FOUR', 'THEN', 'GRID', 'ENOUGH', 'SHARES_DRAWN', 'seeded', 'started',
            'noise_learner', 'tokens', 'ridge_reader', 'read_digits', 'asked_digits', 'whole_psnr', 'removed_psnr',
            'judged', 'filters', 'filtered', 'best_filter', 'floors', 'run_of', 'trained', 'dmae_study', 'floor_study',
-           'kept_row', 'ruled', 'each_of', 'shown_part', 'seen_and_drawn', 'any_ratio_loss', 'train_dmae_digits']
+           'kept_row', 'ruled', 'each_of', 'shown_part', 'seen_and_drawn', 'looks_of', 'told', 'plot_four', 'plot_then',
+           'plot_grid', 'any_ratio_loss', 'train_dmae_digits']
 
 # %% ../nbs/appendix/dmae_study.ipynb #dmae_study-003
 from functools import partial
@@ -169,9 +170,9 @@ def filters(sigma):
         'median': [partial(median, footprint=disk(r)) for r in (1, 2)],
         'wavelet': [partial(wavelet, wavelet=w) for w in ('db1', 'db2')],
         'total variation': [partial(denoise_tv_chambolle, weight=w*sigma)
-                            for w in (0.4, 0.6, 0.8, 1.0, 1.2)],
+                            for w in (0.4, 0.6, 0.8, 1.0, 1.3, 1.6)],
         'non-local means': [partial(means, patch_size=p, h=h*sigma)
-                            for p in (3, 5) for h in (0.6, 0.8, 1.0, 1.2)],
+                            for p in (5, 7, 9) for h in (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)],
     }
 
 
@@ -221,8 +222,7 @@ FOUR = {('clean', 'removed'): run_of(0.0, 0.75, 'removed'),
 THEN = {'75 % removed': run_of(0.25, 0.75),
         'then nothing': run_of(0.25, 0.75, then=0.0),
         'then 75 % again': run_of(0.25, 0.75, then=0.75),
-        'nothing removed, all steps': run_of(0.25, 0.0, steps=STEPS['first'] + STEPS['more']),
-        'nothing removed, last steps': run_of(0.25, 0.0, steps=STEPS['more'])}
+        'nothing removed': run_of(0.25, 0.0, steps=STEPS['first'] + STEPS['more'])}
 GRID = {(s, r): run_of(s, r) for r in (0.0, 0.75) for s in SIGMAS}
 
 
@@ -342,6 +342,94 @@ def seen_and_drawn(
         pred, mask = model.draw(y, removed, seeded(seed))
         drawing = model.pixels(pred).clamp(0, 1)
     return shown_part(y, mask, model.encoder.patch), drawing
+
+# %% ../nbs/appendix/dmae_study.ipynb #dmae_study-030
+def looks_of(
+    model,         # a DMAE
+    x,             # clean images (b, c, h, w)
+    sigma=0.25,    # of the noise
+    removed=0.75,  # share of patches
+    seed=0,        # of noise and mask
+):  # tiles (c, h, w) and titles, three for each image
+    "For each image: what is seen, what is drawn with its dB, the truth."
+    tiles, titles = [], []
+    for s, d, t in zip(*seen_and_drawn(model, x, sigma, removed, seed), x):
+        tiles += [s, d, t]
+        dB = psnr(d[None], t[None]).item()
+        titles += [f'sigma {sigma:g}, {removed:.0%} hidden', f'drawn: {dB:.1f} dB', 'truth']
+    return tiles, titles
+
+# %% ../nbs/appendix/dmae_study.ipynb #dmae_study-033
+def told(
+    found,     # of `audit.compare`
+    metric,    # as in `ruled`
+) -> dict:
+    "A difference with its interval, and the verdict, for a table."
+    digits = 3 if metric.startswith('right') else 2
+    low, high = (f'{v:+.{digits}f}' for v in found.interval)
+    return {'difference': f'{found.difference:+.{digits}f} ({low} to {high})',
+            'by the rule it': ruled(found, metric)}
+
+
+def plot_four(
+    asked,     # metric -> what it is called
+    title,
+    seeds=(0, 1, 2),
+):
+    "The four cells: a point for each seed, a panel for each metric."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(asked), figsize=(7.8, 2.8))
+    for ax, (metric, name) in zip(axes, asked.items()):
+        ax.set_ylim(*((5, 25) if metric.startswith('dB') else (0, 0.6)))
+        for counted, style in (('removed', 'C1o--'), ('all', 'C0s-')):
+            ends = [each_of(FOUR[a, counted], metric, seeds).mean(1) for a in ('clean', 'noisy')]
+            lines = ax.plot(['clean', 'noisy'], torch.stack(ends), style, ms=4, lw=1)
+            lines[0].set_label(f'loss on {counted}')
+        ax.set(title=name, xlabel='patches in training')
+        ax.margins(x=0.25)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncol=2)
+    fig.suptitle(title, fontsize=10)
+    plt.show()
+
+# %% ../nbs/appendix/dmae_study.ipynb #dmae_study-034
+def plot_then(
+    title,
+    seeds=(0, 1, 2),
+):
+    "Decibels against the share that is hidden at test time: mean and range of the seeds."
+    import matplotlib.pyplot as plt
+    _, ax = plt.subplots(figsize=(7.2, 2.9))
+    for name, run in THEN.items():
+        curves = torch.tensor([kept_row(run, seed)['dB at shares'] for seed in seeds])
+        ax.plot(SHARES, curves.mean(0), '.-', label=name)
+        ax.fill_between(SHARES, curves.amin(0), curves.amax(0), alpha=0.2, lw=0)
+    for name, style in (('noisy input', ':'), ('non-local means', '--')):
+        dB = np.mean(kept_row(dict(floors=0.25))[name])
+        ax.axhline(dB, color='0.5', ls=style, lw=1, label=name)
+    ax.set(xlabel='share of patches hidden at test time', ylabel='PSNR, dB', title=title)
+    ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+    plt.show()
+
+
+def plot_grid(
+    title,
+    seeds=(0, 1, 2),
+):
+    "Decibels against the noise at test time, nothing hidden: a line for each noise in training."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(7.8, 2.9), sharey=True)
+    tried = [kept_row(dict(floors=t)).values() for t in SIGMAS]
+    floor = [max(np.mean(each) for each in found) for found in tried]
+    for ax, ratio in zip(axes, (0.0, 0.75)):
+        for s in SIGMAS:
+            dB = [each_of(GRID[s, ratio], f'dB {t}', seeds).mean() for t in SIGMAS]
+            ax.plot(SIGMAS, dB, '.-', label=f'trained at {s}')
+        ax.plot(SIGMAS, floor, 'k:', lw=1, label='best filter')
+        ax.set(title=f'{ratio:.0%} hidden in training', xlabel='noise at test time, sigma')
+    axes[0].set_ylabel('PSNR, dB; nothing hidden')
+    axes[1].legend()
+    fig.suptitle(title, fontsize=10)
+    plt.show()
 
 # %% ../nbs/appendix/dmae_study.ipynb #dmae_study-024
 SHARES_DRAWN = 0.0, 0.5, 0.75    # shares removed, drawn anew for each step

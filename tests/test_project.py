@@ -98,7 +98,7 @@ ALLOWED = {
     'published_dmae': {'data', 'degrade', 'dmae', 'metrics', 'patching'},
     'certificates': {'degrade', 'learner', 'mae', 'transfer'},
     # the study of lesson 09, and its weights
-    'dmae_study': {'degrade', 'dmae', 'learner', 'mae', 'metrics', 'transfer'},
+    'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics', 'transfer'},
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}
