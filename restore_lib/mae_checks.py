@@ -38,15 +38,16 @@ def check_scored(
 
 # %% ../nbs/appendix/mae_checks.ipynb #mae_checks-012
 def check_size(
-    imgs,     # what should be images in [0, 1]
-    encoder,  # a ViTEncoder
+    imgs,         # what should be images in [0, 1]
+    encoder,      # a ViTEncoder
+    name='imgs',  # of the argument, for the message
 ):
     "TypeError or ValueError unless these are images of the size that the encoder was made for."
-    check_images(imgs, 'imgs', channels=encoder.channels)
+    check_images(imgs, name, channels=encoder.channels)
     h, w = (g*encoder.patch for g in encoder.grid)
     if imgs.shape[-2:] != (h, w):
         came = f'{imgs.shape[-2]} x {imgs.shape[-1]}'
-        raise ValueError(f'imgs is {came}; expected {h} x {w}, which the model was made for')
+        raise ValueError(f'{name} is {came}; expected {h} x {w}, which the model was made for')
 
 # %% ../nbs/appendix/mae_checks.ipynb #mae_checks-013b
 def check_sizes(

@@ -104,6 +104,10 @@ ALLOWED = {
     'two_stage_parts': {'degrade', 'metrics'},
     # the long study of lesson 10
     'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
+    'published_dmae': {'data', 'degrade', 'dmae', 'metrics', 'patching'},
+    'certificates': {'degrade', 'learner', 'mae', 'transfer'},
+    # the study of lesson 09, and its weights
+    'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics', 'transfer'},
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}
