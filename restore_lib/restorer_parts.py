@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'DENOISER', 'TWO_STAGES', 'ENLARGER', 'KINDS', 'best_device', 'in_windows', 'sample_windows',
-           'damage_weight', 'LastImage', 'kind_of', 'run_of']
+           'damage_weight', 'LastImage', 'kind_of', 'runner_of']
 
 # %% ../nbs/appendix/restorer_parts.ipynb #restorer_parts-003
 import torch
@@ -124,7 +124,7 @@ def kind_of(model) -> str:
     raise ValueError(f'the model is a {kind}; expected one of {", ".join(KINDS)}')
 
 
-def run_of(
+def runner_of(
     model,  # of one of KINDS
     device=None,  # default: the GPU where there is one
 ):

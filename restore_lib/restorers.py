@@ -25,7 +25,7 @@ from .input_signs import signs
 from .denoiser import MOST
 from .model_files import RECORD, load_model, pretrained, pretrained_files
 from restore_lib.restorer_parts import (
-    DENOISER, ENLARGER, KINDS, damage_weight, in_windows, kind_of, run_of, sample_windows,
+    DENOISER, ENLARGER, KINDS, damage_weight, in_windows, kind_of, runner_of, sample_windows,
 )
 
 # %% ../nbs/23_restorers.ipynb #23-016
@@ -235,7 +235,7 @@ def restorer_of(
         purpose = purpose if levels is None else f'noise of {255*sigma:.0f} of 255'
     papers = {k: v for k, v in record.items() if k in RECORD and k != 'scores'}
     scale = getattr(model, 'scale', 1)
-    run, scores = run_of(model, device), record.get('scores', {})
+    run, scores = runner_of(model, device), record.get('scores', {})
     return Restorer(name, task, purpose, run, channels, levels, True, scale, scores, papers)
 
 # %% ../nbs/23_restorers.ipynb #23-033

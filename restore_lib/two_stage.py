@@ -23,7 +23,7 @@ from .mae import pretrainer
 from .model_files import constructor_arguments
 from .patching import Block, ViTEncoder, patchify, sincos_pos_embed, unpatchify
 from restore_lib.two_stage_parts import (
-    PIXEL_LOSSES, RESIDUALS, STAGE_RATES, check_draws_pixels, check_multiple, check_patch_tokens,
+    PIXEL_LOSSES, RESIDUALS, STAGE_RATES, check_first_stage, check_multiple, check_patch_tokens,
     check_truth_size, dmae_decoder, encoder_arguments, fourier_residual, pixel_stats,
     residual_estimator, stage_score,
 )
@@ -239,7 +239,7 @@ def from_pretrained(cls: TwoStageDMAE,
 ):  # model, report of what decoder two got (see `load_report`)
     "Both decoders from the DMAE's own, its encoder copied."
     check_choice(residual, RESIDUALS, 'residual')
-    check_draws_pixels(dmae)
+    check_first_stage(dmae)
     sizes, state = dmae_decoder(dmae)
     two = ConditionalDecoder(**sizes, cond=cond if conditional else None, place=place,
                              identity=identity)
@@ -301,7 +301,7 @@ def first_stage_learner(
     **options,     # of `mae.pretrainer`: blr, weight_decay, warmup, and the Learner's
 ) -> Learner:
     "MAE's recipe for a restorer of one stage, which `TwoStageDMAE.from_pretrained` takes up."
-    check_draws_pixels(model)
+    check_first_stage(model)
     learn = pretrainer(model, train, valid, **options)
     learn.loss_fn = partial(first_stage_loss, degrade=degrade)
     return learn

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIDUALS', 'STAGE_RATES', 'PIXEL_LOSSES', 'Degradation', 'check_multiple', 'pixel_stats', 'check_patch_tokens',
-           'check_truth_size', 'check_draws_pixels', 'encoder_arguments', 'dmae_decoder', 'residual_estimator',
+           'check_truth_size', 'check_first_stage', 'encoder_arguments', 'dmae_decoder', 'residual_estimator',
            'stage_score', 'fourier_residual', 'PatchCritic', 'gradient_balance', 'Adversary', 'ShareSchedule']
 
 # %% ../nbs/appendix/two_stage_parts.ipynb #two_stage_parts-002
@@ -133,7 +133,7 @@ def check_truth_size(
         )
 
 # %% ../nbs/appendix/two_stage_parts.ipynb #two_stage_parts-009
-def check_draws_pixels(
+def check_first_stage(
     dmae,  # a DMAE
 ):
     "ValueError for one that draws normalised patches."

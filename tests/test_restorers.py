@@ -17,7 +17,7 @@ from restore_lib.denoiser import MOST, Denoiser
 from restore_lib.input_signs import BLOCKY, jpeg_blocks, signs
 from restore_lib.metrics import psnr
 from restore_lib.model_files import load_model, save_model
-from restore_lib.restorer_parts import damage_weight, in_windows, run_of, sample_windows
+from restore_lib.restorer_parts import damage_weight, in_windows, runner_of, sample_windows
 from restore_lib.restorers import (
     SURE, Restorer, as_levels, estimate_noise, pick_restorer, restorer, restorer_of, restorers,
     trust,
@@ -206,7 +206,7 @@ def test_the_largest_tile_does_not_grow_with_the_image():
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_the_image_stays_where_it_is(device):
-    run = run_of(tiny(), device)
+    run = runner_of(tiny(), device)
     y = torch.rand(1, 3, 40, 50)
     assert run(y).device == y.device and run(y, torch.tensor([0.1])).dtype == y.dtype
 
