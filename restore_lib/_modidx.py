@@ -996,6 +996,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'restore_lib/dmae_study.py'),
                                         'restore_lib.dmae_study.plot_then': ( 'appendix/dmae_study.html#plot_then',
                                                                               'restore_lib/dmae_study.py'),
+                                        'restore_lib.dmae_study.principal_pixels': ( 'appendix/dmae_study.html#principal_pixels',
+                                                                                     'restore_lib/dmae_study.py'),
                                         'restore_lib.dmae_study.read_digits': ( 'appendix/dmae_study.html#read_digits',
                                                                                 'restore_lib/dmae_study.py'),
                                         'restore_lib.dmae_study.removed_psnr': ( 'appendix/dmae_study.html#removed_psnr',
