@@ -403,7 +403,7 @@ def test_the_colour_study_ships_what_its_row_scores(monkeypatch, tmp_path):
     model, steps = shipped['colour_codes']
     with torch.no_grad():
         scored = S.codec_scores(model(images[:8])[0], images[:8])
-    assert steps == 2 and scored == rows['tokenizer, 2 steps']
+    assert steps == 2 and scored.items() <= rows['tokenizer, 2 steps'].items()
     assert shipped['colour_codes_perceptual'][1] == 3
     assert rows['mse and perceptual']['dB'] != rows['mse']['dB']  # the term is heard
     assert all(0 < rows[row]['variance of the codes in 3 directions, %'] <= 100.001
