@@ -32,6 +32,7 @@ from .patching import patchify, unpatchify
 from .records import record_study, studies
 from .states import random_seeded
 from .tokenizers import code_bits, large_tokenizer
+from .transfer import topk_accuracy
 from .trunks import st_lpips, vgg
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-033
@@ -132,7 +133,7 @@ def digit_scores(model, prior, reader, source, n=20_000, each=50, steps=(1, 2, 4
     asked = torch.arange(10).repeat(each)
 
     def right(images, labels):
-        return 100*(reader(images).argmax(1) == labels).float().mean().item()
+        return 100*topk_accuracy(reader(images), labels)
 
     scores = dict(dB=psnr(x_hat, x).mean().item(), codes=int((code_use(model, x)[1] > 0).sum()))
     scores |= {'real, read right, %': right(x, y), 'through the codes, %': right(x_hat, y)}

@@ -408,3 +408,14 @@ def test_the_colour_study_ships_what_its_row_scores(monkeypatch, tmp_path):
     assert rows['mse and perceptual']['dB'] != rows['mse']['dB']  # the term is heard
     assert all(0 < rows[row]['variance of the codes in 3 directions, %'] <= 100.001
                for row in ('codes at once', 'tokenizer, 2 steps'))
+
+
+def test_a_reader_that_has_diverged_is_an_error_and_reads_no_zeros():
+    model = vit_codebook_tiny(codebook=Codebook(8, 4, init='normal'))
+    prior = CodePrior(8, (7, 7), 10, dim=8, depth=1, heads=1)
+
+    def diverged(images):
+        return torch.full((len(images), 10), torch.nan)
+
+    with pytest.raises(ValueError, match='NaN'):
+        S.digit_scores(model, prior, diverged, 'glyphs', n=50, each=1, steps=(1,))
