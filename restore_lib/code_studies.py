@@ -290,7 +290,7 @@ def from_tiles(
 def photo_tiles(
     side=32,  # pixels
 ) -> torch.Tensor:  # (n, 3, side, side)
-    "The photographs to train on, at full size, cut into squares; what is over at the edges is lost."
+    "The photographs to train on, at full size, cut into squares; what is over at edges is lost."
     images = photos('train').values()
     whole = [x[:, :x.shape[1]//side*side, :x.shape[2]//side*side] for x in images]
     return torch.cat([to_tiles(x, side) for x in whole])
