@@ -53,7 +53,7 @@ def check_planes(
     if not x.shape[-1]*x.shape[-2]:
         raise ValueError(f'{came}; expected at least one pixel')
 
-
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-008
 def check_bands(
     coeffs,  # what should be LL, (LH, HL, HH), None standing for zeros
 ) -> list:   # the four bands, zeros in place of None
@@ -77,7 +77,7 @@ def check_bands(
     some = next(iter(given.values()))
     return [torch.zeros_like(some) if v is None else v for v in bands.values()]
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-010
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-011
 def _as_tensor(array, dtype, device):
     return torch.tensor(array, dtype=dtype, device='cpu').to(device)      # a copy, always
 
@@ -109,7 +109,7 @@ def without_autocast(
             return f(x, *args)
     return exact
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-012
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-013
 def _batched(info, dims, bands):
     "Bands of vmap, each with the batch in front."
     return [b.expand(info.batch_size, *b.shape) if d is None else b.movedim(d, 0)
@@ -144,7 +144,7 @@ class _Haar(torch.autograd.Function):
     def vmap(info, dims, x):
         return _Haar.apply(x.movedim(dims[0], 0)), (0,)*4
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-013
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-014
 class _HaarBack(torch.autograd.Function):
     "The inverse of `_Haar`, and its transpose."
     @staticmethod
@@ -182,7 +182,7 @@ def _is_haar(bank):
     near = (abs(a - b) < 1e-12 for f, g in zip(bank, haar) for a, b in zip(f, g))
     return len(bank[0]) == 2 and all(near)
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-015
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-016
 FEW = 10      # up to so many taps this is faster than the matrix below
 
 
@@ -204,7 +204,7 @@ def _channels_last(filters, back):
         together[:, p, :, :, p:p + n//2] = flipped
     return together.reshape(16, n//2, -1, 16)
 
-
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-017
 def _kernel(filters, back, like):
     "The same as convolutions want it, (16, 8 or 16, rows, groups), channels last in memory."
     return _channels_last(filters, back, like.dtype, like.device).permute(0, 3, 1, 2)
@@ -214,7 +214,7 @@ def _columns(w, kernel):
     "Groups of columns that the kernel needs for w results."
     return -(-w//4) + kernel.shape[3] - 1
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-016
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-018
 class _Split(torch.autograd.Function):
     """x (..., H, W) -> (..., h, w, 4): the products of four kernels with windows two samples
     apart, the first of which begins `lead` samples before the image, with zeros outside."""
@@ -243,7 +243,7 @@ class _Split(torch.autograd.Function):
     def vmap(info, dims, x, *how):
         return _Split.apply(x.movedim(dims[0], 0), *how), 0
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-017
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-019
 class _Merge(torch.autograd.Function):
     "The transpose of `_Split`: four bands (..., h, w) -> (..., H, W)."
     @staticmethod
@@ -274,7 +274,7 @@ class _Merge(torch.autograd.Function):
     def vmap(info, dims, *args):
         return _Merge.apply(*_batched(info, dims, args[:4]), *args[4:]), 0
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-018
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-020
 def _few_taps(x, bank):
     "Is it faster so? Elsewhere convolutions may round (TF32) or be slow."
     return len(bank[0]) <= FEW and x.dtype == torch.float32 and x.device.type == 'cpu'
@@ -295,7 +295,7 @@ def _merge_few(LL, LH, HL, HH, filters):
     size = tuple(2*n - taps + 2 for n in LL.shape[-2:])
     return _Merge.apply(LL, LH, HL, HH, filters, taps - 2, size)
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-020
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-022
 @_remembered(1024)
 def _analysis(filters, tile):
     "(2*tile + taps - 2, 2*tile): a piece of a row -> `tile` low and `tile` high coefficients."
@@ -324,7 +324,7 @@ def _tiles(n, most=16):
     pieces = -(-n//most)
     return pieces, -(-n//pieces)
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-022
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-024
 def _behind(x, more, dim):
     "x with so many zeros behind it along one axis."
     if not more:
@@ -351,7 +351,7 @@ def _apart(x, filters, dim):
     y = _rowwise(windows, m) if dim == -1 else m.mT @ windows.mT
     return y.unflatten(dim, (2, tile)), k
 
-
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-025
 @without_autocast
 def _together(low, high, filters, dim):
     "The way back, from low and high coefficients along one axis."
@@ -381,7 +381,7 @@ def _merge_long(LL, LH, HL, HH, filters):
     low, high = _together(LL, HL, filters, -1), _together(LH, HH, filters, -1)
     return _together(low, high, filters, -2)
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-024
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-027
 def split(
     x,         # (b, c, 2h + taps - 2, 2w + taps - 2): an image, already extended
     bank,      # four filters, from `filter_bank`
@@ -410,7 +410,7 @@ def merge(
         return _merge_few(*bands, bank[2:])
     return _merge_long(*bands, bank[2:])
 
-# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-030
+# %% ../nbs/appendix/fast_wavelets.ipynb #fast_wavelets-033
 _KEPT = 512  # cosines of so many pixels are kept (16 sizes, 2 MB each), larger ones made anew
 
 

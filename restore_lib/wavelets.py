@@ -82,7 +82,7 @@ def _continued(z, taps, mode):
         z = extend(z, front, taps//2 - 1 - front + cut, 'periodic', dim)
     return z, cut
 
-# %% ../nbs/11_wavelets.ipynb #11-021
+# %% ../nbs/11_wavelets.ipynb #11-020
 def dwt2(
     x,                 # (b, c, h, w) floats, any values, any size
     wavelet='haar',    # a discrete wavelet's name in PyWavelets, or a pywt.Wavelet
@@ -112,7 +112,7 @@ def idwt2(
     h, w = x.shape[-2:]
     return x[..., cut:h - cut, cut:w - cut]
 
-# %% ../nbs/11_wavelets.ipynb #11-022
+# %% ../nbs/11_wavelets.ipynb #11-021
 def wavedec2(
     x,                 # (b, c, h, w) floats
     wavelet,           # as in `dwt2`
@@ -129,7 +129,7 @@ def wavedec2(
         details.append(d)
     return [x, *details[::-1]]
 
-# %% ../nbs/11_wavelets.ipynb #11-023
+# %% ../nbs/11_wavelets.ipynb #11-022
 def _check_levels(coeffs):
     "ValueError or TypeError for what `wavedec2` does not give."
     if not isinstance(coeffs, (list, tuple)) or not coeffs:
@@ -162,7 +162,7 @@ def waverec2(
         x = idwt2((x, d), wavelet, mode)
     return x
 
-# %% ../nbs/11_wavelets.ipynb #11-033
+# %% ../nbs/11_wavelets.ipynb #11-032
 def band_gains(
     wavelet,  # as in `dwt2`
     level,    # as in `wavedec2`
@@ -178,7 +178,7 @@ def band_gains(
         chain = np.convolve(chain, spread[0])
     return [float(np.linalg.norm(chain))**2, *details[::-1]]
 
-# %% ../nbs/11_wavelets.ipynb #11-040
+# %% ../nbs/11_wavelets.ipynb #11-039
 def packet2(
     x,      # (b, c, h, w) floats, sides multiples of 2^level
     level,  # from 0
@@ -212,7 +212,7 @@ def unpacket2(
         z = merge(z.unflatten(1, (-1, 4)).unbind(2), filter_bank('haar'))
     return z
 
-# %% ../nbs/11_wavelets.ipynb #11-041
+# %% ../nbs/11_wavelets.ipynb #11-040
 @without_autocast
 def _dct(x, block, back):
     h, w = x.shape[-2:]
@@ -246,7 +246,7 @@ def idct2(
     check_planes(z, 'z')
     return _dct(z, block, True)
 
-# %% ../nbs/11_wavelets.ipynb #11-045
+# %% ../nbs/11_wavelets.ipynb #11-044
 def shrink(
     z,            # any numbers
     threshold,    # from 0; a number or a tensor that z can be compared with
@@ -268,7 +268,7 @@ def noise_std(
     median = HH.masked_fill(HH == 0, torch.nan).nanmedian(1).values.nan_to_num(0)
     return median/0.6744897501960817/band_gains(wavelet, 1)[1][2]   # of a normal distribution: 0.67
 
-# %% ../nbs/11_wavelets.ipynb #11-050
+# %% ../nbs/11_wavelets.ipynb #11-048
 SHRINKS = 'visu', 'bayes'
 
 
@@ -292,7 +292,7 @@ def _levels_of(sigma, y):
                          f'expected a number from 0, or {len(y)} of them')
     return sigma.to(y).expand(len(y))
 
-# %% ../nbs/11_wavelets.ipynb #11-051
+# %% ../nbs/11_wavelets.ipynb #11-049
 def denoise_wavelets(
     y,                 # (b, c, h, w) images with white noise
     sigma=None,        # of the noise, in units of y: a number or (b,); None: `noise_std`
@@ -323,7 +323,7 @@ def denoise_wavelets(
         kept.append(tuple(shrink(b, t, kind) for b, t in zip(bands, limits)))
     return waverec2([LL, *kept], wavelet, mode)[..., :h, :w]
 
-# %% ../nbs/11_wavelets.ipynb #11-054
+# %% ../nbs/11_wavelets.ipynb #11-052
 def cycle_spin(
     fn,        # a function of images (b, c, h, w) that gives as many of the same size
     y,         # (b, c, h, w)
