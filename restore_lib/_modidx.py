@@ -2933,7 +2933,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'restore_lib.wavelets.idwt2': ('wavelets.html#idwt2', 'restore_lib/wavelets.py'),
                                       'restore_lib.wavelets.noise_std': ('wavelets.html#noise_std', 'restore_lib/wavelets.py'),
                                       'restore_lib.wavelets.packet2': ('wavelets.html#packet2', 'restore_lib/wavelets.py'),
-                                      'restore_lib.wavelets.shrink': ('wavelets.html#shrink', 'restore_lib/wavelets.py'),
+                                      'restore_lib.wavelets.towards_zero': ('wavelets.html#towards_zero', 'restore_lib/wavelets.py'),
                                       'restore_lib.wavelets.unpacket2': ('wavelets.html#unpacket2', 'restore_lib/wavelets.py'),
                                       'restore_lib.wavelets.wavedec2': ('wavelets.html#wavedec2', 'restore_lib/wavelets.py'),
                                       'restore_lib.wavelets.waverec2': ('wavelets.html#waverec2', 'restore_lib/wavelets.py')},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'SHRINKS', 'extend', 'dwt2', 'idwt2', 'wavedec2', 'waverec2', 'band_gains', 'packet2', 'unpacket2', 'dct2',
-           'idct2', 'shrink', 'noise_std', 'denoise_wavelets', 'cycle_spin']
+           'idct2', 'towards_zero', 'noise_std', 'denoise_wavelets', 'cycle_spin']
 
 # %% ../nbs/11_wavelets.ipynb #11-004
 from math import log
@@ -45,7 +45,8 @@ def extend(
     dim=-1,  # the axis that grows
 ) -> torch.Tensor:
     """`x` continued beyond its ends as PyWavelets does, also by more than its own length; one
-    sample reflected is repeated. ValueError for another mode, no samples or negative sizes."""
+    sample reflected is repeated, and by nothing it is `x` itself. ValueError for another mode, no
+    samples or negative sizes."""
     check_choice(mode, MODES, 'mode')
     left, right, n = check_whole(left, 'left', 0), check_whole(right, 'right', 0), x.shape[dim]
     if not n:
@@ -247,7 +248,7 @@ def idct2(
     return _dct(z, block, True)
 
 # %% ../nbs/11_wavelets.ipynb #11-044
-def shrink(
+def towards_zero(
     z,            # any numbers
     threshold,    # from 0; a number or a tensor that z can be compared with
     kind='soft',  # 'soft': all move towards 0 by the threshold; 'hard': only those below it go
@@ -299,7 +300,7 @@ def denoise_wavelets(
     wavelet='sym4',    # as in `dwt2`; biorthogonal ones with their own noise in each band
     method='bayes',    # 'bayes': a threshold a band, sigma^2/std of the clean band (BayesShrink);
                        # 'visu': sigma*sqrt(2 log pixels) (VisuShrink); a number: so many sigma
-    kind='soft',       # as in `shrink`
+    kind='soft',       # as in `towards_zero`
     level=None,        # as in `wavedec2`; None: three less than the image allows
     mode='symmetric',  # as in `dwt2`
 ) -> torch.Tensor:     # (b, c, h, w)
@@ -320,7 +321,7 @@ def denoise_wavelets(
     kept = []
     for bands, own in zip(details, gains):
         limits = [_threshold(b, g*sigma, method, h*w) for b, g in zip(bands, own)]
-        kept.append(tuple(shrink(b, t, kind) for b, t in zip(bands, limits)))
+        kept.append(tuple(towards_zero(b, t, kind) for b, t in zip(bands, limits)))
     return waverec2([LL, *kept], wavelet, mode)[..., :h, :w]
 
 # %% ../nbs/11_wavelets.ipynb #11-052
