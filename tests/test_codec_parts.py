@@ -1,11 +1,12 @@
-"""What lesson 12 stands on: bands in an order, gains of LL wherever it stands, files that keep every
-knob, costs counted from the networks, rows of the study."""
+"""What lesson 12 stands on: bands in an order, gains of LL wherever it stands, files that keep
+every knob, costs counted from the networks, rows of the study."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from restore_lib.codec_costs import (
@@ -225,9 +226,8 @@ def test_a_transform_has_as_many_products_as_its_filters():
     for wavelet in ('haar', 'db2', 'sym4'):
         low, high, *_ = pywt.Wavelet(wavelet).filter_bank
         taps = torch.tensor([low, high])[:, None, :]
-        rows = count_macs(
-            lambda t: torch.nn.functional.conv1d(t, taps, stride=2), torch.rand(64, 1, 62 + len(low))
-        )
+        lines = torch.rand(64, 1, 62 + len(low))
+        rows = count_macs(lambda t, taps=taps: F.conv1d(t, taps, stride=2), lines)
         codec = make_codec('full', 1, level=1, wavelet=wavelet)
         assert transform_macs(codec, 64, 64) == 2 * rows
 
@@ -270,7 +270,8 @@ def test_the_study_is_whole_and_short():
     known = {(r['config']['codec'], r['config']['steps'], r['seed']) for r in rows}
     assert known == set(codec_study_rows())
     assert sum(r['minutes'] for r in rows) < 15
-    assert all(r['config'] == codec_config(r['config']['codec'], r['config']['steps']) for r in rows)
+    for config in (r['config'] for r in rows):
+        assert config == codec_config(config['codec'], config['steps'])
 
 
 def test_scores_of_the_study():
@@ -288,8 +289,8 @@ def test_the_lessons_images_are_those_of_the_study():
     from restore_lib.codec_study import FIXED_CODECS, codec_scores
 
     for name in ('LL', 'full band, bior4.4'):
-        kept = study_scores(name)[0]
-        assert torch.allclose(torch.tensor(codec_scores(FIXED_CODECS[name](), 'photos')), kept, atol=0.02)
+        again = torch.tensor(codec_scores(FIXED_CODECS[name](), 'photos'))
+        assert torch.allclose(again, study_scores(name)[0], atol=0.02)
 
 
 def test_haar_is_the_bands_of_lesson_11():
