@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'FOUR_BANDS', 'check_codec_dtype', 'check_codec_images', 'check_codec_latent', 'check_wavelet',
-           'check_bands', 'check_options', 'measured_gains', 'packet_names', 'by_band', 'haar_reach', 'ResidualConvs',
+           'check_inside', 'check_options', 'measured_gains', 'packet_names', 'by_band', 'haar_reach', 'ResidualConvs',
            'conv_trunk', 'CodecTraining']
 
 # %% ../nbs/appendix/codec_parts.ipynb #codec_parts-003
@@ -126,7 +126,7 @@ def check_wavelet(
         dwt2(torch.zeros(1, 1, 2, 2), wavelet)
 
 
-def check_bands(
+def check_inside(
     inside,  # names of bands, in the order of the latent
     known,  # those that there are
 ) -> tuple:

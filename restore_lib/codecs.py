@@ -18,7 +18,7 @@ from torch import nn
 from .checks import check_number, check_whole
 from .codebook import Codebook, nearest_code, straight_through
 from restore_lib.codec_parts import (
-    FOUR_BANDS, SCALES, CodecTraining, by_band, check_bands, check_codec_images,
+    FOUR_BANDS, SCALES, CodecTraining, by_band, check_inside, check_codec_images,
     check_codec_latent, check_options, check_wavelet, conv_trunk, haar_reach, measured_gains,
     packet_names,
 )
@@ -119,7 +119,7 @@ class BandsCodec(Codec):
         wavelet='haar',  # a discrete one of PyWavelets; borders are continued periodically
         inside=('LL',),  # of LL, LH, HL, HH: those in the latent, in this order
     ):
-        level, inside = check_whole(level, 'level', 1), check_bands(inside, FOUR_BANDS)
+        level, inside = check_whole(level, 'level', 1), check_inside(inside, FOUR_BANDS)
         super().__init__(channels, 2**level, [f'{b}{level}' for b in inside])
         self.level, self.wavelet, self.inside = level, wavelet, inside
         check_wavelet(wavelet)

@@ -18,7 +18,7 @@ from restore_lib.codec_costs import (
     unet_macs,
 )
 from restore_lib.codec_files import codec_kinds, load_codec, rebuilt, save_codec
-from restore_lib.codec_parts import by_band, check_bands, measured_gains
+from restore_lib.codec_parts import by_band, check_inside, measured_gains
 from restore_lib.codec_study import (
     CODEC_STEPS,
     codec_config,
@@ -59,7 +59,7 @@ def test_bands_have_an_order(inside):
     "A set of names has another order in another process, so the latent's channels would, too."
     with pytest.raises(ValueError, match='inside is'):
         BandsCodec(inside=inside)
-    assert check_bands(['HH', 'LL'], ('LL', 'HH')) == ('HH', 'LL')
+    assert check_inside(['HH', 'LL'], ('LL', 'HH')) == ('HH', 'LL')
 
 
 @pytest.mark.parametrize('channels', [True, 1.0, 2, '1'])
@@ -286,10 +286,10 @@ def test_scores_of_the_study():
 
 def test_the_lessons_images_are_those_of_the_study():
     "The fixed codecs' rows, measured again on the squares that come with the library."
-    from restore_lib.codec_study import FIXED_CODECS, codec_scores
+    from restore_lib.codec_study import FIXED_CODECS, ceiling_scores
 
     for name in ('LL', 'full band, bior4.4'):
-        again = torch.tensor(codec_scores(FIXED_CODECS[name](), 'photos'))
+        again = torch.tensor(ceiling_scores(FIXED_CODECS[name](), 'photos'))
         assert torch.allclose(again, study_scores(name)[0], atol=0.02)
 
 
