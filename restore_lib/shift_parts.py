@@ -9,7 +9,6 @@ __all__ = ['channel_numbers', 'check_channels', 'check_one_of', 'given_weights',
 # %% ../nbs/appendix/shift_parts.ipynb #shift_parts-003
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from .checks import check_number, check_whole

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .diffusion import WEIGHTS, ResidualShift
+from .diffusion import ResidualShift
 from .project import budget
 from .states import seed_all
 from .wavelets import packet2, unpacket2

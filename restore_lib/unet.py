@@ -76,8 +76,8 @@ def shift_mask(
 
 # %% ../nbs/14_unet.ipynb #14-030
 class WindowAttention(Knobbed):
-    """Multi-head attention inside (shifted) windows of a map (b, h, w, dim), with a learned bias for
-    each relative position (Swin, Liu et al. 2021)."""
+    """Multi-head attention inside (shifted) windows of a map (b, h, w, dim), with a learned bias
+    for each relative position (Swin, Liu et al. 2021)."""
     def __init__(self,
         dim,      # numbers a token
         heads,    # divides dim
@@ -96,38 +96,38 @@ class WindowAttention(Knobbed):
         nn.init.trunc_normal_(self.bias, std=0.02)
         self.register_buffer('relative', relative_positions(self.window), persistent=False)
 
-    def own_knobs(self):
-        return dict(shift=self.shift)
+    def forward(self, x):
+        hw = tuple(x.shape[1:3])
+        shift = self.shifts(hw)
+        if any(shift):
+            x = x.roll([-s for s in shift], (1, 2))
+        x = to_windows(x, self.window)                             # (b, windows, n, dim)
+        b, m, n, d = x.shape
+        qkv = self.qkv(x).reshape(b, m, n, 3, self.heads, d//self.heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)          # (b, windows, heads, n, ...)
+        scores = q @ (k*(d//self.heads)**-0.5).transpose(-2, -1) + self.scores_bias(hw)
+        x = (scores.softmax(-1) @ v).transpose(2, 3).reshape(b, m, n, d)
+        x = from_windows(self.proj(x), self.window, hw)
+        return x.roll(shift, (1, 2)) if any(shift) else x
 
-    def shifts(self, hw):
-        return tuple(self.shift if n > self.window else 0 for n in hw)
+    def own_knobs(self): return dict(shift=self.shift)
 
 # %% ../nbs/14_unet.ipynb #14-031
 @patch
+def shifts(self: WindowAttention, hw):
+    "The shift along each axis: none where a single window covers it."
+    return tuple(self.shift if n > self.window else 0 for n in hw)
+
+@patch
 def scores_bias(self: WindowAttention, hw):
-    """What is added to the scores, (windows or 1, heads, window^2, window^2): the bias, and -inf for
-    whom a token may not see."""
+    """What is added to the scores, (windows or 1, heads, window^2, window^2): the bias, and -inf
+    for whom a token may not see."""
     n, shift = self.window**2, self.shifts(hw)
     bias = self.bias[self.relative].reshape(1, n, n, self.heads).permute(0, 3, 1, 2)
     if not any(shift):
         return bias
     mask = shift_mask(tuple(hw), self.window, shift).to(bias.device)
     return bias.masked_fill(~mask[:, None], -math.inf)
-
-@patch
-def forward(self: WindowAttention, x):
-    hw = tuple(x.shape[1:3])
-    shift = self.shifts(hw)
-    if any(shift):
-        x = x.roll([-s for s in shift], (1, 2))
-    x = to_windows(x, self.window)                                 # (b, windows, n, dim)
-    b, m, n, d = x.shape
-    qkv = self.qkv(x).reshape(b, m, n, 3, self.heads, d//self.heads)
-    q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)              # (b, windows, heads, n, d/heads)
-    scores = q @ (k*(d//self.heads)**-0.5).transpose(-2, -1) + self.scores_bias(hw)
-    x = (scores.softmax(-1) @ v).transpose(2, 3).reshape(b, m, n, d)
-    x = from_windows(self.proj(x), self.window, hw)
-    return x.roll(shift, (1, 2)) if any(shift) else x
 
 # %% ../nbs/14_unet.ipynb #14-038
 def group_norm(channels):
@@ -289,6 +289,7 @@ class UNetTrunk(nn.Module):
 # %% ../nbs/14_unet.ipynb #14-052
 @patch
 def forward(self: UNetTrunk, x, emb, more=0.0):
+    "Down, middle, up."
     x, kept = self.stem(x) + more, []
     for k, stages in enumerate(self.down):
         if k:
@@ -336,11 +337,11 @@ class SwinUNet(Knobbed):
             window, head_channels, mlp, around, cond_channels, skip, checkpoint))
         self.build()
 
-    def own_knobs(self):
-        return dict(skip=bool(self.skip), cond_channels=self.cond_channels)
-
-    def embed_time(self, t):
-        return self.time(time_embedding(t, self.base).to(self.time[0].weight.dtype))
+    def forward(self, z, t, cond=None):
+        check_unet_call(self, z, t, cond)
+        x = mirror_to_multiple(torch.cat([z, cond], 1), self.multiple)
+        out = self.last(self.trunk(x, self.embed_time(t)))[..., :z.shape[2], :z.shape[3]]
+        return out + cond[:, :self.out_channels] if self.skip else out
 
 # %% ../nbs/14_unet.ipynb #14-055
 @patch
@@ -363,11 +364,14 @@ def build(self: SwinUNet):
     nn.init.zeros_(last.bias)
 
 @patch
-def forward(self: SwinUNet, z, t, cond=None):
-    check_unet_call(self, z, t, cond)
-    x = mirror_to_multiple(torch.cat([z, cond], 1), self.multiple)
-    out = self.last(self.trunk(x, self.embed_time(t)))[..., :z.shape[2], :z.shape[3]]
-    return out + cond[:, :self.out_channels] if self.skip else out
+def embed_time(self: SwinUNet, t):
+    "What the residual blocks are told of the steps t (b,)."
+    return self.time(time_embedding(t, self.base).to(self.time[0].weight.dtype))
+
+@patch
+def own_knobs(self: SwinUNet):
+    "What decides its function and no tensor's shape tells."
+    return dict(skip=bool(self.skip), cond_channels=self.cond_channels)
 
 # %% ../nbs/14_unet.ipynb #14-056
 @patch(cls_method=True)
@@ -451,23 +455,3 @@ def outs(self: TwoBranchUNet, z, t, cond):
     more = F.interpolate(self.to_fine(x), scale_factor=2.0, mode='nearest')
     y = fine.trunk(y, fine.embed_time(t), more)
     return coarse.last(x + self.to_coarse(y)), fine.last(y)
-
-@patch
-def made_of(self: TwoBranchUNet):
-    "What `from_made` builds the same networks from; see `model_files`."
-    return dict(coarse=self.coarse.made_of(), fine=self.fine.made_of())
-
-@patch(cls_method=True)
-def from_made(cls: TwoBranchUNet, made):
-    "Untrained networks from what `made_of` gave."
-    return cls(*(SwinUNet.from_made(made[k]) for k in ('coarse', 'fine')))
-
-@patch
-def rehearsal(self: TwoBranchUNet):
-    "What they answer to a small pair."
-    like, pairs = self.to_fine.weight, []
-    for net, side in ((self.coarse, 9), (self.fine, 18)):
-        k = net.cond_channels
-        pairs.append([torch.randn(2, c, side, side).to(like) for c in (net.in_channels - k, k)])
-    z, cond = zip(*pairs)
-    yield from self(z, torch.tensor([0, 9], device=like.device), cond)

@@ -85,7 +85,7 @@ def level_shapes(
     side,   # of the latent
 ) -> list:  # of dicts: where, shape, parameters, MACs
     "A row for each place of the network, in the order of the computation."
-    rows, hooks, stages = [], [], []
+    rows, hooks = [], []
     trunk = model.trunk
     places = [('first convolution', [trunk.stem])]
     places += [(f'down, level {k}', list(s)) for k, s in enumerate(trunk.down)]

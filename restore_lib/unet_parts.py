@@ -57,7 +57,8 @@ def unet_plan(
 def checked_unet(in_channels, out_channels, base, mults, blocks, up_blocks, swin_depth, swin_at,
                  embed, window, head_channels, mlp, around, cond_channels, skip, checkpoint):
     "A `SwinUNet`'s knobs by name, as JSON holds them; ValueError or TypeError for a bad one."
-    n, out = check_whole(in_channels, 'in_channels', 2), check_whole(out_channels, 'out_channels', 1)
+    n = check_whole(in_channels, 'in_channels', 2)
+    out = check_whole(out_channels, 'out_channels', 1)
     depth = check_whole(swin_depth, 'swin_depth', 0)
     least = 1 if depth else 0
     embed, window = check_whole(embed, 'embed', least), check_whole(window, 'window', least)

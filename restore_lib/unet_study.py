@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NET', 'WAYS', 'STEPS', 'BATCH', 'SIDE', 'JUDGED_AT', 'SAMPLED', 'bicubic_x4', 'to_bands', 'to_image', 'band_sizes',
-           'BandUNet', 'restore_x4', 'detail_shares', 'image_scores', 'pair', 'training_loss', 'errors_at',
-           'judged_error', 'training_set', 'judges', 'unet_learner', 'unet_figures', 'unet_config', 'unet_rows',
-           'unet_study', 'ship']
+           'BandUNet', 'restore_x4', 'detail_shares', 'image_scores', 'pair', 'open_weights', 'training_loss',
+           'errors_at', 'judged_error', 'training_set', 'judges', 'unet_learner', 'unet_figures', 'unet_config',
+           'unet_rows', 'unet_study', 'ship']
 
 # %% ../nbs/appendix/unet_study.ipynb #unet_study-003
 from functools import cache
@@ -14,7 +14,6 @@ from functools import cache
 import torch
 from torch.utils.data import DataLoader
 
-from .audit import compare
 from .data import Crops, photos
 from .degrade import bicubic_down, bicubic_up
 from .denoiser import training_images
@@ -24,7 +23,6 @@ from .learner import EMA, Learner, Metrics, param_groups, warmup_cosine
 from .mae_training import fixed_crops, scaled
 from .metrics import psnr
 from .model_files import save_pretrained
-from .project import budget_mode
 from .records import record_study, studies
 from .states import in_deployment, random_seeded
 from .trunks import st_lpips
@@ -63,38 +61,44 @@ def band_sizes(
 
 # %% ../nbs/appendix/unet_study.ipynb #unet_study-009
 class BandUNet(Knobbed):
-    """model(z, t, y): a `SwinUNet` that sees bands in units of their sizes and says what to add to
-    y in units of the residual's. `process()` is the diffusion it is made for."""
+    """model(z, t, y): the best guess for a normal residual, and what a `SwinUNet` that sees bands
+    in units of their sizes adds to it. `process()` is the diffusion it is made for."""
     def __init__(self,
         band_std,   # (c,) root mean square of each clean band
         band_res,   # (c,) the same of the residual, y - x
-        told=True,  # is the network told the step?
+        told=True,  # is the network told the step? The arithmetic around it always knows
         **net,      # of `SwinUNet`
     ):
         super().__init__()
         for name, v in (('band_std', band_std), ('band_res', band_res)):
             v = torch.as_tensor(v, dtype=torch.float32).clone()
             self.register_buffer(name, v[:, None, None], persistent=False)
-        self.told, self.knobs = bool(told), dict(net)
+        self.told = bool(told)
         self.net = SwinUNet(2*len(self.band_std), len(self.band_std), **net)
 
     def own_knobs(self):
         return dict(told=self.told)
 
-    def forward(self, z, t, y):
-        seen = t if self.told else torch.zeros_like(t)
-        return y + self.band_res*self.net(z, seen, y/self.band_std)
-
-    def process(self, steps=15):
-        "The process with noise of twice each band's residual."
+    def process(self):
+        "Fifteen steps, with noise of twice each band's residual."
         kappa, std = 2*self.band_res.flatten(), self.band_std.flatten()
-        return ResidualShift(steps, kappa=kappa, min_noise=0.02, latent_std=std)
+        return ResidualShift(15, kappa=kappa, min_noise=0.02, latent_std=std)
+
+    def forward(self, scaled, t, y):
+        eta, sigma = self.process().levels(t, scaled)
+        z = scaled*(sigma**2 + self.band_std**2).sqrt()
+        v = ((1 - eta)*self.band_res)**2
+        guess = y + v/(1 - eta)/(v + sigma**2)*(z - y)
+        seen = t if self.told else torch.zeros_like(t)
+        open_ = self.band_res*sigma/(v + sigma**2).sqrt()
+        return guess + open_*self.net(scaled, seen, y/self.band_std)
 
     def made_of(self):
         "What `from_made` builds the same network from; see `model_files`."
         sizes = dict(band_std=self.band_std, band_res=self.band_res)
-        return {k: v.flatten().tolist() for k, v in sizes.items()} | dict(
-            told=self.told, **self.knobs)
+        net = self.net.made_of()
+        del net['in_channels'], net['out_channels']
+        return {k: v.flatten().tolist() for k, v in sizes.items()} | dict(told=self.told, **net)
 
     @classmethod
     def from_made(cls, made):
@@ -158,7 +162,7 @@ def image_scores(
     return {'dB': psnr(x_hat, x), 'ST-LPIPS': _judge()(x_hat, x)} | detail_shares(x_hat, x)
 
 # %% ../nbs/appendix/unet_study.ipynb #unet_study-016
-STEPS = 1600
+STEPS = 1200
 BATCH, SIDE = 4, 128
 JUDGED_AT = (0, 4, 9, 14)
 
@@ -168,9 +172,20 @@ def pair(x):
     return to_bands(x), to_bands(bicubic_x4(x))
 
 
+def open_weights(model):
+    """(15, 16): what makes errors of the implied bands errors in units of what the normal guess
+    leaves open, step by step; bands count by the size of their residual."""
+    process, res = model.process(), model.band_res[None]
+    t = torch.arange(process.steps)
+    eta, sigma = process.levels(t, res.expand(len(t), -1, 1, 1))
+    v = ((1 - eta)*res)**2
+    return ((v + sigma**2)/sigma**2*res.mean()/res)[..., 0, 0]
+
+
 def training_loss(model, batch):
-    "Squared error of the implied bands; the batch's steps are spread over the process."
-    return model.process().loss(model, *pair(batch), stratified=True).mean
+    "Weighted error of the implied bands; the batch's steps are spread over the process."
+    how = dict(weight=open_weights(model), stratified=True)
+    return model.process().loss(model, *pair(batch), **how).mean
 
 
 @torch.no_grad()
@@ -197,8 +212,12 @@ def training_set():
 
 @cache
 def judges(split='test'):
-    "Four crops of each photograph, (12, 1, 128, 128) for the test."
-    return fixed_crops(photos(split, 1).values(), 4, SIDE)
+    "Four crops of each photograph, (12, 1, 128, 128) for the test; none is empty sky."
+    found = []
+    for x in photos(split, 1).values():
+        crops = fixed_crops([x], 12, SIDE)
+        found.append(crops[psnr(bicubic_x4(crops), crops) < 40][:4])
+    return torch.cat(found)
 
 
 def unet_learner(
