@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .checks import check_latent, check_number, check_steps, check_whole
 from .draws import draw_normal_like
 from restore_lib.shift_parts import (
-    channel_numbers, check_channels, check_earlier, check_noise_of_steps, check_one_of,
+    channel_numbers, check_latent_channels, check_earlier, check_noise_of_steps, check_one_of,
     check_said, falling_steps, given_weights,
 )
 from .states import in_deployment
@@ -93,7 +93,7 @@ def _at(self: ResidualShift, table, t, like):
 @patch
 def _fits(self: ResidualShift, z, name):
     "Passes a latent of the channels that kappa and latent_std were given for."
-    return check_channels(z, name, kappa=self.kappa, latent_std=self.latent_std)
+    return check_latent_channels(z, name, kappa=self.kappa, latent_std=self.latent_std)
 
 @patch
 def levels(self: ResidualShift, t, like):

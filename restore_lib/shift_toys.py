@@ -123,13 +123,13 @@ def ring_network(
     process,    # a ResidualShift of 15 steps
     seed=0,
     told=True,  # is y its input, or zeros?
-    steps=None, # of training; default 2,000
+    steps=None, # of training; default 1,200
 ):
     "A PointNet trained on the ring; on errors of the noise where it predicts that."
     seed_all(f'ring {seed}')
     net, g = PointNet(), gen(seed)
     weight = 'noise' if process.predicts == 'noise' else 'uniform'
-    steps = steps or budget(test=60, cpu=2000, gpu=2000)
+    steps = steps or budget(test=60, cpu=1200, gpu=2000)
     opt = torch.optim.Adam(net.parameters(), 3e-3)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, 6e-3, total_steps=steps)
     for k in range(steps):

@@ -22,7 +22,7 @@ from .model_files import constructor_arguments
 from .padding import mirror_to_multiple
 from .patching import Mlp
 from restore_lib.unet_parts import (
-    check_pair, check_unet_call, checked_unet, relative_positions, unet_plan,
+    check_band_pair, check_unet_call, checked_unet, relative_positions, unet_plan,
 )
 
 # %% ../nbs/14_unet.ipynb #14-024
@@ -429,8 +429,8 @@ class TwoBranchUNet(nn.Module):
             nn.init.zeros_(m.bias)
 
     def forward(self, z, t, cond):
-        check_pair(z, 'z')
-        check_pair(cond, 'cond')
+        check_band_pair(z, 'z')
+        check_band_pair(cond, 'cond')
         nets = self.coarse, self.fine
         for net, a, b in zip(nets, z, cond):
             check_unet_call(net, a, t, b)

@@ -9,19 +9,27 @@ import torch
 from restore_lib.diffusion import ResidualShift
 from restore_lib.metrics import count_params
 from restore_lib.model_files import load_model, save_model
-from restore_lib.shift_toys import bayes, between_steps, deviation_made, gap_along, two_points
+from restore_lib.shift_toys import (
+    bayes,
+    best_for,
+    between_steps,
+    deviation_made,
+    gap_along,
+    two_points,
+)
 from restore_lib.thermal import thermal
 from restore_lib.unet import SwinUNet
 from restore_lib.unet_costs import by_part, level_shapes, on_meta, unet_macs
 from restore_lib.unet_study import (
-    NET,
-    WAYS,
+    UNET,
+    UNET_WAYS,
     BandUNet,
     band_sizes,
     bicubic_x4,
     detail_shares,
     errors_at,
     image_scores,
+    open_weights,
     restore_x4,
     to_bands,
     to_image,
@@ -33,7 +41,7 @@ IMAGES = thermal(3, 64, seed=5)
 
 def small(**kw):
     torch.manual_seed(0)
-    return BandUNet(*band_sizes(IMAGES), **NET | dict(base=8, embed=16) | kw)
+    return BandUNet(*band_sizes(IMAGES), **UNET | dict(base=8, embed=16) | kw)
 
 
 def stirred(**kw):
@@ -51,16 +59,45 @@ def test_bands_and_back():
     assert torch.allclose(res, r.square().mean((0, 2, 3)).sqrt())
 
 
-@pytest.mark.parametrize('steps', [1, 3])
-def test_untrained_it_gives_the_blurred_image_back(steps):
-    y = bicubic_x4(IMAGES)
-    assert torch.allclose(restore_x4(small(), y, steps), y, atol=1e-5)
+def test_untrained_it_is_the_best_guess_for_a_normal_residual():
+    model, (_, res) = small(), band_sizes(IMAGES)
+    process, x, y = model.process(), to_bands(IMAGES), to_bands(bicubic_x4(IMAGES))
+    for t in (0, 7, 14):
+        ts = torch.full((3,), t)
+        p = process.training_pair(x, y, ts, generator=gen(t))
+        with torch.no_grad():
+            said = model(p.scaled, ts, y)
+        want = best_for(process, -res)(p.scaled, ts, y)
+        assert torch.allclose(said, want, atol=1e-4)
+    blurred = bicubic_x4(IMAGES)
+    assert (restore_x4(model, blurred, 1) - blurred).abs().max() < 0.05
+
+
+def test_at_the_first_step_almost_nothing_is_left_to_say():
+    errors = [errors_at(small(), IMAGES, t).mean().item() for t in (0, 7, 14)]
+    copy = (to_bands(IMAGES) - to_bands(bicubic_x4(IMAGES))).square().mean().item()
+    assert errors[0] < 0.01 * copy and errors[0] < errors[1] < 1.05 * copy
+
+
+def test_weights_make_every_step_count_alike_before_training():
+    model = small()
+    x, y = to_bands(IMAGES).repeat(40, 1, 1, 1), to_bands(bicubic_x4(IMAGES)).repeat(40, 1, 1, 1)
+    process, w = model.process(), open_weights(model)
+    # a normal residual of the right size: then all steps have the same expected loss
+    x = y + model.band_res * torch.randn(y.shape, generator=gen())
+    with torch.no_grad():
+        means = [
+            process.loss(model, x, y, torch.full((120,), t), weight=w, generator=gen(t)).mean
+            for t in (0, 4, 9, 14)
+        ]
+    assert max(means) / min(means) < 1.1
 
 
 def test_noise_in_bicubics_place_is_not_right_detail():
     y = bicubic_x4(IMAGES)
     lost = to_bands(IMAGES)[:, 1:].square().sum() - to_bands(y)[:, 1:].square().sum()
-    loud = y + (lost / IMAGES.numel()).sqrt() * torch.randn(y.shape, generator=gen())
+    level = (lost / to_bands(IMAGES)[:, 1:].numel()).sqrt() / 2  # of images in [0, 1]
+    loud = y + level * torch.randn(y.shape, generator=gen())
     plain, noisy = (image_scores(v, IMAGES) for v in (y, loud))
     energy = to_bands(loud)[:, 1:].square().sum() / to_bands(IMAGES)[:, 1:].square().sum()
     assert 0.9 < energy < 1.15  # energy alone would call it perfect
@@ -78,9 +115,9 @@ def test_shares_of_detail_by_hand():
     assert torch.allclose(half['right'], torch.full((3,), 0.5), atol=1e-4)
 
 
-@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('way', UNET_WAYS)
 def test_a_file_gives_each_way_back(way, tmp_path):
-    a = stirred(**WAYS[way])
+    a = stirred(**UNET_WAYS[way])
     b, _ = load_model(save_model(a, tmp_path / 'a.safetensors'))
     assert b.told == a.told and a.process().knobs == b.process().knobs
     assert torch.equal(a.band_res, b.band_res)
@@ -92,12 +129,18 @@ def test_the_state_of_one_that_is_not_told_is_refused():
         small().load_state_dict(small(told=False).state_dict())
 
 
-def test_not_told_the_step_changes_nothing_and_told_it_does():
+def test_a_network_that_is_not_told_hears_the_same_at_every_step():
     z = torch.randn(2, 16, 16, 16, generator=gen())
     y, t = to_bands(IMAGES[:2]), torch.tensor([3, 3])
-    blind, sees = stirred(told=False), stirred()
-    assert torch.equal(blind(z, t, y), blind(z, t + 9, y))
-    assert not torch.allclose(sees(z, t, y), sees(z, t + 9, y))
+    heard = {}
+    for told in (False, True):
+        model = stirred(told=told)
+        answers = []
+        model.net.register_forward_hook(lambda *args: answers.append(args[-1]))
+        model(z, t, y)
+        model(z, t + 9, y)
+        heard[told] = torch.equal(*answers)  # the arithmetic around the network knows the step
+    assert heard == {False: True, True: False}
 
 
 def test_an_oracle_is_restored_exactly_in_any_number_of_steps():
@@ -122,7 +165,7 @@ def test_toys_know_their_answers():
     one = process.sample(two_points(process), zeros, 1, generator=gen())
     many = process.sample(two_points(process), zeros, generator=gen())
     assert one.abs().max() < 0.5 and (many.abs() - 1).abs().median() < 0.01
-    assert deviation_made(torch.tensor([2.0]), n=4000)[0] > 0.9
+    assert deviation_made(torch.tensor([2.0]), n=4000)[0] > 0.85
     assert gap_along(process, 4, 1, 4000)[0] < 5
     mean, var = bayes(torch.tensor(0.3), 1.0, -1.0, 0.2, 0.5, 2.0)
     keep = 0.2 / 0.5
@@ -139,4 +182,4 @@ def test_between_steps_by_hand():
 def test_what_is_made_of_is_json():
     model = small(told=False)
     made = json.loads(json.dumps(model.made_of()))
-    assert BandUNet.from_made(made).made_of() == model.made_of()
+    assert BandUNet.from_made(made).made_of() == model.made_of() == made
