@@ -304,7 +304,7 @@ def ship(model, figures, minutes, seed):
     mean = lambda v: round(sum(v)/len(v), 3)
     scores = {k: mean(v) for k, v in figures.items() if k.endswith(('dB', 'ST-LPIPS'))}
     save_pretrained(
-        model, 'unet_photos', 'unet_study() in restore_lib.unet_study', seed,
+        model, 'unet_photos', 'make study ONLY=unet_study', seed,
         "photos('train') and BSDS500's 100 training images, luminance, at three sizes", scores,
         minutes, 'Apache-2.0; the images are public domain, CC0, CC BY or for research',
         task='x4, bicubic, luminance', steps=UNET_STEPS)
