@@ -106,6 +106,10 @@ ALLOWED = {
     'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
     'published_dmae': {'data', 'degrade', 'dmae', 'metrics', 'patching'},
     'certificates': {'degrade', 'learner', 'mae', 'transfer'},
+    'shift_toys': {'diffusion', 'wavelets'},  # toys of lesson 13
+    'unet_costs': {'metrics', 'unet'},
+    # the study of lessons 13 and 14, and its weights
+    'unet_study': {'data', 'degrade', 'diffusion', 'learner', 'metrics', 'unet', 'wavelets'},
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics', 'transfer'},
 }
