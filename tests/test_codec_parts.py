@@ -15,7 +15,7 @@ from restore_lib.codec_costs import (
     published_unet,
     published_vq_macs,
     transform_macs,
-    unet_macs,
+    published_unet_macs,
 )
 from restore_lib.codec_files import codec_kinds, load_codec, rebuilt, save_codec
 from restore_lib.codec_parts import by_band, check_inside, measured_gains
@@ -252,13 +252,13 @@ def test_the_search_of_codes_is_counted():
 def test_the_published_networks():
     "Known from their papers' code: 118.59 M and 55.3 M parameters; attention is in the count."
     assert count_params(published_unet()) == 118_593_583
-    layers = unet_macs() - sum(
+    layers = published_unet_macs() - sum(
         2 * 192 * 64 * 2 * s * s
         for level, s in enumerate((64, 32, 16, 8))
         for _ in range(2 + (s == 8))
     )
-    assert 50.0e9 < layers < 50.2e9 < unet_macs() < 50.8e9
-    assert unet_macs(12) - unet_macs(3) == 3 * 9 * 160 * 9 * 64 * 64
+    assert 50.0e9 < layers < 50.2e9 < published_unet_macs() < 50.8e9
+    assert published_unet_macs(12) - published_unet_macs(3) == 3 * 9 * 160 * 9 * 64 * 64
     assert [round(m / 1e9) for m in published_vq_macs()] == [173, 335]
 
 
