@@ -522,6 +522,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'restore_lib/code_studies.py'),
                                           'restore_lib.code_studies.palette_of_means': ( 'appendix/code_studies.html#palette_of_means',
                                                                                          'restore_lib/code_studies.py'),
+                                          'restore_lib.code_studies.photo_tiles': ( 'appendix/code_studies.html#photo_tiles',
+                                                                                    'restore_lib/code_studies.py'),
                                           'restore_lib.code_studies.plot_curves': ( 'appendix/code_studies.html#plot_curves',
                                                                                     'restore_lib/code_studies.py'),
                                           'restore_lib.code_studies.recorded': ( 'appendix/code_studies.html#recorded',
