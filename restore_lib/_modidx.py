@@ -2023,6 +2023,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'restore_lib/restorer_scores.py'),
                                              'restore_lib.restorer_scores.judged_squares': ( 'appendix/restorer_scores.html#judged_squares',
                                                                                              'restore_lib/restorer_scores.py'),
+                                             'restore_lib.restorer_scores.minutes_for': ( 'appendix/restorer_scores.html#minutes_for',
+                                                                                          'restore_lib/restorer_scores.py'),
                                              'restore_lib.restorer_scores.recorded_scores': ( 'appendix/restorer_scores.html#recorded_scores',
                                                                                               'restore_lib/restorer_scores.py'),
                                              'restore_lib.restorer_scores.score_denoisers': ( 'appendix/restorer_scores.html#score_denoisers',

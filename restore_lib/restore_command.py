@@ -25,7 +25,8 @@ from .data_files import images_below
 from .degrade import bicubic_down, gaussian
 from .image_files import run_command
 from .metrics import psnr
-from .restorer_scores import recorded_scores
+from .restorer_parts import best_device
+from .restorer_scores import minutes_for, recorded_scores
 from .restorers import levels_for, pick_restorer, restorer, restorers
 from .tables import Table
 from .two_stage_parts import Degradation
@@ -143,6 +144,9 @@ def restore_file(
         chosen = pick_restorer(x, level, where) if picked else for_task(task, where)
         if picked and 'non-commercial' in chosen.provenance.get('licence', ''):
             say(f'{chosen.name} is chosen; note its licence: {chosen.provenance["licence"]}')
+        minutes, on = minutes_for(chosen.name, x), where or best_device()
+        if minutes >= 1 and (on.type == 'cpu' or not chosen.blind):
+            say(f'{chosen.name} takes about {minutes:.0f} min of one CPU thread for this image')
         levels = levels_for(chosen, x, level, careful)
         check_able(chosen)
         shares, start = [], time.perf_counter()

@@ -225,10 +225,11 @@ def how_far(
     return each.masked_fill(unknown.to(y.device)[:, None, None, None], 0)
 
 # %% ../nbs/23_restorers.ipynb #23-032
-_CLASSICAL = dict(
-    nl_means=(nl_means, 32, 'noise, by means of patches that look alike', 'scikit-image'),
-    wavelet_shrinkage=(wavelet_shrinkage, 64, 'noise, by soft thresholds', 'scikit-image'),
-    bm3d=(bm3d_filter, 128, 'noise, by stacks of patches', 'package bm3d, non-commercial use'),
+_CLASSICAL = dict(  # the method, side of its windows, their overlap, ...
+    nl_means=(nl_means, 256, 32, 'noise, by means of patches that look alike', 'scikit-image'),
+    wavelet_shrinkage=(wavelet_shrinkage, 512, 64, 'noise, by soft thresholds', 'scikit-image'),
+    bm3d=(bm3d_filter, 512, 128, 'noise, by stacks of patches',
+          'package bm3d, non-commercial use'),
 )
 
 
@@ -242,9 +243,9 @@ def is_installed(
 def classical_restorers() -> dict[str, Restorer]:
     "The methods that learn nothing, by name; each is told the estimated level."
     return {
-        name: Restorer(name, 'denoise', purpose, in_windows(fn, None, 256, overlap, batch=1),
+        name: Restorer(name, 'denoise', purpose, in_windows(fn, None, size, overlap, batch=1),
                        blind=False, provenance=dict(method=fn.__doc__, licence=licence))
-        for name, (fn, overlap, purpose, licence) in _CLASSICAL.items()
+        for name, (fn, size, overlap, purpose, licence) in _CLASSICAL.items()
     }
 
 

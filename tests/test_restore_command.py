@@ -317,9 +317,9 @@ def test_a_licence_is_said_of_what_is_chosen(image, monkeypatch, tmp_path):
     (tmp_path/'scores').write_text(json.dumps(rows))
     monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path/'scores')
     assert 'licence' not in image('in.png', 'out.png')[2]
-    kind, what, overlap, purpose, _ = 'nl_means', *restorers_module._CLASSICAL['nl_means']
-    odd = what, overlap, purpose, 'package x, non-commercial use'
-    monkeypatch.setitem(restorers_module._CLASSICAL, kind, odd)
+    *parts, _ = restorers_module._CLASSICAL['nl_means']
+    odd = *parts, 'package x, non-commercial use'
+    monkeypatch.setitem(restorers_module._CLASSICAL, 'nl_means', odd)
     assert 'note its licence: package x, non-commercial use' in image('in.png', 'out.png')[2]
 
 
@@ -373,7 +373,17 @@ def test_nothing_half_written(image, monkeypatch):
     assert sorted(p.name for p in Path('.').iterdir()) == ['in.png', 'out.png']
 
 
-# how far ------------------------------------------------------------------------------------------
+# how far, how long --------------------------------------------------------------------------------
+
+
+def test_long_work_is_said_before(image, monkeypatch, tmp_path):
+    rows = json.loads(restorer_scores.DENOISER_SCORES.read_text())
+    for seconds, words in ((1, ''), (100_000, 'takes about 3 min of one CPU thread')):
+        slow = [dict(r, seconds=seconds) for r in rows]
+        (tmp_path/'scores').write_text(json.dumps(slow))
+        monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path/'scores')
+        err = image('in.png', 'out.png', '--device', 'cpu')[2]
+        assert words in err and (words or 'thread' not in err)
 
 
 def test_the_line_of_a_result_says_how_far_it_went(image):
