@@ -350,6 +350,7 @@ def test_an_expert_is_told_apart_from_its_level():
     assert 'a restorer for this level (--task auto) does better' in ' '.join(said)
     said.clear()
     restorer('denoise')(grey, say=said.append)
+    assert 'there is hardly any to be removed' in ' '.join(said)
     assert 'hardly changed' in ' '.join(said)
 
 
