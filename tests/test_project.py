@@ -101,6 +101,7 @@ ALLOWED = {
     # a command around lesson 23, and what it makes of clean images
     'restore_command': {'data', 'degrade', 'metrics', 'restorers'},
     'restorer_parts': {'superres'},  # whose models it runs
+    'restorer_scores': {'data', 'degrade', 'metrics'},  # the study behind `pick_restorer`
     'two_stage_parts': {'degrade', 'metrics'},
     # the long study of lesson 10
     'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
