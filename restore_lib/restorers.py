@@ -137,7 +137,7 @@ class Restorer:
         careful=True,  # stay at the input where the answer is not to be trusted?
         say=_warn,  # is told what about the images is other than in training; default warns
         progress=False,  # a bar?
-        went=None,  # is told how far it went, (b, 1, 1 or h, 1 or w): 0 is y, 1 its whole answer
+        went=lambda share: None,  # is told how far it went: (b, 1, 1 or h, 1 or w) from 0 to 1
     ) -> torch.Tensor:  # (b, c, h*scale, w*scale), not clipped
         "The restored images; ValueError for what is no image, or has no level where one is needed."
         check_images(y, 'y', channels=(1, 3))
@@ -148,13 +148,11 @@ class Restorer:
         unknown = known.level.isnan()
         if careful and unknown.any():
             say(f'{_unmeasured(y)}: what has no level stays as it is, unless you tell one (sigma)')
-        kept = careful and unknown.all()
-        x_hat = y if kept else self.run(y, known.given, progress)
+        x_hat = y if careful and unknown.all() else self.run(y, known.given, progress)
         share = how_far(self, y, x_hat, known) if careful else torch.ones(len(y), 1, 1, 1)
         if share.max() < 0.02 and not unknown.any():
             say(f'hardly changed: there is little that {self.name} can be trusted to mend')
-        if went is not None:
-            went(share)
+        went(share)
         return torch.lerp(y, x_hat, share) if careful else x_hat
 
 # %% ../nbs/23_restorers.ipynb #23-030
