@@ -96,7 +96,8 @@ ALLOWED = {
     'label_curves': {'audit', 'transfer'},  # and how it is read
     'code_parts': {'patching'},
     'tokenizers': {'codebook'},
-    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
+    # trains weights, too
+    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching', 'transfer'},
     'published_mae': {'patching'},
     # a command around lesson 23, and what it makes of clean images
     'restore_command': {'data', 'degrade', 'metrics', 'restorers'},
