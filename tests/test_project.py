@@ -108,6 +108,11 @@ ALLOWED = {
     'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
     'published_dmae': {'data', 'degrade', 'dmae', 'metrics', 'patching'},
     'certificates': {'degrade', 'learner', 'mae', 'transfer'},
+    # files, costs and the study of lesson 12's codecs
+    'codec_parts': {'wavelets'},
+    'codec_files': {'codecs'},
+    'codec_costs': {'codecs', 'metrics', 'unet'},
+    'codec_study': {'codecs', 'data', 'degrade', 'metrics'},
     'shift_toys': {'diffusion', 'wavelets'},  # toys of lesson 13
     'unet_costs': {'metrics', 'unet'},
     # the study of lessons 13 and 14, and its weights
