@@ -90,6 +90,7 @@ ALLOWED = {
     'plots': {'metrics'},
     'ladder': {'metrics'},
     'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
+    'infrared': {'data', 'degrade', 'superres'},  # so does this
     'mae_training': {'audit', 'data', 'learner', 'mae', 'patching'},  # so does this
     'mae_parts': {'patching'},
     'label_study': {'data', 'mae', 'transfer'},  # the long study of lesson 07
