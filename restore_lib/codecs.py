@@ -33,7 +33,6 @@ class Codec(nn.Module):
     constructor as an attribute of that name, so that a file can say how they are built."""
     lossless = True        # is decode(*encode(x)) the image again?
     plain_encoder = False  # does encode ask no parameter?
-    reach = None           # places around its own that a place of the latent meets; None: all
     def __init__(self,
         channels,          # of the images: 1 or 3
         factor,            # how many times shorter the latent's sides are
@@ -124,8 +123,6 @@ class BandsCodec(Codec):
         self.level, self.wavelet, self.inside = level, wavelet, inside
         check_wavelet(wavelet)
 
-    reach = property(lambda self: haar_reach(self))
-
     def side_shapes(self, b, h, w):
         coarse = [(b, self.channels, h, w)]*(4 - len(self.inside))
         finer = [(b, self.channels, h*2**k, w*2**k) for k in range(1, self.level)]
@@ -187,9 +184,6 @@ class AllBandsCodec(Codec):
         super().__init__(channels, inner.factor, [f'LL{inner.level}', *details])
         self.level, self.wavelet, self.lossless = inner.level, wavelet, inner.level == 1
 
-    # two of each enlargement's own pixels
-    reach = property(lambda self: haar_reach(self, 0 if self.level == 1 else 4))
-
     def shrink(self, d):
         "Details (b, 3*channels, h, w) to half of their size."
         return F.interpolate(d, scale_factor=0.5, mode='area')
@@ -225,8 +219,6 @@ class PacketCodec(Codec):
         super().__init__(channels, 2**level, packet_names(level))
         self.level = level
 
-    reach = property(lambda self: haar_reach(self))
-
     def _apart(self, x): return by_band(packet2(x, self.level), 4**self.level), ()
     def _together(self, z, side): return unpacket2(by_band(z, self.channels), self.level)
 
@@ -255,7 +247,6 @@ class WaveletPacketCodec(PacketCodec):
 class DCTCodec(Codec):
     """The cosine transform of blocks, a channel a frequency: block^2 a colour, no side, lossless
     (1e-5 in float32, 1e-12 in float64)."""
-    reach = 0
     def __init__(self,
         channels=1,  # of the images
         block=4,     # pixels; the factor
@@ -323,9 +314,6 @@ class HybridCodec(LLCodec):
         nn.init.zeros_(self.cnn[-1].weight)
         nn.init.zeros_(self.cnn[-1].bias)
 
-    # a place for each convolution of the CNN
-    reach = property(lambda self: haar_reach(self, 2*self.depth + 2))
-
     def refine(self, LL, side):  # LL (b, channels, h, w) without gains; side -> details, as side
         "side plus the CNN's correction; every band by pixel-unshuffle on LL's grid."
         times = [d.shape[-1]//LL.shape[-1] for d in side]
@@ -382,8 +370,6 @@ class VQCodec(Codec):
         self.decoder = nn.Sequential(outwards, nn.PixelShuffle(factor))
         self.codebook = Codebook(codes, latent, decay=0.95, revive=0.5)
 
-    reach = property(lambda self: 2*self.depth + 2)          # a place for each convolution
-
     def _apart(self, x): return self.encoder(x), ()
     def _together(self, z, side): return self.decoder(self.quantise(z))
 
@@ -404,6 +390,17 @@ def quantise(self: VQCodec, z):  # (b, latent, h, w) without gains -> the same s
     codes = self.codebook.vectors().detach().to(z.dtype)
     chosen = nearest_code(tokens.detach().reshape(-1, z.shape[1]), codes)
     return straight_through(z, F.embedding(chosen, codes).reshape(tokens.shape).movedim(-1, 1))
+
+# %% ../nbs/12_codecs.ipynb #12-reach
+@patch(as_prop=True)
+def reach(self: Codec):
+    "Places around its own that a place of the latent meets; None: all, or unknown."
+    if isinstance(self, (HybridCodec, VQCodec)):
+        return haar_reach(self, 2*self.depth + 2)               # one for each convolution
+    if isinstance(self, AllBandsCodec) and self.level > 1:
+        return haar_reach(self, 4)                              # two of each enlargement
+    known = isinstance(self, (BandsCodec, AllBandsCodec, PacketCodec, DCTCodec))
+    return haar_reach(self) if known else None
 
 # %% ../nbs/12_codecs.ipynb #12-068
 CODECS = dict(

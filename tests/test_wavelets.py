@@ -15,15 +15,13 @@ from skimage.restoration import cycle_spin as their_spin
 from skimage.restoration import denoise_wavelet, estimate_sigma
 
 from restore_lib.data import photos
-from restore_lib.fast_wavelets import cosines, filter_bank, merge, split
+from restore_lib.fast_wavelets import MODES, cosines, extend, filter_bank, merge, split
 from restore_lib.wavelets import (
-    MODES,
     band_gains,
     cycle_spin,
     dct2,
     denoise_wavelets,
     dwt2,
-    extend,
     idct2,
     idwt2,
     noise_std,
