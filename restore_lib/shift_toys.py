@@ -124,11 +124,12 @@ def ring_network(
     seed=0,
     told=True,  # is y its input, or zeros?
     steps=None, # of training; default 1,200
+    weight=None,# of the loss; default: errors of x, or of the noise where that is predicted
 ):
-    "A PointNet trained on the ring; on errors of the noise where it predicts that."
+    "A PointNet trained on the ring."
     seed_all(f'ring {seed}')
     net, g = PointNet(), gen(seed)
-    weight = 'noise' if process.predicts == 'noise' else 'uniform'
+    weight = weight or ('noise' if process.predicts == 'noise' else 'uniform')
     steps = steps or budget(test=60, cpu=1200, gpu=2000)
     opt = torch.optim.Adam(net.parameters(), 3e-3)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, 6e-3, total_steps=steps)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from restore_lib.diffusion import PREDICTS, WEIGHTS, ResidualShift, shift_schedule
+from restore_lib.shift_toys import ring_network
 
 torch.set_num_threads(1)
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
@@ -1012,3 +1013,13 @@ def test_a_process_is_built_again_from_its_knobs(kw):
     y, _ = latents(3, 2, 4, 4)
     a, b = (r.sample(network, y, generator=gen()) for r in (p, q))
     assert torch.equal(a, b) and q.knobs == p.knobs
+
+
+def test_ring_network_takes_a_weight():
+    process = ResidualShift()
+
+    def first_layer(**how):
+        return ring_network(process, steps=3, **how).body[0].weight
+
+    assert torch.equal(first_layer(), first_layer(weight='uniform'))
+    assert not torch.equal(first_layer(), first_layer(weight='sigma'))
