@@ -386,13 +386,18 @@ def told(
 def plot_four(
     asked,     # metric -> what it is called
     title,
+    floors,    # metric -> what needs no network, a dotted line
     seeds=(0, 1, 2),
 ):
-    "The four cells: a point for each seed, a panel for each metric."
+    "The four cells: a point for each seed, a panel with its own axis for each metric."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, len(asked), figsize=(7.8, 2.8))
+    limits = {'dB removed': (13.5, 15.5), 'right 0.25': (0.3, 0.42)}
     for ax, (metric, name) in zip(axes, asked.items()):
-        ax.set_ylim(*((5, 25) if metric.startswith('dB') else (0, 0.6)))
+        ax.set_ylim(*limits.get(metric, (5, 25)))
+        if metric in floors:
+            ax.axhline(floors[metric], color='k', ls=':', lw=1)
+            ax.text(0.5, floors[metric] + 0.04, 'mean glyph', ha='center', fontsize=8)
         for counted, style in (('removed', 'C1o--'), ('all', 'C0s-')):
             ends = [each_of(FOUR[a, counted], metric, seeds).mean(1) for a in ('clean', 'noisy')]
             lines = ax.plot(['clean', 'noisy'], torch.stack(ends), style, ms=4, lw=1)
@@ -413,12 +418,14 @@ def plot_then(
     _, ax = plt.subplots(figsize=(7.2, 2.9))
     for name, run in THEN.items():
         curves = torch.tensor([kept_row(run, seed)['dB at shares'] for seed in seeds])
-        ax.plot(SHARES, curves.mean(0), '.-', label=name)
+        style = '.--' if name == 'then 200 with holes' else '.-'     # lies on the curve below it
+        ax.plot(SHARES, curves.mean(0), style, label=name)
         ax.fill_between(SHARES, curves.amin(0), curves.amax(0), alpha=0.2, lw=0)
     for name, style in (('noisy input', 'x'), ('non-local means', '+')):
         dB = np.mean(kept_row(dict(floors=0.25))[name])
         ax.plot(0, dB, style, color='0.3', ms=7, label=f'{name}, all seen')
-    ax.set(xlabel='share of patches hidden at test time', ylabel='PSNR, dB', title=title)
+    ax.set(xlabel='share of patches hidden at test time (band: lowest to highest seed)',
+           ylabel='PSNR, dB', title=title)
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     plt.show()
 
@@ -429,17 +436,18 @@ def plot_grid(
 ):
     "Decibels against the noise at test time, nothing hidden: a line for each noise in training."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(7.8, 2.9), sharey=True)
-    tried = [kept_row(dict(floors=t)).values() for t in SIGMAS]
-    floor = [max(np.mean(each) for each in found) for found in tried]
+    fig, axes = plt.subplots(1, 2, figsize=(7.8, 3.4), sharey=True)
+    tried = [kept_row(dict(floors=t)) for t in SIGMAS]
+    floor = [max((np.mean(each), name) for name, each in found.items()) for found in tried]
+    names = ', '.join(f'{name} at {t}' for t, (_, name) in zip(SIGMAS, floor))
     for ax, ratio in zip(axes, (0.0, 0.75)):
         for s in SIGMAS:
             dB = [each_of(GRID[s, ratio], f'dB {t}', seeds).mean() for t in SIGMAS]
             ax.plot(SIGMAS, dB, '.-', label=f'trained at {s}')
-        ax.plot(SIGMAS, floor, 'k:', lw=1, label='best filter')
+        ax.plot(SIGMAS, [dB for dB, _ in floor], 'k.:', lw=1, label=f'best filter: {names}')
         ax.set(title=f'{ratio:.0%} hidden in training', xlabel='noise at test time, sigma')
     axes[0].set_ylabel('PSNR, dB; nothing hidden')
-    axes[1].legend()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncol=2)
     fig.suptitle(title, fontsize=10)
     plt.show()
 
