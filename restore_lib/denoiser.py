@@ -166,6 +166,7 @@ def denoiser_learner(
     check_number(lr, 'lr', above=0)
     with random_seeded(seed):
         model = start or Denoiser(channels, **how)
+    model.to(memory_format=torch.channels_last)  # takes a tenth off a step on a CPU
     train = DataLoader(Crops(images, size, 64 * batch), batch, shuffle=True)
     return Learner(
         model,
