@@ -179,7 +179,7 @@ def compare(
     seed=0,              # of the resamples
     metric='PSNR',       # which of the `Scores`; also the name in the table
 ) -> Report:             # `.difference` (A - B), `.interval`, `.resolvable`, `.se`; true if the
-    # interval leaves out 0 and either side has two seeds or more
+    # interval leaves out 0 and each side has two seeds or more
     """The difference of two methods over the images and seeds that might have been.
 
     A bootstrap with images shared by A and B and seeds of their own (Owen 2007, "The pigeonhole

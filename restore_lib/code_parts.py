@@ -384,7 +384,8 @@ def plot_health(
             ax.plot(*zip(*rows), label=name)
         share = 100*counts.sort(descending=True).values/counts.sum()
         axes[2].plot(range(1, len(share) + 1), share.clamp_min(1e-3), label=name)
-    for ax, text in zip(axes, ('codes in use', 'perplexity', 'use by rank, %')):
+    titles = 'codes in use in a batch', 'perplexity of a batch', 'use by rank, %'
+    for ax, text in zip(axes, titles):
         ax.set(title=text, xlabel='rank of the code' if ax is axes[2] else 'step')
         ax.grid(alpha=0.3)
     axes[2].set(yscale='log', ylim=(1e-2, 120))

@@ -6,8 +6,9 @@
 __all__ = ['SMALL_ARTICLE', 'CURES', 'COMMITMENTS', 'recorded', 'codec_psnr', 'train_digit_codes', 'coded', 'train_digit_prior',
            'train_reader', 'nearest_distance', 'digit_scores', 'study_digits', 'colour_images', 'codec_lpips',
            'free_loss', 'train_free_tokens', 'train_colour_codes', 'palette_of_means', 'kmeans_of_patches', 'to_tiles',
-           'from_tiles', 'codec_scores', 'flat_share', 'study_colour', 'study_article', 'study_cures', 'plot_curves',
-           'swapped', 'study_commitment', 'Blind', 'blind_weights', 'grey_crops', 'jpeg_curve', 'study_photos']
+           'from_tiles', 'photo_tiles', 'codec_scores', 'flat_share', 'study_colour', 'study_article', 'study_cures',
+           'plot_curves', 'swapped', 'study_commitment', 'Blind', 'blind_weights', 'grey_crops', 'jpeg_curve',
+           'study_photos']
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-003
 import copy
@@ -32,13 +33,15 @@ from .patching import patchify, unpatchify
 from .records import record_study, studies
 from .states import random_seeded
 from .tokenizers import code_bits, large_tokenizer
+from .transfer import topk_accuracy
 from .trunks import st_lpips, vgg
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-033
 def recorded(
     names,  # of rows, in the order wanted
+    told=True,  # print which rows are not there?
     **config,  # what their configuration holds, too: data='cifar10 tiles'
-) -> dict:  # name -> [figures of each seed]; rows that are not there are left out, and told
+) -> dict:  # name -> [figures of each seed]; rows that are not there are left out
     "The study's rows of these names; where several configurations match, the newest."
     found = {}
     for name in names:
@@ -48,7 +51,7 @@ def recorded(
         if newest:
             found[name] = [r['figures'] for r in sorted(newest, key=lambda r: r['seed'])]
     missing = [name for name in names if name not in found]
-    if missing:
+    if missing and told:
         print(f'not recorded yet: {"; ".join(missing)}')
     return found
 
@@ -132,7 +135,7 @@ def digit_scores(model, prior, reader, source, n=20_000, each=50, steps=(1, 2, 4
     asked = torch.arange(10).repeat(each)
 
     def right(images, labels):
-        return 100*(reader(images).argmax(1) == labels).float().mean().item()
+        return 100*topk_accuracy(reader(images), labels)
 
     scores = dict(dB=psnr(x_hat, x).mean().item(), codes=int((code_use(model, x)[1] > 0).sum()))
     scores |= {'real, read right, %': right(x, y), 'through the codes, %': right(x_hat, y)}
@@ -283,6 +286,15 @@ def from_tiles(
     rows = tiles.unflatten(0, (-1, across)).permute(2, 0, 3, 1, 4)
     return rows.flatten(1, 2).flatten(2)
 
+# %% ../nbs/appendix/code_studies.ipynb #code_studies-039
+def photo_tiles(
+    side=32,  # pixels
+) -> torch.Tensor:  # (n, 3, side, side)
+    "The photographs to train on, at full size, cut into squares; what is over at edges is lost."
+    images = photos('train').values()
+    whole = [x[:, :x.shape[1]//side*side, :x.shape[2]//side*side] for x in images]
+    return torch.cat([to_tiles(x, side) for x in whole])
+
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-014
 @torch.no_grad()
 def codec_scores(x_hat, x):
@@ -335,6 +347,7 @@ def study_colour(steps=3000, more=500, save=True, cbs=()):
     start, minutes = first.trained(), first.seconds/60
     keep('means of patches', palette_of_means(train[:3000], test, 1024), 0)
     keep('k-means of patches', kmeans_of_patches(train[:3000], test, 1024), 0)
+    keep('patches of photographs', kmeans_of_patches(photo_tiles(), test, 1024), 0)
     keep(f'tokenizer, {steps:,} steps', judged(first), minutes, **in_three(first))
     curve = [r for r in first.history if 'dB' in r]
     curve = {k: [round(r[k], 4) for r in curve] for k in ('step', 'dB', 'st_lpips')}

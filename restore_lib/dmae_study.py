@@ -219,10 +219,10 @@ FOUR = {('clean', 'removed'): run_of(0.0, 0.75, 'removed'),
         ('clean', 'all'): run_of(0.0, 0.75),
         ('noisy', 'removed'): run_of(0.25, 0.75, 'removed'),
         ('noisy', 'all'): run_of(0.25, 0.75)}
-THEN = {'75 % removed': run_of(0.25, 0.75),
-        'then nothing': run_of(0.25, 0.75, then=0.0),
-        'then 75 % again': run_of(0.25, 0.75, then=0.75),
-        'nothing removed': run_of(0.25, 0.0, steps=STEPS['first'] + STEPS['more'])}
+THEN = {'600 steps with holes': run_of(0.25, 0.75),
+        'then 200 without': run_of(0.25, 0.75, then=0.0),
+        'then 200 with holes': run_of(0.25, 0.75, then=0.75),
+        '800 steps without': run_of(0.25, 0.0, steps=STEPS['first'] + STEPS['more'])}
 GRID = {(s, r): run_of(s, r) for r in (0.0, 0.75) for s in SIGMAS}
 
 
@@ -304,13 +304,13 @@ def ruled(
     found,   # of `audit.compare`
     metric,  # what was compared: begins with 'dB' or 'right'
 ) -> str:
-    "'helps', 'hurts' or 'not told apart', by the rule above."
+    "'helps', 'hurts', 'too little' or 'not told apart', by the rule above."
     least, (low, high) = ENOUGH[metric.split()[0]], found.interval
     if low > 0 and found.difference >= least:
         return 'helps'
     if high < 0 and found.difference <= -least:
         return 'hurts'
-    return 'not told apart'
+    return 'too little' if low > 0 or high < 0 else 'not told apart'
 
 
 def each_of(
@@ -415,9 +415,9 @@ def plot_then(
         curves = torch.tensor([kept_row(run, seed)['dB at shares'] for seed in seeds])
         ax.plot(SHARES, curves.mean(0), '.-', label=name)
         ax.fill_between(SHARES, curves.amin(0), curves.amax(0), alpha=0.2, lw=0)
-    for name, style in (('noisy input', ':'), ('non-local means', '--')):
+    for name, style in (('noisy input', 'x'), ('non-local means', '+')):
         dB = np.mean(kept_row(dict(floors=0.25))[name])
-        ax.axhline(dB, color='0.5', ls=style, lw=1, label=name)
+        ax.plot(0, dB, style, color='0.3', ms=7, label=f'{name}, all seen')
     ax.set(xlabel='share of patches hidden at test time', ylabel='PSNR, dB', title=title)
     ax.legend(loc='center left', bbox_to_anchor=(1, 0.5))
     plt.show()

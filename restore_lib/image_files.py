@@ -166,7 +166,10 @@ def _with_alpha(image, say):
     "A decoded image as grey (L or I;16) or RGB, and its alpha channel or None."
     key = image.info.get('transparency')
     if image.mode == '1':
+        say('black and white becomes grey of 8 bits')
         image = image.convert('L')
+    if image.mode in ('P', 'PA'):
+        say('the colours of a palette become RGB')
     if image.mode in ('L', 'I;16') and isinstance(key, int):
         return _keyed_grey(image, key, say)
     if image.mode == 'I;16':
@@ -469,13 +472,14 @@ def check_output(
     size,         # its (width, height), pixels
     source=None,  # the file that it comes from, which must not be overwritten
     say=_warn,    # is told what the format does not keep; default warns
+    parents=False,  # may folders above it be made?
 ):
     "Tries before the work whether `save_image` will succeed; ValueError if not, or for lost alpha."
     format, path = _format_of(path), Path(path)
     if source is not None and os.path.exists(path) and path.samefile(source):
         expected = 'another name, so that it is not lost'
         raise ValueError(f'{path} is the image itself; expected {expected}')
-    check_writable(path)
+    check_writable(path, parents)
     _fitting(format, kept.mode, size, kept.info, say)
 
 
@@ -672,22 +676,26 @@ def run_command(
     image,     # the file to read
     out,       # the file to write; its ending chooses the format
     prepare,   # prepare(x, say) -> work, scale, words: loads what the open image needs
+    label='',  # what messages begin with behind the name, such as the file's name
 ):             # the shell's exit status: 0, or 2 after a message
     """What a command does around `work(x (1, c, h, w))`, whose result is `scale` times as large:
-    reads, tries the output before the work, writes whole or not at all, never over its input.
-    `words` are told behind the name of the file; `say` writes a message to stderr. An error of
-    `work`, other than for memory, is raised as it is: mistakes of the user are for `prepare`."""
+    reads, tries the output before the work, writes whole or not at all, never over its input;
+    a folder that is missing is made. `words`, a text or a function called after the work, are told
+    behind the name of the file; `say` writes a message to stderr. An error of `work`, other than
+    for memory, is raised as it is: mistakes of the user are for `prepare`."""
     def say(message):
-        print(f'{name}: {message}', file=sys.stderr)
+        named = label and label not in str(message)
+        print(f'{name}: {label}: {message}' if named else f'{name}: {message}', file=sys.stderr)
 
     try:
         with _as_refusals():
             x, kept = open_image(image, say)
             work, scale, words = prepare(x, say)
-            check_output(out, kept, [scale*n for n in x.shape[:1:-1]], image, say)
+            check_output(out, kept, [scale*n for n in x.shape[:1:-1]], image, say, parents=True)
         done = work(x)
         with _as_refusals():
             result = as_image(done, kept)
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
             save_image(result, out, say=lambda note: None)             # said before the work
     except _Refused as error:
         say(error)
@@ -697,5 +705,6 @@ def run_command(
             raise
         say(f'{image} needs more memory than there is; expected a smaller image')
         return 2
-    print(f'{out}: {result.width} x {result.height}{words}')
+    told = words() if callable(words) else words
+    print(f'{out}: {result.width} x {result.height}{told}')
     return 0

@@ -54,10 +54,14 @@ def _noise_words(measured, told, levels, name):
         under = (level < low) & _is_other(level, torch.full_like(level, low))
         if over.any():
             yield (f'noise of about {_grey_levels(level[over][0])} of 255 is stronger than any '
-                   f'that {name} was trained for ({_grey_levels(high)})')
+                   f'that {name} was trained for ({_grey_levels(high)}): some of it will stay')
         if under.any():
-            yield (f'noise of about {_grey_levels(level[under][0])} of 255 is weaker than any '
-                   f'that {name} was trained for ({_grey_levels(low)})')
+            weak = level[under][0]
+            advice = 'a restorer for this level (--task auto) does better'
+            if weak <= 2/255:
+                advice = 'there is hardly any to be removed'
+            yield (f'noise of about {_grey_levels(weak)} of 255 is weaker than any that {name} was '
+                   f'trained for ({_grey_levels(low)}), whose answer takes detail along: {advice}')
 
 
 def signs(

@@ -108,9 +108,10 @@ def board(
     x,           # (b, c, h, w)
     ratio=0.75,  # share of patches to remove
     seed=0,      # of the masks
+    sweeps=128,  # of the smoothed filling
 ):  # {name: (b, c, h, w)}, {name: a title for each}
     "What is left, the fillings, the drawing and the truth, with dB of removed pixels in titles."
-    images, mask = drawn(model, x, ratio, seed=seed)
+    images, mask = drawn(model, x, ratio, (0, sweeps), seed)
     p, left = model.encoder.patch, f'{ratio:.0%} removed'
     rows = {left: torch.where(mask_pixels(mask, p, x.shape[-2:]) > 0, 0.5, x)}
     titles = {left: [left]*len(x)}
@@ -125,7 +126,7 @@ def drawing_steps(
     model,  # a MAE
     x,      # one image (c, h, w)
     ratio,  # share of patches to remove
-    seed=1, # of the mask
+    seed=0, # of the mask
 ):  # five images (c, h, w), their titles
     "What is left, the smoothed filling, what is drawn, the two together, the truth."
     rows, titles = board(model, x[None], ratio, seed)

@@ -25,6 +25,7 @@ from restore_lib.codebook import (
     tokenizer_loss,
     vit_codebook_tiny,
 )
+from restore_lib.data import photos
 from restore_lib.mae import MAE
 from restore_lib.model_files import load_model, pretrained, save_model
 from restore_lib.tokenizers import FSQ, large_tokenizer
@@ -338,6 +339,8 @@ def test_rows_by_name_and_what_is_missing(study, capsys):
     assert capsys.readouterr().out == 'not recorded yet: c\n'
     assert S.recorded(['b'], data='d') == {}
     assert capsys.readouterr().out == 'not recorded yet: b\n'
+    assert S.recorded(['b', 'a'], told=False, data='d').keys() == {'a'}
+    assert capsys.readouterr().out == ''
 
 
 def test_no_rows_at_all_are_told(study, capsys):
@@ -380,8 +383,19 @@ def test_floors_at_equal_bits():
 
 
 def test_the_health_panel_takes_books_without_codes():
+    "Use over training is that of a batch, and says so: fewer codes than a test set uses."
     history = [dict(step=k, active=4, perplexity=3.0) for k in range(3)]
-    assert len(plot_health({'a': (history, torch.tensor([3, 0, 1]))}).axes) == 3
+    axes = plot_health({'a': (history, torch.tensor([3, 0, 1]))}).axes
+    assert len(axes) == 3 and all('batch' in ax.get_title() for ax in axes[:2])
+
+
+def test_photographs_as_tiles():
+    "Square after square of each photograph, none of the test's; the rest at the edges is lost."
+    tiles, first = S.photo_tiles(), next(iter(photos('train').values()))
+    sizes = [x.shape[1]//32*(x.shape[2]//32) for x in photos('train').values()]
+    assert tiles.shape == (sum(sizes), 3, 32, 32)
+    assert torch.equal(tiles[1], first[:, :32, 32:64])
+    assert S.photo_tiles(64).shape[1:] == (3, 64, 64)
 
 
 def test_the_colour_study_ships_what_its_row_scores(monkeypatch, tmp_path):
@@ -400,6 +414,7 @@ def test_the_colour_study_ships_what_its_row_scores(monkeypatch, tmp_path):
             {name: (model, steps)}))
     S.study_colour(2, 1)
     assert {'tokenizer, 2 steps', 'mse', 'mse and perceptual', 'curve'} < set(rows)
+    assert 'patches of photographs' in rows
     model, steps = shipped['colour_codes']
     with torch.no_grad():
         scored = S.codec_scores(model(images[:8])[0], images[:8])
@@ -408,3 +423,14 @@ def test_the_colour_study_ships_what_its_row_scores(monkeypatch, tmp_path):
     assert rows['mse and perceptual']['dB'] != rows['mse']['dB']  # the term is heard
     assert all(0 < rows[row]['variance of the codes in 3 directions, %'] <= 100.001
                for row in ('codes at once', 'tokenizer, 2 steps'))
+
+
+def test_a_reader_that_has_diverged_is_an_error_and_reads_no_zeros():
+    model = vit_codebook_tiny(codebook=Codebook(8, 4, init='normal'))
+    prior = CodePrior(8, (7, 7), 10, dim=8, depth=1, heads=1)
+
+    def diverged(images):
+        return torch.full((len(images), 10), torch.nan)
+
+    with pytest.raises(ValueError, match='NaN'):
+        S.digit_scores(model, prior, diverged, 'glyphs', n=50, each=1, steps=(1,))

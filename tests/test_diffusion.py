@@ -1,3 +1,4 @@
+import json
 import math
 
 from common import gen
@@ -988,3 +989,26 @@ def test_given_generators_leave_the_callers_random_state_and_tensors_alone():
     assert torch.equal(torch.get_rng_state(), before) and all(
         torch.equal(a, b) for a, b in zip((x, y, noise), kept)
     )
+
+
+@pytest.mark.parametrize(
+    'kw',
+    [
+        dict(steps=4),
+        dict(kappa=0.5),
+        dict(kappa=[1.0, 2.0]),
+        dict(min_noise=0.1),
+        dict(power=1.0),
+        dict(etas_end=0.9),
+        dict(predicts='noise'),
+        dict(latent_std=[0.1, 3.0]),
+    ],
+    ids=lambda kw: ' '.join(kw),
+)
+def test_a_process_is_built_again_from_its_knobs(kw):
+    p = ResidualShift(**kw)
+    assert p.knobs != ResidualShift().knobs
+    q = ResidualShift(**json.loads(json.dumps(p.knobs)))
+    y, _ = latents(3, 2, 4, 4)
+    a, b = (r.sample(network, y, generator=gen()) for r in (p, q))
+    assert torch.equal(a, b) and q.knobs == p.knobs

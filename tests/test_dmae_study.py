@@ -67,12 +67,12 @@ def test_removed_patches_alone_are_judged(monkeypatch):
     [
         ((0.6, 0.1, 1.1), 'dB 0.25', 'helps'),
         ((0.5, 0.1, 0.9), 'dB removed', 'helps'),
-        ((0.4, 0.1, 0.7), 'dB 0.25', 'not told apart'),
+        ((0.4, 0.1, 0.7), 'dB 0.25', 'too little'),
         ((0.9, -0.1, 1.9), 'dB 0.25', 'not told apart'),
         ((-0.6, -1.0, -0.2), 'dB 0.25', 'hurts'),
         ((-0.6, -1.3, 0.1), 'dB 0.25', 'not told apart'),
         ((0.03, 0.01, 0.05), 'right 0.25', 'helps'),
-        ((0.01, 0.005, 0.015), 'right', 'not told apart'),
+        ((0.01, 0.005, 0.015), 'right', 'too little'),
     ],
 )
 def test_the_rule(numbers, metric, verdict):

@@ -1782,6 +1782,19 @@ def test_two_seeds_tell_nothing_apart_and_answers_count_in_percent():
         against(rows, 'knob', 'c', 'right')
 
 
+def test_pictures_of_a_drawing_have_one_mask_and_the_best_filling():
+    "Two figures of one image with other masks show other dB, and a weak filling flatters."
+    from restore_lib.mae_training import board, drawing_steps
+
+    model, x = FillingMAE(16, 4, 16, 1, 2, 16, 1, 2, sweeps=2), torch.rand(3, 16, 16)
+    rows, titles = board(model, x[None])
+    left, smooth, _, pasted, truth = drawing_steps(model, x, 0.75)[0]
+    assert list(rows)[1:] == ['bilinear', 'smoothed, 128 sweeps', 'MAE', 'truth']
+    for name, image in zip(rows, (left, None, smooth, pasted, truth)):
+        assert image is None or torch.equal(rows[name][0], image)
+    assert 'smoothed, 8 sweeps' in board(model, x[None], sweeps=8)[0]
+
+
 # the weights of the library -----------------------------------------------------------------------
 
 
@@ -1795,7 +1808,7 @@ def test_committed_weights_beat_both_fillings_on_photographs_and_digits():
         'mae_digits': digits(100, 'test')[0],
     }
     for name, x in sets.items():
-        found = scores(load_model(name)[0], x, sweeps=(0, 32))
+        found = scores(load_model(name)[0], x, sweeps=(0, 32, 128))
         ours = found.pop('MAE')
         for filling in found.values():
             assert ours['crops'] > filling['crops'] and ours['pooled'] > filling['pooled'], name

@@ -96,16 +96,27 @@ ALLOWED = {
     'label_curves': {'audit', 'transfer'},  # and how it is read
     'code_parts': {'patching'},
     'tokenizers': {'codebook'},
-    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},  # trains weights, too
+    # trains weights, too
+    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching', 'transfer'},
     'published_mae': {'patching'},
     # a command around lesson 23, and what it makes of clean images
     'restore_command': {'data', 'degrade', 'metrics', 'restorers'},
     'restorer_parts': {'superres'},  # whose models it runs
+    'restorer_scores': {'data', 'degrade', 'metrics'},  # the study behind `pick_restorer`
     'two_stage_parts': {'degrade', 'metrics'},
     # the long study of lesson 10
     'two_stage_study': {'audit', 'data', 'dmae', 'learner', 'metrics', 'two_stage'},
     'published_dmae': {'data', 'degrade', 'dmae', 'metrics', 'patching'},
     'certificates': {'degrade', 'learner', 'mae', 'transfer'},
+    # files, costs and the study of lesson 12's codecs
+    'codec_parts': {'wavelets'},
+    'codec_files': {'codecs'},
+    'codec_costs': {'codecs', 'metrics', 'unet'},
+    'codec_study': {'codecs', 'data', 'degrade', 'metrics'},
+    'shift_toys': {'diffusion', 'wavelets'},  # toys of lesson 13
+    'unet_costs': {'metrics', 'unet'},
+    # the study of lessons 13 and 14, and its weights
+    'unet_study': {'data', 'degrade', 'diffusion', 'learner', 'metrics', 'unet', 'wavelets'},
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics', 'transfer'},
 }

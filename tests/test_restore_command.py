@@ -1,8 +1,13 @@
 "The command `restore`: every kind of file, what is kept, said and refused, folders, measures."
 
+import hashlib
 import importlib
 import inspect
+import json
+import re
 import struct
+import subprocess
+import sys
 import zlib
 from configparser import ConfigParser
 from pathlib import Path
@@ -14,8 +19,9 @@ from common import ROOT
 from PIL import Image, ImageCms
 from torch import nn
 
-from restore_lib import model_files
+from restore_lib import model_files, restorer_scores
 from restore_lib import restore_command as C
+from restore_lib import restorers as restorers_module
 from restore_lib.denoiser import Denoiser
 from restore_lib.image_files import open_image
 from restore_lib.model_files import save_model
@@ -54,13 +60,24 @@ def trained(tmp_path_factory):
     for name, channels in (('denoise_grey', 1), ('denoise_colour', 3)):
         save_model(tiny(channels), folder/f'{name}.safetensors', task='denoise', **RECORD)
     save_model(tiny(1), folder/'mixed.safetensors', task='mixed', **RECORD)
+    scores = [
+        dict(name=path.stem, channels=channels, dB=[dB]*6, seconds=1.0, weights=hashed(path))
+        for path in folder.glob('denoise_*')
+        for channels, dB in ((1, 30 + ('grey' in path.stem)), (3, 30 + ('colour' in path.stem)))
+    ]
+    (folder/'denoisers.json').write_text(json.dumps(scores))
     return folder
+
+
+def hashed(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 @pytest.fixture
 def shell(trained, tmp_path, monkeypatch, capsys):
     "The command in a folder with a photograph; gives exit status, stdout and stderr."
     monkeypatch.setattr(model_files, 'PRETRAINED', trained)
+    monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', trained/'denoisers.json')
     monkeypatch.chdir(tmp_path)
     picture().save('in.png')
 
@@ -188,7 +205,8 @@ def test_frames_are_not_lost(idle, ending):
 
 def test_which_restorer(image):
     assert 'denoise_colour, noise of about ' in image('in.png', 'a.png')[1]
-    assert image('in.png', 'b.png', '--sigma', 25)[1] == 'b.png: 50 x 37, denoise_colour\n'
+    with_level = image('in.png', 'b.png', '--sigma', 25)[1]
+    assert re.fullmatch(r'b.png: 50 x 37, denoise_colour, [^,]* answer, [0-9.]+ s\n', with_level)
     assert 'mixed' in image('in.png', 'c.png', '--task', 'mixed')[1]
     assert 'denoise_grey' in image('in.png', 'd.png', '--task', 'denoise_grey')[1]
     assert ', denoise_' in image('in.png', 'e.png', '--task', 'denoise')[1]
@@ -233,11 +251,12 @@ def test_a_bar_or_none(shell):
         (['half.png', 'out.png'], 'half.png is not a readable image'),
         (['in.png', 'out.xyz'], "'.xyz'"),
         (['in.png', 'out'], "ends in ''"),
+        (['in.png', '.'], 'is the image itself'),
+        (['in.png', 'sub/../'], 'is the image itself'),
         (['in.png', 'in.png'], 'is the image itself'),
         (['in.png', './sub/../in.png'], 'is the image itself'),
         (['in.png', 'same.png'], 'is the image itself'),
-        (['in.png', 'no/folder/out.png'], 'no/folder is no folder'),
-        (['in.png', 'sub.png'], 'sub.png is a folder'),
+        (['in.png', 'text.png/out.png'], 'text.png is no folder'),
         (['in.png', 'locked.png'], 'locked.png is read-only'),
         (['in.png', '/proc/out.png'], '/proc/out.png cannot be written'),
         (['alpha.png', 'out.jpg'], 'JPEG'),
@@ -246,8 +265,12 @@ def test_a_bar_or_none(shell):
         (['in.png', 'out.png', '--task', 'text.png'], 'no safetensors file'),
         (['in.png', 'out.png', '--sigma', 'nan'], '--sigma is nan'),
         (['in.png', 'out.png', '--sigma', '-25'], '--sigma is -25.0'),
+        (['in.png', 'out.png', '--sigma', '0.1'], '--sigma is 0.1; expected a level in 255ths'),
+        (['in.png', 'out.png', '--sigma', '0.1'], '0.1 of the whole range is --sigma 25.5'),
+        (['full', 'out', '--sigma', '0.1'], '--sigma is 0.1; expected a level in 255ths'),
+        (['full', 'out', '--task', 'fog'], '--task is fog'),
         (['in.png', 'out.png', '--device', 'toaster'], '--device is toaster'),
-        (['small.png', 'out.png', '--task', 'nl_means'], 'expected a level for nl_means'),
+        (['small.png', 'out.png', '--task', 'nl_means', '--plain'], 'a level for nl_means'),
         (['integers.tif', 'out.png'], 'integers.tif is not a readable image'),
         (['sub', 'sub/out'], 'sub/out lies in sub'),
         (['sub', 'sub'], 'sub lies in sub'),
@@ -262,21 +285,42 @@ def test_refused_before_the_work(idle, words, says):
     Path('text.png').write_text('not a picture')
     Path('same.png').symlink_to('in.png')
     Path('half.png').write_bytes(Path('alpha.png').read_bytes()[:300])
-    for name in ('sub', 'sub.png'):
+    for name in ('sub', 'full'):
         Path(name).mkdir()
+    picture().save('full/a.png')
+    picture().save('full/b.png')
     picture().save('locked.png')
     Path('locked.png').chmod(0o444)
     before = files()
     code, out, err = idle(*words)
     assert code == 2 and says in err and 'Traceback' not in err and not out
-    assert all(line.startswith('restore: ') for line in err.splitlines())
-    assert files() == before
+    assert len(err.splitlines()) == 1 and err.startswith('restore: ')
+    assert files() == before and not Path('out').exists()
 
 
-def test_without_weights_it_says_so(idle, monkeypatch, tmp_path):
-    monkeypatch.setattr(model_files, 'PRETRAINED', tmp_path/'none')
+def test_without_scores_it_says_so(idle, monkeypatch, tmp_path):
+    monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path/'none')
     code, _, err = idle('in.png', 'out.png')
-    assert code == 2 and 'the library has no weights of a denoiser' in err
+    assert code == 2 and 'no denoiser here has scores' in err
+
+
+def test_new_weights_are_not_chosen_before_they_are_measured(image, monkeypatch, tmp_path):
+    rows = json.loads(restorer_scores.DENOISER_SCORES.read_text())
+    rows = [r for r in rows if r['name'] == 'denoise_grey']
+    (tmp_path/'scores').write_text(json.dumps(rows))
+    monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path/'scores')
+    assert ', denoise_grey, ' in image('in.png', 'out.png')[1]
+
+
+def test_a_licence_is_said_of_what_is_chosen(image, monkeypatch, tmp_path):
+    rows = [dict(name='nl_means', channels=3, dB=[30]*6, weights='')]
+    (tmp_path/'scores').write_text(json.dumps(rows))
+    monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path/'scores')
+    assert 'licence' not in image('in.png', 'out.png')[2]
+    *parts, _ = restorers_module._CLASSICAL['nl_means']
+    odd = *parts, 'package x, non-commercial use'
+    monkeypatch.setitem(restorers_module._CLASSICAL, 'nl_means', odd)
+    assert 'note its licence: package x, non-commercial use' in image('in.png', 'out.png')[2]
 
 
 def test_a_missing_package_is_a_message(idle, monkeypatch):
@@ -329,7 +373,89 @@ def test_nothing_half_written(image, monkeypatch):
     assert sorted(p.name for p in Path('.').iterdir()) == ['in.png', 'out.png']
 
 
+# how far, how long --------------------------------------------------------------------------------
+
+
+def test_long_work_is_said_before(image, monkeypatch, tmp_path):
+    rows = json.loads(restorer_scores.DENOISER_SCORES.read_text())
+    for seconds, words in ((1, ''), (100_000, 'takes about 3 min of one CPU thread')):
+        slow = [dict(r, seconds=seconds) for r in rows]
+        (tmp_path/'scores').write_text(json.dumps(slow))
+        monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path/'scores')
+        err = image('in.png', 'out.png', '--device', 'cpu')[2]
+        assert words in err and (words or 'thread' not in err)
+
+
+def test_the_line_of_a_result_says_how_far_it_went(image):
+    picture(hw=(64, 64)).save('in.png')
+    line = image('in.png', 'a.png', '--sigma', 25)[1]
+    assert re.search(r', (\d+ % of the way to its answer|its whole answer), \d+\.\d s$', line)
+    assert ', its whole answer, ' in image('in.png', 'b.png', '--plain')[1]
+    assert ', the image stays as it is, ' in image('in.png', 'c.png', '--sigma', 0)[1]
+    picture(hw=(20, 64)).save('small.png')
+    code, line, err = image('small.png', 'd.png')
+    assert ', the image stays as it is, ' in line and 'noise of' not in line
+    assert 'in 64 x 20 pixels no noise can be measured' in err
+    assert np.array_equal(np.asarray(Image.open('small.png')), np.asarray(Image.open('d.png')))
+
+
+def test_the_way_in_words():
+    denoiser, mixed = restorer('nl_means'), restorer('mixed')
+
+    def words(r, share, **how):
+        return C.way_in_words(r, torch.tensor(share).reshape(1, 1, 1, -1), **how)
+
+    assert words(denoiser, [0.4]) == '40 % of the way to its answer'
+    assert words(denoiser, [0.4], careful=False) == words(denoiser, [1.0]) == 'its whole answer'
+    assert words(denoiser, [0.01]) == 'the image stays as it is'
+    mostly = [0.3]*9 + [1.0]
+    assert words(mixed, mostly) == '10 % of the pixels mended, 30 % of the way elsewhere'
+    assert words(mixed, [0.0]*3 + [1.0]) == '25 % of the pixels mended, the rest stays'
+
+
+def test_a_scan_in_black_and_white_stays(image):
+    "It was taken for noise of 94 of 255."
+    dots = torch.rand(1, 1, 128, 400) < 0.15
+    page = torch.nn.functional.avg_pool2d(dots.float(), 3, 1, 1)[0, 0] < 0.2
+    Image.fromarray(page.numpy()).save('page.png')
+    code, line, err = image('page.png', 'out.png')
+    assert code == 0 and 'the image stays as it is' in line and 'noise of' not in line
+    assert 'almost all is black or white, where no noise can be measured' in err
+    assert 'black and white becomes grey of 8 bits' in err
+
+
+def test_the_colours_of_a_palette_are_said(image):
+    picture('P').save('in.gif')
+    assert 'the colours of a palette become RGB' in image('in.gif', 'out.png')[2]
+
+
 # a folder -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('out', ['mended', 'mended.png', 'new/', 'a/b/'])
+def test_a_file_into_a_folder(image, out):
+    if 'mended' in out:
+        Path(out).mkdir()
+    code, line, err = image('in.png', out)
+    assert code == 0, err
+    assert line.startswith(f'{Path(out)}/in.png: 50 x 37')
+    assert [p.name for p in Path(out).iterdir()] == ['in.png']
+
+
+def test_a_missing_folder_is_made(image):
+    assert image('in.png', 'a/b/out.png')[0] == 0
+    assert Path('a/b/out.png').is_file()
+
+
+def test_notes_in_a_folder_name_their_file(image):
+    Path('scans').mkdir()
+    for name in 'ab':
+        picture(hw=(20, 20)).convert('CMYK').save(f'scans/{name}.tif')
+    code, out, err = image('scans', 'mended')
+    assert code == 0 and len(err.splitlines()) >= 4
+    for line in err.splitlines():
+        assert line.startswith(('restore: scans/a.tif: ', 'restore: scans/b.tif: '))
+    assert 'scans' not in image('scans/a.tif', 'alone.tif')[2]
 
 
 def test_a_folder(image):
@@ -339,7 +465,7 @@ def test_a_folder(image):
     Path('scans/notes.txt').write_text('no image')
     Path('scans/broken.png').write_text('no image')
     code, out, err = image('scans', 'new/mended')
-    assert code == 2 and 'scans/broken.png is not a readable image' in err
+    assert code == 2 and 'restore: scans/broken.png is not a readable image' in err
     made = sorted(str(p) for p in Path('new').rglob('*') if p.is_file())
     assert made == ['new/mended/a.jpg', 'new/mended/deeper/b.png'] and out.count('\n') == 2
     Path('scans/broken.png').unlink()
@@ -373,6 +499,7 @@ def test_evaluate(shell):
     code, out, err = shell('evaluate', 'mixed', '--data', 'clean', '--quiet')
     assert code == 0 and 'mixed' in out and not err
     for words, says in (
+        (('denoise_grey', '--data', 'clean', '--sigma', 0.1), 'expected a level in 255ths'),
         (('fog', '--data', 'clean'), '--task is fog'),
         (('mixed', '--data', 'nowhere'), 'nowhere is not a folder'),
         (('mixed', '--data', 'clean', '--sigma', -1), '--sigma'),
@@ -381,6 +508,20 @@ def test_evaluate(shell):
             words = ('denoise_grey', *words[1:])
         code, out, err = shell('evaluate', *words, '--quiet')
         assert code == 2 and says in err and not out
+
+
+def test_evaluate_goes_on_after_a_bad_file(shell):
+    Path('clean').mkdir()
+    for name in 'ac':
+        picture('L', (64, 70)).save(f'clean/{name}.png')
+    Path('clean/b.png').write_text('no image')
+    code, out, err = shell('evaluate', 'nl_means', '--data', 'clean', '--sigma', 25, '--quiet')
+    assert code == 1 and 'restore: clean/b.png is not a readable image' in err
+    assert re.search(r'sigma 25\s+2\s', out)
+    for name in 'ac':
+        Path(f'clean/{name}.png').write_text('no image')
+    code, out, err = shell('evaluate', 'nl_means', '--data', 'clean', '--quiet')
+    assert code == 2 and 'no image can be read' in err and not out
 
 
 def test_enlarging(shell, image):
@@ -412,6 +553,14 @@ def test_words_that_the_command_does_not_know(words, capsys):
     with pytest.raises(SystemExit) as stop:
         restore_command(words)
     assert stop.value.code == 2 and 'usage: restore' in capsys.readouterr().err
+
+
+def test_python_knows_the_command():
+    "`python -m restore_lib.restore_command --help` printed nothing."
+    words = [sys.executable, '-m', 'restore_lib.restore_command']
+    done = subprocess.run([*words, '--help'], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith('usage: restore')
+    assert subprocess.run([*words, 'polish'], capture_output=True, cwd=ROOT).returncode == 2
 
 
 def test_the_shell_knows_the_command():

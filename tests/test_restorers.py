@@ -1,7 +1,11 @@
 "What lesson 23 does not teach: levels, trust, sizes, seams, memory, the registry, bad input."
 
+import json
 import math
+import sys
+import types
 import warnings
+from importlib.machinery import ModuleSpec
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 from common import DEVICES, gen
 from torch import nn
 
-from restore_lib import model_files
+from restore_lib import model_files, restorer_scores
 from restore_lib.classical import bm3d_filter, nl_means, wavelet_shrinkage
 from restore_lib.data import photos
 from restore_lib.degrade import gaussian, jpeg, salt_and_pepper
@@ -17,10 +21,12 @@ from restore_lib.denoiser import MOST, Denoiser
 from restore_lib.input_signs import BLOCKY, jpeg_blocks, signs
 from restore_lib.metrics import psnr
 from restore_lib.model_files import load_model, save_model
+from restore_lib.records import studies
 from restore_lib.restorer_parts import damage_weight, in_windows, runner_of, sample_windows
+from restore_lib.restorer_scores import score_denoisers
 from restore_lib.restorers import (
-    SURE, Restorer, as_levels, estimate_noise, pick_restorer, restorer, restorer_of, restorers,
-    trust,
+    SURE, Restorer, as_levels, estimate_noise, is_installed, pick_restorer, restorer, restorer_of,
+    restorers, trust,
 )
 from restore_lib.superres import SRConfig, make_sr
 
@@ -96,6 +102,24 @@ def test_grey_in_three_channels_has_the_level_of_one():
     assert torch.allclose(estimate_noise(y), estimate_noise(y.expand(-1, 3, -1, -1)), atol=1e-6)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+def test_black_and_white_tells_no_level(channels):
+    "Letters in black and white were taken for noise of 50 to 90 of 255."
+    dots = (torch.rand(1, channels, 128, 400, generator=gen()) < 0.15).float()
+    page = (torch.nn.functional.avg_pool2d(dots, 3, 1, 1) < 0.2).float()
+    assert estimate_noise(page).isnan().all()
+    grey = 0.1 + 0.8 * page
+    assert not estimate_noise(gaussian(grey, 0.02, gen()).clamp(0, 1)).isnan().any()
+    red = torch.cat([gaussian(crop()[:1], 0.1, gen()), page[:, :1, :, :128]], 1)
+    assert estimate_noise(red).item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_white_paper_with_noise_has_a_level():
+    "Half of the pixels are cut at white."
+    y = as_file(gaussian(torch.ones(1, 1, 200, 200), 25 / 255, gen()))
+    assert estimate_noise(y).item() > 5 / 255
+
+
 def test_levels_that_cannot_be_measured():
     assert estimate_noise(torch.rand(2, 1, 31, 400)).isnan().all()
     assert estimate_noise(torch.full((1, 3, 64, 64), 0.3)).abs().max() < 1e-6
@@ -130,7 +154,7 @@ def test_trust_of_what_changes_nothing_and_of_no_level():
     y = torch.rand(2, 1, 40, 40)
     assert trust(lambda v: v, y, torch.tensor([0.1, 0.0])).isfinite().all()
     shares = trust(lambda v: v * 0, y, torch.tensor([0.0, math.nan]))
-    assert shares.tolist() == [0, 1]
+    assert shares.tolist() == [0, 0]
 
 
 def test_windows_of_an_image_count_together():
@@ -232,6 +256,57 @@ def test_weak_noise_is_not_made_worse(level):
     assert (psnr(r(y, careful=False, say=silent).clamp(0, 1), x) < after).all()
 
 
+def strong_answer(y, sigma=None, progress=False):
+    "Half of what comes in: a run that is never right."
+    return y / 2
+
+
+@pytest.mark.parametrize('task', ['denoise', 'mixed'])
+@pytest.mark.parametrize('blind', [True, False])
+@pytest.mark.parametrize('hw', [(31, 400), (1, 1), (9, 300)])
+def test_an_image_too_small_to_measure_stays_as_it_is(task, blind, hw):
+    "A clean crop 31 pixels high came back at 30.6 dB, and nothing was said."
+    r, said = Restorer('r', task, '', strong_answer, 1, (0, 1), blind), []
+    y = torch.rand(2, 1, *hw)
+    assert torch.equal(r(y, say=said.append), y)
+    assert f'in {hw[1]} x {hw[0]} pixels no noise can be measured' in ' '.join(said)
+    assert 'unless you tell one (sigma)' in ' '.join(said)
+    said.clear()
+    assert not torch.equal(r(y, 0.5, say=said.append), y)
+    assert 'measured' not in ' '.join(said)
+
+
+def test_the_expert_leaves_a_flat_crop_alone():
+    x = photos('test')['coffee'][None, :, 100:131, 200:440]
+    assert torch.equal(restorer('denoise')(x, say=silent), x)
+
+
+def test_black_and_white_stays_as_it_is_and_the_other_image_of_a_batch_does_not():
+    page = (torch.rand(1, 1, 96, 96, generator=gen()) < 0.3).float()
+    noisy = as_file(gaussian(torch.full((1, 1, 96, 96), 0.5), 0.1, gen()))
+    r, said = Restorer('r', 'denoise', '', lambda v, *how: v * 0 + 0.5, 1, (0, 1)), []
+    out = r(torch.cat([page, noisy]), say=said.append)
+    assert torch.equal(out[:1], page) and (out[1] - 0.5).abs().max() < 0.1
+    assert 'almost all is black or white, where no noise can be measured' in said[0]
+    plain = r(page, careful=False, say=silent)
+    assert torch.equal(plain, torch.full_like(page, 0.5))
+
+
+def test_how_far_it_went_is_told():
+    y, went = as_file(gaussian(crop()[:1], 10 / 255, gen())), []
+    r = restorer('denoise')
+    out = r(y, say=silent, went=went.append)
+    assert 0.2 < went[0].item() < 1
+    assert torch.allclose(out, torch.lerp(y, r.run(y), went[0]))
+    r(y, careful=False, say=silent, went=went.append)
+    assert went[1].item() == 1
+    r(y[..., :20], say=silent, went=went.append)
+    assert went[2].item() == 0
+    mixed = restorer('mixed')
+    mixed(salt_and_pepper(crop()[:1], 0.05, gen())[0], say=silent, went=went.append)
+    assert went[3].shape == (1, 1, 128, 128)
+
+
 def test_the_plain_answer_is_the_runs():
     r = restorer_of(tiny(), 'tiny', RECORD)
     y = torch.rand(1, 1, 40, 40)
@@ -272,8 +347,10 @@ def test_an_expert_is_told_apart_from_its_level():
     said = []
     restorer('denoise')(as_file(gaussian(grey, 5 / 255, gen())), say=said.append)
     assert 'weaker than any that denoise was trained for (25)' in ' '.join(said)
+    assert 'a restorer for this level (--task auto) does better' in ' '.join(said)
     said.clear()
     restorer('denoise')(grey, say=said.append)
+    assert 'there is hardly any to be removed' in ' '.join(said)
     assert 'hardly changed' in ' '.join(said)
 
 
@@ -326,17 +403,104 @@ def test_new_files_are_there_at_once(library):
     assert 'no_task' not in restorers()
 
 
-def test_what_is_picked(library):
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    "No scores; scored(name, channels, *dB) writes some."
+    rows = []
+    monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path / 'scores.json')
+
+    def put(name, channels, *dB):
+        row = dict(name=name, channels=channels, dB=dB, weights=restorer_scores.weights_hash(name))
+        rows.append(row)
+        restorer_scores.DENOISER_SCORES.write_text(json.dumps(rows))
+
+    return put
+
+
+def test_what_is_picked(library, scored):
     y = gaussian(crop(channels=3), 10 / 255, gen())
-    with pytest.raises(ValueError, match='no weights of a denoiser'):
+    with pytest.raises(ValueError, match='no denoiser here has scores'):
         pick_restorer(y)
-    library('expert', tiny(), task='denoise')
-    assert pick_restorer(y).name == 'expert'
+    scored('nl_means', 3, 38, 34, 31, 28, 24, 22)
+    library('expert', tiny(), task='denoise', sigma=25 / 255)
+    assert pick_restorer(y).name == 'nl_means'              # weights without scores are not taken
+    scored('expert', 3, 30, 30, 30, 30, 24, 20)
+    by_level = {s: pick_restorer(y, s / 255).name for s in (0, 5, 15, 25, 30, 50, 200)}
+    assert [s for s, name in by_level.items() if name == 'expert'] == [25, 30]
+    with pytest.raises(ValueError, match='no denoiser here has scores'):
+        pick_restorer(y[:, :1])                             # of grey images there are none
+    scored('expert', 1, 1, 1, 1, 1, 1, 1)
+    assert pick_restorer(y[:, :1]).name == 'expert'
+    assert pick_restorer(torch.rand(1, 1, 5, 5)).name == 'expert'
+
+
+def test_scores_are_of_one_file(library, scored):
+    "New weights under an old name must be measured before they are chosen."
     library('denoise_grey', tiny(), task='denoise')
-    library('denoise_colour', tiny(3), task='denoise')
-    assert pick_restorer(y).name == 'denoise_colour' and pick_restorer(y[:, :1]).channels == 1
-    assert pick_restorer(y, 0.5).name == 'denoise_colour'
-    assert pick_restorer(torch.rand(1, 1, 5, 5)).channels == 1
+    scored('denoise_grey', 1, 40, 40, 40, 40, 40, 40)
+    scored('wavelet_shrinkage', 1, 9, 9, 9, 9, 9, 9)
+    y = torch.rand(1, 1, 40, 40)
+    assert pick_restorer(y).name == 'denoise_grey'
+    library('denoise_grey', tiny(std=0.2), task='denoise')
+    assert pick_restorer(y).name == 'wavelet_shrinkage'
+
+
+def test_a_method_is_picked_only_where_its_package_is(scored, monkeypatch):
+    scored('bm3d', 1, 40, 40, 40, 40, 40, 40)
+    scored('nl_means', 1, 30, 30, 30, 30, 30, 30)
+    y = torch.rand(1, 1, 40, 40)
+    monkeypatch.setitem(sys.modules, 'bm3d', None)
+    assert pick_restorer(y).name == 'nl_means'
+    there = types.ModuleType('bm3d')
+    there.__spec__ = ModuleSpec('bm3d', None)
+    monkeypatch.setitem(sys.modules, 'bm3d', there)
+    assert pick_restorer(y).name == 'bm3d'
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_all_that_is_shipped_has_scores(channels):
+    """After new weights:
+    RESTORE_BUDGET=study python -c "from restore_lib.restorers import restorers;
+    from restore_lib.restorer_scores import score_denoisers; score_denoisers(restorers())" """
+    denoisers = {name for name, r in restorers().items() if r.task == 'denoise'}
+    scores = restorer_scores.recorded_scores(channels)
+    assert scores.keys() == denoisers
+    assert all(len(r['dB']) == len(restorer_scores.SCORED) for r in scores.values())
+
+
+def test_the_table_is_made_of_the_study():
+    rows = studies('23_restorers')
+    assert restorer_scores.DENOISER_SCORES.read_text() == restorer_scores.table_of_rows(rows)
+
+
+def test_auto_takes_what_the_scores_say():
+    "Weights that know one level lost to non-local means at every other level, and were taken."
+    scores = restorer_scores.recorded_scores(3)
+    able = [name for name in scores if name != 'bm3d' or is_installed('bm3d')]
+    y = gaussian(crop(channels=3), 0.1, gen())
+    for k, s in enumerate(restorer_scores.SCORED):
+        best = max(able, key=lambda name: scores[name]['dB'][k])
+        assert pick_restorer(y, s / 255).name == best
+
+
+def test_the_study_is_one_call(library, monkeypatch, tmp_path):
+    library('denoise_grey', tiny(), task='denoise')
+    monkeypatch.setattr(restorer_scores, 'DENOISER_SCORES', tmp_path / 'scores.json')
+    monkeypatch.chdir(tmp_path)
+    two = {name: restorers()[name] for name in ('denoise_grey', 'wavelet_shrinkage')}
+    with pytest.raises(ValueError, match='expected RESTORE_BUDGET=study'):
+        score_denoisers(two)
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setenv('RESTORE_BUDGET', 'study')
+    one = restorer_scores.judged_squares
+    monkeypatch.setattr(restorer_scores, 'judged_squares', lambda c, side: one(c, 64)[:1])
+    score_denoisers(two)
+    assert restorer_scores.recorded_scores(1).keys() == two.keys()
+    before = restorer_scores.DENOISER_SCORES.read_text()
+    monkeypatch.setattr(restorer_scores, 'denoiser_scores', pytest.fail)
+    score_denoisers(two)                                    # nothing is new
+    assert restorer_scores.DENOISER_SCORES.read_text() == before
+    monkeypatch.undo()
 
 
 def test_a_file_or_a_name(library, tmp_path):
@@ -377,8 +541,10 @@ def test_classical_methods_denoise(fn):
 
 
 def test_classical_methods_need_a_level():
+    y = torch.rand(1, 1, 20, 20)
     with pytest.raises(ValueError, match='no noise can be measured; expected a level for nl_means'):
-        restorer('nl_means')(torch.rand(1, 1, 20, 20), say=silent)
+        restorer('nl_means')(y, careful=False, say=silent)
+    assert torch.equal(restorer('nl_means')(y, say=silent), y)
     assert restorer('nl_means')(torch.rand(1, 1, 20, 20), 0.1, say=silent).shape == (1, 1, 20, 20)
 
 

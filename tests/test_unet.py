@@ -2,6 +2,7 @@
 position, counts, sizes, checkpointing, devices and types, bad input."""
 
 import copy
+import json
 import math
 
 from common import DEVICES, loud, saved
@@ -15,6 +16,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 from restore_lib import unet
 from restore_lib.diffusion import ResidualShift
 from restore_lib.metrics import count_macs, count_params
+from restore_lib.model_files import load_model, save_model
 from restore_lib.unet import (
     ResBlock,
     SwinLayers,
@@ -779,3 +781,55 @@ def test_a_first_hessian_leaves_nothing_behind():
 def test_what_does_not_fit_is_named(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+# what any knob changes is saved -------------------------------------------------------------------
+
+KNOBS = [
+    dict(base=16),
+    dict(mults=(1, 1)),
+    dict(blocks=2),
+    dict(up_blocks=1),
+    dict(swin_depth=1),
+    dict(swin_depth=0),
+    dict(swin_at=('mid',)),
+    dict(embed=32),
+    dict(window=2),
+    dict(head_channels=16),
+    dict(mlp=1.5),
+    dict(around=True),
+    dict(cond_channels=2, in_channels=5, out_channels=3),
+    dict(skip=True),
+    dict(checkpoint=True),
+]
+
+
+@pytest.mark.parametrize('kw', KNOBS, ids=lambda kw: ' '.join(kw))
+def test_a_network_is_built_again_from_what_it_is_made_of(kw):
+    kw = {**dict(in_channels=4, out_channels=2, **SMALL), **kw}
+    a, plain = loud(SwinUNet(**kw)).eval(), SwinUNet(4, 2, **SMALL)
+    made = json.loads(json.dumps(a.made_of()))
+    assert made != json.loads(json.dumps(plain.made_of()))
+    b = SwinUNet.from_made(made).eval()
+    b.load_state_dict(a.state_dict())
+    k = a.cond_channels
+    z, t = torch.randn(2, a.in_channels - k, 9, 16), torch.tensor([0, 7])
+    cond = torch.randn(2, k, 9, 16)
+    assert torch.equal(a(z, t, cond), b(z, t, cond))
+
+
+@pytest.mark.parametrize('kw', [{}, dict(skip=True, around=True, window=2)])
+def test_a_file_gives_the_network_back(kw, tmp_path):
+    a = loud(SwinUNet(4, 2, **{**SMALL, **kw})).eval()
+    b, says = load_model(save_model(a, tmp_path / 'a.safetensors', task='x'))
+    args = call(dtype=torch.float32)
+    assert says == {'task': 'x'} and torch.allclose(a(*args), b(*args), atol=0.02)
+
+
+def test_a_network_that_was_changed_by_hand_is_not_saved(tmp_path):
+    a = loud(SwinUNet(4, 2, **{**SMALL, 'swin_at': ('mid',)})).eval()
+    for m in a.modules():
+        if isinstance(m, WindowAttention):
+            m.shift = 0
+    with pytest.raises((RuntimeError, ValueError), match='shift=0, but it is 2'):
+        save_model(a, tmp_path / 'a.safetensors')

@@ -28,6 +28,10 @@ def restorers():
     d.arrow(moved, trust, 'slope')
     d.arrow(signs, words)
     d.path([trust.at('right'), (576, low), blend.at('bottom')], 'a')
+    told = trust.at('top', 0.11)
+    d.path([(300, top), (300, 163), (told[0], 163), told])
+    change = trust.at('top', 0.626)
+    d.path([(change[0], mid), change], 'change')
     d.arrow(blend, out)
     hint = 'b is white noise. a is one number an image: 0 keeps the input, 1 takes the answer.'
     d.note(0, 258, hint, 'start')

@@ -206,6 +206,7 @@ def two_stage():
     refined = d.box(516, low, 'x_refined', 'data')
     loss = d.box(676, low, 'two_stage_loss\nmse(x_refined, x)\n+ lam · mse(x_hat, x)', 'loss')
     d.chain([two, refined, loss])
+    d.path([x_hat.at('bottom'), (590, 238), (640, 238), (640, loss.edges()[1])])
     d.arrow(d.box(676, 342, 'x', 'data', w=38), loss)
     hint = "place='branches': e scales,\nshifts and gates the attention\nand the MLP of each block"
     d.note(0, low, hint, 'start')
