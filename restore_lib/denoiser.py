@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
         self,
         channels=1,  # of the images: 1 or 3
         widths=(48, 80, 128),  # channels at a half, a quarter and an eighth of the resolution
-        blocks=3,  # residual blocks at each scale, on the way down and on the way up
+        blocks=2,  # residual blocks at each scale, on the way down and on the way up
     ):
         super().__init__()
         self.channels = check_whole(channels, 'channels', 1)
@@ -154,9 +154,9 @@ def denoiser_learner(
     images,  # clean images (channels, h, w) in [0, 1], at least `size` a side
     channels=1,  # 1 or 3
     valid=None,  # batches of clean images to validate on
-    size=64,  # side of the crops
+    size=32,  # side of the crops
     batch=16,  # crops a step
-    lr=2e-3,  # at its highest
+    lr=3e-3,  # at its highest
     seed=0,
     start=None,  # a Denoiser to begin with; None: a new one
     cbs=(),  # more callbacks
@@ -213,8 +213,9 @@ def train_denoiser(
     channels=1,  # 1 or 3
     stage=0,  # 0 begins anew; k goes on from the weights called `name`, whose last stage is k - 1
     steps=40_000,  # of this stage
-    batch=8,
-    lr=2e-3,  # of stage 0; halved at every stage
+    size=32,  # side of the crops
+    batch=16,  # crops a step
+    lr=3e-3,  # of stage 0; halved at every stage
     cbs=(),  # more callbacks, such as Progress()
     save=True,  # write the weights into the library?
 ):
@@ -229,6 +230,7 @@ def train_denoiser(
         training_images(channels),
         channels,
         validation_batches(channels),
+        size=size,
         batch=batch,
         lr=lr / 2**stage,
         seed=stage,
@@ -241,9 +243,9 @@ def train_denoiser(
         save_pretrained(
             learn.trained(),
             name,
-            f'train_denoiser({name!r}, {channels}, stage={stage}, steps={steps}) of `denoiser`',
+            f'train_denoiser({name!r}, {channels}, {stage}, {steps}, {size}) of `denoiser`',
             stage,
-            "photos('train') and BSDS500's 100 training images, crops of 64 pixels",
+            "photos('train') and BSDS500's 100 training images",
             {f"PSNR, photos('valid'), {k}": round(v, 2) for k, v in learn.metrics.items()},
             round(before.get('minutes', 0) + learn.seconds / 60),
             'Apache-2.0; the photographs are public domain, CC0, CC BY or for research (BSDS500)',
