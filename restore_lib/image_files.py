@@ -667,6 +667,9 @@ def _as_refusals():
     "What is wrong with a file, an argument or the output becomes a `_Refused`."
     try:
         yield
+    except FileNotFoundError as error:
+        text = f'{error.filename} does not exist' if error.filename else error
+        raise _Refused(text) from error
     except (OSError, ValueError) as error:
         raise _Refused(error) from error
 

@@ -192,11 +192,12 @@ def restore_folder(
     "Every image below a folder; ValueError for a folder in itself, and for words without sense."
     folder, out = check_folders(folder, out)
     check_words(**how)
-    images, worst = images_below(folder), 0
+    images, done = images_below(folder), []
     for path in tqdm(images, unit='image', disable=not progress):
         target = out/path.relative_to(folder)
-        worst = max(worst, restore_file(path, target, named=True, **how))
-    return worst
+        done.append(restore_file(path, target, named=True, **how))
+    print(f'restore: {done.count(0)} of {len(done)} images restored', file=sys.stderr)
+    return max(done)
 
 # %% ../nbs/appendix/restore_command.ipynb #restore_command-013
 def list_table() -> Table:
@@ -283,7 +284,7 @@ def _image_words(words):
 
 def _parser():
     parser = argparse.ArgumentParser('restore', description='Restores images (lesson 23).')
-    verbs = parser.add_subparsers(dest='verb', required=True)
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='image, list or evaluate')
     _image_words(verbs.add_parser('image', help='restore an image, or a folder of them', epilog=(
         '`restore list` says how many seconds a megapixel takes on one thread of a CPU.')))
     verbs.add_parser('list', help='the restorers that there are')
