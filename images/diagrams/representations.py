@@ -165,14 +165,14 @@ def codebook():
     d.arrow(book, indices)
     d.arrow(d.box(258, 196, 'CodePrior\nwrites indices', 'net', w=106), indices)
     y = 286
-    pull = d.box(134, y, 'commitment_loss\ncommitment · mse(tokens, q)\nmoves the tokens', 'loss')
-    code = d.box(384, y, 'codebook_loss\nmse(q, tokens)\nmoves the codes', 'loss', w=180)
+    pull = d.box(134, y, 'commitment_loss\ncommitment · mse(tokens, e)\nmoves the tokens', 'loss')
+    code = d.box(384, y, 'codebook_loss\nmse(e, tokens)\nmoves the codes', 'loss', w=180)
     image = d.box(634, y, 'mse, perceptual\nx_hat against x\nmove decoder and encoder', 'loss')
     for loss, part, at in ((pull, encoder, 180), (image, decoder, 594)):
         d.path([(at, loss.edges()[1]), (at, part.edges()[3])], look='to-loss dashed')
     turn = [(464, code.edges()[1]), (464, 166), (432, 166), (432, book.edges()[3])]
     d.path(turn, look='to-loss dashed')
-    hint = 'd = codebook.dim, q: the code nearest to a token. With decay the codes follow\n'
+    hint = 'd = codebook.dim, e: the code nearest to a token. With decay the codes follow\n'
     d.note(0, 346, hint + 'the mean of their tokens instead, and codebook_loss is 0.', 'start')
     d.legend(378, 'data', 'net', ('loss', 'loss; dashed: where its gradient goes'))
     return d
