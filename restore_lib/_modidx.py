@@ -754,7 +754,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'restore_lib.codecs.Codec.latent_channels': ( 'codecs.html#codec.latent_channels',
                                                                                   'restore_lib/codecs.py'),
                                     'restore_lib.codecs.Codec.raw': ('codecs.html#codec.raw', 'restore_lib/codecs.py'),
-                                    'restore_lib.codecs.Codec.reach': ('codecs.html#codec.reach', 'restore_lib/codecs.py'),
                                     'restore_lib.codecs.Codec.side_shapes': ('codecs.html#codec.side_shapes', 'restore_lib/codecs.py'),
                                     'restore_lib.codecs.DCTCodec': ('codecs.html#dctcodec', 'restore_lib/codecs.py'),
                                     'restore_lib.codecs.DCTCodec.__init__': ('codecs.html#dctcodec.__init__', 'restore_lib/codecs.py'),

@@ -392,15 +392,13 @@ def quantise(self: VQCodec, z):  # (b, latent, h, w) without gains -> the same s
     return straight_through(z, F.embedding(chosen, codes).reshape(tokens.shape).movedim(-1, 1))
 
 # %% ../nbs/12_codecs.ipynb #12-reach
-@patch(as_prop=True)
-def reach(self: Codec):
-    "Places around its own that a place of the latent meets; None: all, or unknown."
-    if isinstance(self, (HybridCodec, VQCodec)):
-        return haar_reach(self, 2*self.depth + 2)               # one for each convolution
-    if isinstance(self, AllBandsCodec) and self.level > 1:
-        return haar_reach(self, 4)                              # two of each enlargement
-    known = isinstance(self, (BandsCodec, AllBandsCodec, PacketCodec, DCTCodec))
-    return haar_reach(self) if known else None
+# how many places around its own a place of the latent meets; None: all, or unknown
+Codec.reach = None
+DCTCodec.reach = 0
+BandsCodec.reach = PacketCodec.reach = property(haar_reach)
+AllBandsCodec.reach = property(lambda self: haar_reach(self, 0 if self.level == 1 else 4))
+HybridCodec.reach = property(lambda self: haar_reach(self, 2*self.depth + 2))
+VQCodec.reach = property(lambda self: 2*self.depth + 2)    # a place for each convolution
 
 # %% ../nbs/12_codecs.ipynb #12-068
 CODECS = dict(
