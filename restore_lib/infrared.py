@@ -58,7 +58,7 @@ def infrared_config(
 # %% ../nbs/appendix/infrared.ipynb #infrared-009
 def train_infrared(
     roadscene=False,  # with the infrared images of RoadScene?
-    steps=20_000,  # 0.3 s each on one core
+    steps=20_000,  # about 0.4 s each on one core
     save=True,  # write the weights into the library?
     cbs=(),  # more callbacks
 ):
