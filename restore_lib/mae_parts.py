@@ -107,9 +107,9 @@ def block_from(
     "block(x)[:, start:], the tokens before `start` being looked at but not updated."
     attn, d, h = block.attn, x.shape[2], block.norm1(x)
     weight, bias = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(h[:, start:], weight[:d], bias[:d]).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-    kv = F.linear(h, weight[d:], bias[d:]).unflatten(2, (2, attn.heads, -1))
-    k, v = kv.permute(2, 0, 3, 1, 4)
+    q = F.linear(h[:, start:], weight[:d], bias[:d])
+    k, v = F.linear(h, weight[d:], bias[d:]).chunk(2, 2)
+    q, k, v = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (q, k, v))
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = x[:, start:] + attn.proj(mixed)
     return x + block.mlp(block.norm2(x))

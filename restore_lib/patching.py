@@ -88,9 +88,8 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(dim, 3*dim, bias=bias), nn.Linear(dim, dim)
 
     def _qkv(self, x):  # (b, n, dim) -> three of (b, heads, n, dim/heads)
-        b, n, d = check_token_batch(x, 'x', self.dim).shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.heads, d//self.heads)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(check_token_batch(x, 'x', self.dim)).chunk(3, 2)
+        return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv]
 
     def forward(self, x):  # (b, n, dim) -> the same
         out = F.scaled_dot_product_attention(*self._qkv(x))
