@@ -29,7 +29,7 @@ def patching():
     strip(194, shown, first + 1.5 * size)
     net = d.box(first + 1.5 * size, 246, 'encode', 'net', w=96)
     strip(298, shown + [('cond', 'm')] * (n - keep))
-    d.arrow(strip(374, filled), square(374, filled), 'unpatchify', '(b, n, p·p·c) → (b, c, h, w)')
+    d.arrow(strip(374, filled), square(374, filled), 'Linear, unpatchify', '(b, n, d) → (b, c, h, w)')
     for new, old in enumerate(order):
         look, head = ('to-data', True) if old in kept else ('line faint', False)
         new, old = first + new * size, first + old * size
@@ -57,11 +57,11 @@ def masked_autoencoder(d, first, seen, loss, sizes):
     x, pred = d.cells(34, top, image, 15), d.cells(34, low, image, 15)
     d.note(34, top - 42, 'imgs' if d.name == '06_mae' else 'x')
     cut = d.box(198, top, first)
-    mask = d.box(434, top, 'random_masking')
-    encode = d.box(686, top, 'encode\npatch_embed\n+ pos_embed\nblocks, norm', 'net', w=136)
+    mask = d.box(434, top, 'choose_patches')
+    encode = d.box(686, top, 'encode\npick, patch_embed\n+ pos_embed\nblocks, norm', 'net', w=136)
     d.chain([x, cut], ['(b, c, h, w)'])
     d.chain([cut, mask], [('patches', '(b, n, p·p·c)')])
-    d.chain([mask, encode], [('shown', '(b, keep, p·p·c)')])
+    d.chain([mask, encode], [('patches', 'shown (b, keep)')])
     whole = d.box(618, low, 'unshuffle\ndecoder_embed, mask_token', 'net', w=252)
     decode = 'decode\n+ decoder_pos_embed\ndecoder_blocks\ndecoder_norm, _pred'
     decode = d.box(240, low, decode, 'net')
@@ -83,7 +83,7 @@ def mae():
     d = Drawing(
         '06_mae',
         386,
-        'MAE: patchify, random_masking, an encoder that sees the visible patches, unshuffle with '
+        'MAE: patchify, choose_patches, an encoder that sees the visible patches, unshuffle with '
         'mask tokens, a decoder that draws all patches; the loss counts the removed ones',
     )
     sizes = (
