@@ -16,9 +16,10 @@ import torch
 from .checks import check_images, check_number, check_whole
 from .degrade import gaussian
 from .dmae_checks import noise_level
+from .finetune_parts import soft_cross_entropy
 from .learner import Learner
 from .states import in_deployment
-from .transfer import finetune, soft_cross_entropy
+from .transfer import finetune
 
 # %% ../nbs/appendix/certificates.ipynb #certificates-006
 def votes_of(

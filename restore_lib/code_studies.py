@@ -26,6 +26,7 @@ from .codebook import Codebook, CodePrior, code_use, codebook_learner
 from .codebook import digit_reader, draw_codes, prior_loss, reader_loss
 from .codebook import tokenizer_loss, vit_codebook_tiny
 from .data import Crops, cifar10, digits, photos
+from .finetune_parts import topk_accuracy
 from .learner import EMA, Learner, Metrics, param_groups, warmup_cosine
 from .metrics import psnr
 from .model_files import save_pretrained
@@ -33,7 +34,6 @@ from .patching import patchify, unpatchify
 from .records import record_study, studies
 from .states import random_seeded
 from .tokenizers import code_bits, large_tokenizer
-from .transfer import topk_accuracy
 from .trunks import st_lpips, vgg
 
 # %% ../nbs/appendix/code_studies.ipynb #code_studies-033

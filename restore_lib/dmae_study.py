@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from .checks import check_whole
 from .degrade import gaussian
 from .dmae import DMAE, denoise, dmae_loss, dmae_pretrainer, dmae_tiny
+from .finetune_parts import topk_correct
 from .label_study import packed, unpacked
 from .learner import EMA
 from .mae import mask_pixels, masked_psnr
@@ -28,7 +29,6 @@ from .model_files import save_pretrained
 from .project import budget
 from .records import record_study, studies
 from .states import in_deployment, random_seeded
-from .transfer import topk_correct
 
 # %% ../nbs/appendix/dmae_study.ipynb #dmae_study-006
 NET = dict(img_size=28, patch=7, channels=1, dim=64, depth=2, dec_dim=64, dec_depth=1)

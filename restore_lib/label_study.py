@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from .data import cifar10, digits
+from .finetune_parts import lars, predict, soft_cross_entropy, topk_correct
 from .mae import MAE, features, mae_tiny, pretrainer
 from .records import record_study, studies
 from .states import seed_all
 from .transfer import Classifier, depth_groups, encoder_like, few_labels, knn_probe
-from .transfer import lars, load_encoder, predict, soft_cross_entropy, topk_correct
+from .transfer import load_encoder
 
 # %% ../nbs/appendix/label_study.ipynb #label_study-004
 LABELS = (5, 20, 100, None)  # of each class; None: all

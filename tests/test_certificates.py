@@ -20,8 +20,9 @@ from restore_lib.certificates import (
     smoothing_loss,
     votes_of,
 )
+from restore_lib.label_loaders import labelled
 from restore_lib.mae import MAE
-from restore_lib.transfer import Classifier, labelled, load_encoder
+from restore_lib.transfer import Classifier, load_encoder
 
 SIZES = dict(img_size=24, patch=4, dim=32, depth=2, heads=4, dec_dim=16, dec_depth=2, dec_heads=2)
 

@@ -98,7 +98,7 @@ ALLOWED = {
     'code_parts': {'patching'},
     'tokenizers': {'codebook'},
     # trains weights, too
-    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching', 'transfer'},
+    'code_studies': {'codebook', 'data', 'learner', 'metrics', 'patching'},
     'published_mae': {'patching'},
     # a command around lesson 23, and what it makes of clean images
     'restore_command': {'data', 'degrade', 'metrics', 'restorers'},
@@ -119,7 +119,7 @@ ALLOWED = {
     # the study of lessons 13 and 14, and its weights
     'unet_study': {'data', 'degrade', 'diffusion', 'learner', 'metrics', 'unet', 'wavelets'},
     # the study of lesson 09, and its weights
-    'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics', 'transfer'},
+    'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }
 # What any appendix notebook may use in cells that are not exported, to show what it does.
 SHOWN = {'data', 'degrade', 'metrics'}

@@ -11,11 +11,19 @@ from common import DEVICES
 from torch import nn
 
 from restore_lib.data import ImageFolder
+from restore_lib.finetune_parts import (
+    lars,
+    mixer,
+    predict,
+    soft_cross_entropy,
+    topk_accuracy,
+    topk_correct,
+)
+from restore_lib.label_loaders import Labelled, labelled, plain_view, strong_augment, weak_augment
 from restore_lib.mae import MAE, mae_tiny, pretrainer
 from restore_lib.patching import ViTEncoder, interpolate_pos_embed, sincos_pos_embed
 from restore_lib.transfer import (
     Classifier,
-    Labelled,
     answers_between,
     depth_groups,
     encoder_like,
@@ -23,19 +31,9 @@ from restore_lib.transfer import (
     few_labels,
     finetune,
     knn_probe,
-    labelled,
     labels_equal,
-    lars,
     linear_probe,
     load_encoder,
-    mixer,
-    plain_view,
-    predict,
-    soft_cross_entropy,
-    strong_augment,
-    topk_accuracy,
-    topk_correct,
-    weak_augment,
 )
 
 
