@@ -179,7 +179,7 @@ def _train_parser():
                    'stands beside it, .curve.jsonl')
     p.add_argument('--config', default='two_cores', choices=('two_cores', 'paper'),
                    help='which size of everything (default: two_cores)')
-    p.add_argument('--codec', help='another latent: see restore_lib.codecs.CODECS')
+    p.add_argument('--codec', help='another latent, such as ll, full or packet (lesson 12)')
     p.add_argument('--gains', choices=('none', 'unit', 'residual'))
     p.add_argument('--degradation', choices=('bicubic', 'real'))
     p.add_argument('--channels', type=int, choices=(1, 3))

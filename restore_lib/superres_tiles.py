@@ -79,7 +79,8 @@ def enlarge(
             how = {}
             if model.process is not None:
                 count = len(model.process.subsequence(steps))
-                how = dict(randomness=randomness, noise=StepNoise(seed, count, len(planes), part, z))
+                how['noise'] = StepNoise(seed, count, len(planes), part, z)
+                how['randomness'] = randomness
             z = model.restore_latent(z, steps, correct, **how)
             out[part] = _decoded(model.codec, z, side, plan)
             del z, side, how                                     # before the next plane's
@@ -97,7 +98,7 @@ def _decoded(codec, z, side, plan):
 # %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-008
 def superresolve(
     model,         # a LatentSR
-    image,         # a path, a PIL image, or a float tensor (h, w), (c, h, w), (b, c, h, w) in [0, 1]
+    image,         # a path, a PIL image, or a float tensor (h, w), (c, h, w) or (b, c, h, w)
     steps=1,       # of the way back: 1 for the least squared error, more for more detail
     seed=0,        # of the noise
     window=64,     # largest side of a latent that goes through the network at once
