@@ -21,7 +21,7 @@ from .states import random_seeded, seed_all
 from .superres_tiles import enlarge
 from restore_lib.superres_training import (
     SRConfig, check_sr_latents, check_sr_made, check_sr_pair, check_sr_parts, codec_made, frozen,
-    no_steps, trained_codec,
+    no_steps, learned_codec,
 )
 from .unet import SwinUNet
 
@@ -133,7 +133,7 @@ def make_sr(
     std = 1.0
     with random_seeded(0):               # the caller's random state stays
         seed_all('superres', config.seed)
-        codec = trained_codec(config, pairs)
+        codec = learned_codec(config, pairs)
         seed_all('superres net', config.seed)
         model = _around(codec, config, before)
         if pairs is not None:
