@@ -92,6 +92,7 @@ def forward(self: LatentSR,
     z, side = self.codec.encode(self.start(y))
     return self.codec.decode(self.restore_latent(z, steps, **how), side)
 
+# %% ../nbs/15_superres.ipynb #15-034b
 @patch
 def latent_loss(self: LatentSR, y, x, t, decoded, how):
     "The loss of `forward`: what the network says at one t, against the true latent."
