@@ -4,7 +4,8 @@ bands with the same network: sampling of one picture, and a training step. One t
 import torch
 from harness import compare
 from restore_lib.codecs import CODECS
-from restore_lib.superres import SRConfig, SRLoss, make_sr
+from restore_lib.superres import make_sr
+from restore_lib.superres_training import SRConfig, SRLoss
 
 SIDE, CROP, BATCH = 64, 64, 16  # of the small picture; of a clean crop in training
 

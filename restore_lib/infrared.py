@@ -10,7 +10,9 @@ from .data import ImageFolder, photos
 from .degrade import bicubic_down
 from .model_files import save_pretrained
 from .project import data_home
-from .superres import SRConfig, make_sr, sr_learner, sr_pairs
+from .superres import make_sr
+from .superres_scores import sr_pairs
+from .superres_training import SRConfig, sr_learner
 from .thermal import thermal
 
 # %% ../nbs/appendix/infrared.ipynb #infrared-005

@@ -14,7 +14,7 @@ from .mae import MAE
 from .model_files import load_model
 from .padding import mirror_to
 from .patching import ViTEncoder
-from .superres import SRLoss
+from .superres_training import SRLoss
 from .trunks import FeatureDistance, lpips
 from .two_stage_parts import gradient_balance
 

@@ -133,7 +133,7 @@ def runner_of(
     if kind == DENOISER:
         return in_windows(_on_device(model, device), model.channels, 256, 64, 8, batch=4)
     if kind == ENLARGER:
-        from restore_lib.superres import superresolve
+        from restore_lib.superres_tiles import superresolve
 
         model.to(device)
         return lambda y, sigma=None, progress=False: superresolve(model, y)

@@ -14,7 +14,9 @@ from restore_lib.ablations import ablate, swap_wavelet
 from restore_lib.codecs import WaveletPacketCodec
 from restore_lib.codecs import DCTCodec, LLCodec, PacketCodec
 from restore_lib.thermal import thermal
-from restore_lib.superres import LatentSR, SRConfig, make_sr, sr_pairs
+from restore_lib.superres import LatentSR, make_sr
+from restore_lib.superres_scores import sr_pairs
+from restore_lib.superres_training import SRConfig
 
 REF, GRID = dict(a=1, b=2), {'a 3': dict(a=3), 'b 5': dict(b=5), 'b 6': dict(b=6)}
 
@@ -841,7 +843,7 @@ def test_exercise_4_of_the_lesson(tmp_path, monkeypatch):
     cell = next(
         ''.join(c['source']) for c in json.loads(lesson.read_text())['cells'] if c['id'] == '18-028'
     )
-    from restore_lib.superres import sr_learner
+    from restore_lib.superres_training import sr_learner
 
     pairs = sr_pairs(thermal(4, 64))
     space = dict(

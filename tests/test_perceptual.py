@@ -23,7 +23,9 @@ from restore_lib.perceptual import (
     encoder_distance,
     lpips_or,
 )
-from restore_lib.superres import SRConfig, SRLoss, make_sr, sr_learner, sr_pairs
+from restore_lib.superres import make_sr
+from restore_lib.superres_scores import sr_pairs
+from restore_lib.superres_training import SRConfig, SRLoss, sr_learner
 from restore_lib.tracer import audit_gradient
 from restore_lib.trunks import st_lpips
 

@@ -91,6 +91,10 @@ ALLOWED = {
     'ladder': {'metrics'},
     'denoiser': {'data', 'degrade', 'metrics', 'learner'},  # trains the library's weights
     'infrared': {'data', 'degrade', 'superres'},  # so does this
+    'superres_scores': {'degrade', 'wavelets'},
+    # what lesson 15's models are made of, and the command that trains them
+    'superres_training': {'codecs', 'data', 'degrade', 'diffusion', 'learner', 'metrics', 'unet'},
+    'superres_command': {'data', 'superres'},
     'mae_training': {'audit', 'data', 'learner', 'mae', 'patching'},  # so does this
     'mae_parts': {'patching'},
     'label_study': {'data', 'mae', 'transfer'},  # the long study of lesson 07
@@ -102,7 +106,6 @@ ALLOWED = {
     'published_mae': {'patching'},
     # a command around lesson 23, and what it makes of clean images
     'restore_command': {'data', 'degrade', 'metrics', 'restorers'},
-    'restorer_parts': {'superres'},  # whose models it runs
     'restorer_scores': {'data', 'degrade', 'metrics'},  # the study behind `pick_restorer`
     'two_stage_parts': {'degrade', 'metrics'},
     # the long study of lesson 10

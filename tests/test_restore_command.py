@@ -27,7 +27,8 @@ from restore_lib.image_files import open_image
 from restore_lib.model_files import save_model
 from restore_lib.restore_command import restore_command, restore_folder
 from restore_lib.restorers import Restorer, restorer
-from restore_lib.superres import SRConfig, make_sr
+from restore_lib.superres import make_sr
+from restore_lib.superres_training import SRConfig
 
 pytestmark = pytest.mark.usefixtures('seed')
 MODES = {'L': 'L', 'RGB': 'RGB', 'RGBA': 'RGBA', 'I;16': 'I;16', '1': 'L', 'P': 'RGB', 'LA': 'LA'}

@@ -28,7 +28,8 @@ from restore_lib.restorers import (
     SURE, Restorer, as_levels, estimate_noise, is_installed, pick_restorer, restorer, restorer_of,
     restorers, trust,
 )
-from restore_lib.superres import SRConfig, make_sr
+from restore_lib.superres import make_sr
+from restore_lib.superres_training import SRConfig
 
 pytestmark = pytest.mark.usefixtures('seed')
 RECORD = dict(recipe='r', seed=0, data='d', scores={'dB': 1.0}, minutes=1, licence='Apache-2.0')

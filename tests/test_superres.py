@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from restore_lib import superres as S
+from restore_lib import superres_command as S
+from restore_lib import superres_tiles as T
 from restore_lib.codecs import CODECS, HybridCodec, PacketCodec, make_codec
 from restore_lib.data import PairedFolder
 from restore_lib.degrade import bicubic_up
@@ -28,19 +29,11 @@ from restore_lib.diffusion import Loss, ResidualShift
 from restore_lib.learner import Callback
 from restore_lib.metrics import psnr
 from restore_lib.model_files import load_model, save_model
-from restore_lib.superres import (
-    Buckets,
-    LatentSR,
-    SRConfig,
-    SRLoss,
-    detail_scores,
-    make_sr,
-    sr_learner,
-    sr_pairs,
-    superresolve,
-    train_superres,
-    unsharp,
-)
+from restore_lib.superres import LatentSR, make_sr
+from restore_lib.superres_command import train_superres
+from restore_lib.superres_scores import detail_scores, sr_pairs, unsharp
+from restore_lib.superres_tiles import superresolve
+from restore_lib.superres_training import Buckets, SRConfig, SRLoss, sr_learner
 from restore_lib.unet import SwinUNet
 
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
@@ -654,7 +647,7 @@ def test_the_papers_plan():
 LAUNCHED = '''
 import os, sys, torch
 torch.set_num_threads(1)
-from restore_lib.superres import train_superres
+from restore_lib.superres_command import train_superres
 code = train_superres(sys.argv[1:])
 sys.stdout.flush()
 sys.stderr.flush()
@@ -1075,7 +1068,7 @@ def test_windows_that_disagree_are_blended():
     """Every window says its own mean:
     from one latent pixel to the next the result moves by no more than the ramp does."""
     fn, z, t = (
-        S._by_windows(
+        T._by_windows(
             lambda s, t, cond: s.mean((2, 3), keepdim=True).expand_as(s) + 0 * cond, 16, 8, 4
         ),
         torch.randn(1, 2, 40, 40),
@@ -1805,7 +1798,8 @@ def test_a_model_that_cannot_be_saved_leaves_the_old_one(shell, folder, monkeypa
         train_superres, '--data', folder, '--out', 'a.safetensors', '--quiet', *SMALL
     )
     assert code == 2 and 'No space left' in err and Path('a.safetensors').read_text() == 'old'
-    assert sorted(p.name for p in Path('.').iterdir() if p.name != 'runs') == ['a.safetensors']
+    left = sorted(p.name for p in Path('.').iterdir() if p.name != 'runs')
+    assert left == ['a.curve.jsonl', 'a.safetensors']  # no part of a model
 
 
 def test_training_shows_how_far_it_is(shell, folder):
@@ -1831,6 +1825,162 @@ def test_only_what_is_shown_is_read(key, folder, tmp_path, monkeypatch):
     assert seen.count('many') == 8
     shutil.copy(folder / '1.png', tmp_path / 'many/8.png')
     assert key('--data', folder, '--valid', 'many') != before
+
+
+def test_a_curve_stands_beside_the_model(shell, folder):
+    words = ('--data', folder, '--valid', folder, '--quiet', *SMALL[:-1], 4)
+    assert shell(train_superres, *words, '--out', 'new/a.safetensors')[0] == 0
+    text = Path('new/a.curve.jsonl').read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [r['step'] for r in rows if 'lr' in r] == [1, 2, 3, 4]
+    assert [r['step'] for r in rows if 'PSNR, 1 step' in r] == [1, 2, 3, 4]
+    assert shell(train_superres, *words, '--out', 'b.safetensors')[0] == 0  # loaded
+    assert Path('b.curve.jsonl').read_text() == text
+
+
+def spoiling(monkeypatch, at):
+    "From a step on, a training makes its model worse and worse; gives back the weights it kept."
+    make, kept = S.sr_learner, {}
+
+    class Spoil(Callback):
+        decides_nothing = True  # to a fingerprint, which would see `kept`
+
+        def before_valid(self, learn):
+            kept[learn.step] = held(learn.bare)
+
+        def after_step(self, learn):
+            if learn.step >= at:
+                with torch.no_grad():
+                    for part in (learn.bare.net, learn.cbs[0].shadow):
+                        state = part if isinstance(part, dict) else part.state_dict()
+                        state['net.last.2.bias' if part is state else 'last.2.bias'].add_(1.0)
+
+    def spoilt(*args, **kw):
+        return make(*args, **kw | dict(cbs=[*kw['cbs'], Spoil()]))
+
+    monkeypatch.setattr(S, 'sr_learner', spoilt)
+    return kept
+
+
+def test_the_model_that_validates_best_is_written(shell, folder, monkeypatch):
+    kept = spoiling(monkeypatch, 3)
+    words = ('--data', folder, '--valid', folder, '--quiet', *SMALL[:-1], 5)
+    code, out, err = shell(train_superres, *words, '--out', 'a.safetensors')
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path('a.curve.jsonl').read_text().splitlines()]
+    scores = {r['step']: r['PSNR, 1 step'] for r in rows if 'PSNR, 1 step' in r}
+    best = max(scores, key=scores.get)
+    model, says = load_model('a.safetensors')
+    assert best < 3 and scores[5] < scores[best] - 1
+    assert says['best_step'] == best and says['PSNR, 1 step'] == pytest.approx(scores[best])
+    assert f'at step {best}' in out and score_of(out) == f'{scores[best]:.2f}'
+    assert all(torch.allclose(v, kept[best][k], atol=1e-3) for k, v in model.state_dict().items())
+    again = shell(train_superres, *words, '--out', 'b.safetensors')  # what is loaded knows it, too
+    assert 'loaded' in again[1] and same(load_file('a.safetensors'), load_file('b.safetensors'))
+
+
+def test_without_validation_the_last_model_is_written(shell, folder, monkeypatch):
+    spoiling(monkeypatch, 1)
+    words = ('--data', folder, '--quiet', *SMALL)
+    code, out, err = shell(train_superres, *words, '--out', 'a.safetensors')
+    assert code == 0 and 'at step' not in out
+    bias = load_model('a.safetensors')[0].net.last[-1].bias
+    assert bias.mean().item() == pytest.approx(2, abs=0.3)
+
+
+def test_a_resumed_training_knows_what_was_best(shell, folder, monkeypatch):
+    words = ('--data', folder, '--valid', folder, '--quiet', *SMALL[:-1], 5)
+    spoiling(monkeypatch, 3)
+    assert shell(train_superres, *words, '--out', 'whole.safetensors')[0] == 0
+    monkeypatch.setenv('RESTORE_RUNS', str(Path('other').absolute()))
+    spoilt = S.sr_learner
+    with monkeypatch.context() as m:
+
+        def stopped(*args, **kw):
+            learn = spoilt(*args, **kw)
+            save = learn.save
+
+            def kept(*a, **k):
+                save(*a, **k)
+                if learn.step == 2:
+                    raise KeyboardInterrupt
+
+            learn.save = kept
+            return learn
+
+        m.setattr(S, 'sr_learner', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_superres([str(w) for w in (*words, '--out', 'part.safetensors')])
+    code, out, err = shell(train_superres, *words, '--out', 'part.safetensors')
+    assert code == 0 and 'resumed at step 2' in out
+    assert same(load_file('part.safetensors'), load_file('whole.safetensors'))
+    assert load_model('part.safetensors')[1] == load_model('whole.safetensors')[1]
+
+
+def test_a_loss_that_becomes_nan_leaves_the_last_good_checkpoint(shell, folder, monkeypatch):
+    make = S.sr_learner
+
+    def breaking(*args, **kw):
+        learn = make(*args, **kw)
+        loss = learn.loss_fn
+
+        class Breaks(SRLoss):
+            def __call__(self, model, batch):
+                out = loss(model, batch)
+                self.last = loss.last
+                return out * float('nan') if learn.step == 3 else out
+
+        learn.loss_fn = Breaks()
+        return learn
+
+    Path('a.safetensors').write_text('old')
+    monkeypatch.setattr(S, 'sr_learner', breaking)
+    words = ('--data', folder, '--quiet', *SMALL[:-1], 6)
+    code, out, err = shell(train_superres, *words, '--out', 'a.safetensors')
+    assert code == 2 and err.startswith('train_superres: the loss of step 3 is nan')
+    found = re.search(r'the last good checkpoint is (.*)', err).group(1)
+    assert found.endswith('step_000000003') and Path(found, 'state.safetensors').is_file()
+    assert all(v.isfinite().all() for v in load_file(Path(found, 'state.safetensors')).values())
+    assert Path('a.safetensors').read_text() == 'old'
+    assert len(Path('a.curve.jsonl').read_text().splitlines()) == 3
+
+
+def test_a_folder_larger_than_memory(shell, folder, monkeypatch):
+    "Nothing is held beyond what is allowed: images are read again, and the training is the same."
+    reads, read = [], D.ImageFolder.__getitem__
+
+    def count(self, k):
+        reads.append(k)
+        return read(self, k)
+
+    monkeypatch.setattr(D.ImageFolder, '__getitem__', count)
+    words = ('--data', folder, '--quiet', *SMALL)
+    assert shell(train_superres, *words, '--out', 'a.safetensors')[0] == 0
+    held_in_memory = len(reads)
+    monkeypatch.setenv('RESTORE_RUNS', str(Path('other').absolute()))
+    assert shell(train_superres, *words, '--memory', 0, '--out', 'b.safetensors')[0] == 0
+    assert held_in_memory == 3 and len(reads) - held_in_memory == 3 + 96 + 4
+    assert same(load_file('a.safetensors'), load_file('b.safetensors'))
+
+
+def test_what_is_held_has_its_room():
+    reads = []
+
+    class Items:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, k):
+            reads.append(k)
+            return torch.full((10,), float(k)), torch.zeros(15)
+
+    kept = S.HeldInMemory(Items(), 250, 'a')  # each item has 100 bytes
+    for k in (0, 1, 2, 3, 0, 1, 2, 3):
+        assert kept[k][0][0] == k
+    assert reads == [0, 1, 2, 3, 2, 3] and len(kept) == 4 and len(kept.held) == 2
+    assert kept.decides() == dict(content='a')
+    with pytest.raises(ValueError, match='most_bytes is -1'):
+        S.HeldInMemory(Items(), -1)
 
 
 # bad input ----------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from restore_lib.diffusion import ResidualShift
 from restore_lib.learner import Learner
 from restore_lib.perceptual import PerceptualSRLoss
-from restore_lib.superres import SRConfig, make_sr, sr_learner, sr_pairs
+from restore_lib.superres import make_sr
+from restore_lib.superres_scores import sr_pairs
+from restore_lib.superres_training import SRConfig, sr_learner
 from restore_lib.weights import (
     LearnedUncertainty,
     ProgressiveLam,
