@@ -247,7 +247,8 @@ def train_denoiser(
         save_pretrained(
             learn.trained(),
             name,
-            f'train_denoiser({name!r}, {channels}, {stage}, {steps}, {size}) of `denoiser`',
+            f'train_denoiser({name!r}, {channels}, {stage}, {steps}, {size}, {batch}, {lr}, '
+            f'{precision!r}) of `denoiser`',
             stage,
             "photos('train') and BSDS500's 100 training images",
             {f"PSNR, photos('valid'), {k}": round(v, 2) for k, v in learn.metrics.items()},

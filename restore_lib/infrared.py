@@ -71,18 +71,18 @@ def train_infrared(
     every = max(1, steps // 40)
     learn.fit_or_load('infrared_x4', dict(roadscene=roadscene), steps, every, every)
     if save:
-        _ship(learn, roadscene, steps)
+        _ship(learn, roadscene, steps, precision)
     return learn
 
 
-def _ship(learn, roadscene, steps):
+def _ship(learn, roadscene, steps, precision):
     "Writes the weights into the library."
     free = 'Apache-2.0; the photographs are public domain, CC0 or CC BY'
     bound = 'for research, as RoadScene, on whose images it was trained'
     save_pretrained(
         learn.trained(),
         'infrared_x4_roadscene' if roadscene else 'infrared_x4',
-        f'train_infrared({roadscene}, {steps}) of `infrared`',
+        f'train_infrared({roadscene}, {steps}, {precision!r}) of `infrared`',
         0,
         "thermal(64), photos('train')" + (', RoadScene infrared (100)' if roadscene else ''),
         {f"held scenes, {k}": round(v, 2) for k, v in learn.metrics.items()},
