@@ -231,6 +231,13 @@ _CLASSICAL = dict(  # the method, side of its windows, their overlap, ...
 )
 
 
+_PURPOSES = dict(
+    denoise=f'noise of any level up to {255*MOST:.0f} of 255',
+    mixed='dots, blocks, rain and noise',
+    jpeg='the blocks and rings of JPEG files',
+)
+
+
 def is_installed(
     name,  # of a restorer
 ) -> bool:
@@ -257,14 +264,15 @@ def restorer_of(
     kind, sigma = kind_of(model), record.get('sigma')
     levels = None if sigma is None else (sigma, sigma)
     if kind == DENOISER:
-        task, channels, levels = 'denoise', model.channels, (0.0, MOST)
-        purpose = f'noise of any level up to {255*MOST:.0f} of 255'
+        task, channels = record.get('task', 'denoise'), model.channels
+        levels = (0.0, MOST) if task == 'denoise' else None
+        purpose = _PURPOSES[task]
     elif kind == ENLARGER:
         task, channels = f'x{model.scale}', model.codec.channels
         purpose = f'{model.scale} times as many pixels a side'
     else:
         task, channels = record.get('task', 'denoise'), model.encoder.channels
-        purpose = 'dots, blocks, rain and noise' if task == 'mixed' else task
+        purpose = _PURPOSES.get(task, task)
         purpose = purpose if levels is None else f'noise of {255*sigma:.0f} of 255'
     papers = {k: v for k, v in record.items() if k in RECORD and k != 'scores'}
     scale = getattr(model, 'scale', 1)
