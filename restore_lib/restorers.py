@@ -125,7 +125,7 @@ class Restorer:
     run: Callable = field(repr=False)  # (y, sigma (b,) or None, progress) -> its plain answer
     channels: int | None = None  # of its training images; None: it takes grey and colour alike
     levels: tuple | None = None  # lowest and highest noise of its training; None: not its task
-    blind: bool = True  # finds the level itself? else it is given the estimate
+    blind: bool = True  # does without a level (it is given the estimate, or NaN)?
     scale: int = 1  # how many times larger its result is
     scores: dict = field(default_factory=dict, repr=False)  # what was measured -> number
     provenance: dict = field(default_factory=dict, repr=False)  # recipe, seed, data, licence, ...
@@ -175,7 +175,7 @@ class Levels(NamedTuple):
     measured: torch.Tensor
     told: torch.Tensor | None
     level: torch.Tensor                # what is believed: as told, else as measured
-    given: torch.Tensor | None         # what the restorer hears
+    given: torch.Tensor                # what the restorer hears
 
 
 def _unmeasured(y):
@@ -195,7 +195,8 @@ def levels_for(
     measured, told = estimate_noise(y), as_levels(sigma, len(y))
     level = measured if told is None else told
     if restorer.blind:
-        return Levels(measured, told, level, told)
+        most = restorer.levels[1] if restorer.levels else math.inf
+        return Levels(measured, told, level, level.clamp(max=most))
     if not careful and level.isnan().any():
         raise ValueError(f'sigma is None, and {_unmeasured(y)}; '
                          f'expected a level for {restorer.name}')
@@ -210,9 +211,7 @@ def how_far(
 ) -> torch.Tensor:  # (b, 1, 1 or h, 1 or w), from 0: stay at y, to 1: take x_hat
     "The share of the way to the answer, for each image or each pixel."
     windows = sample_windows(y)
-    given = known.given
-    if given is not None:
-        given = given.repeat_interleave(len(windows)//len(y))
+    given = known.given.repeat_interleave(len(windows)//len(y))
     whole = x_hat if windows.shape == y.shape else None
     share, unknown = torch.zeros(len(y)), known.level.isnan()
     if not unknown.all():
