@@ -125,7 +125,7 @@ class Restorer:
     run: Callable = field(repr=False)  # (y, sigma (b,) or None, progress) -> its plain answer
     channels: int | None = None  # of its training images; None: it takes grey and colour alike
     levels: tuple | None = None  # lowest and highest noise of its training; None: not its task
-    blind: bool = True  # finds the level itself? else it is given the estimate
+    blind: bool = True  # does without a level (it is given the estimate, or NaN)?
     scale: int = 1  # how many times larger its result is
     scores: dict = field(default_factory=dict, repr=False)  # what was measured -> number
     provenance: dict = field(default_factory=dict, repr=False)  # recipe, seed, data, licence, ...
@@ -175,7 +175,7 @@ class Levels(NamedTuple):
     measured: torch.Tensor
     told: torch.Tensor | None
     level: torch.Tensor                # what is believed: as told, else as measured
-    given: torch.Tensor | None         # what the restorer hears
+    given: torch.Tensor                # what the restorer hears
 
 
 def _unmeasured(y):
@@ -195,7 +195,8 @@ def levels_for(
     measured, told = estimate_noise(y), as_levels(sigma, len(y))
     level = measured if told is None else told
     if restorer.blind:
-        return Levels(measured, told, level, told)
+        most = restorer.levels[1] if restorer.levels else math.inf
+        return Levels(measured, told, level, level.clamp(max=most))
     if not careful and level.isnan().any():
         raise ValueError(f'sigma is None, and {_unmeasured(y)}; '
                          f'expected a level for {restorer.name}')
@@ -210,9 +211,7 @@ def how_far(
 ) -> torch.Tensor:  # (b, 1, 1 or h, 1 or w), from 0: stay at y, to 1: take x_hat
     "The share of the way to the answer, for each image or each pixel."
     windows = sample_windows(y)
-    given = known.given
-    if given is not None:
-        given = given.repeat_interleave(len(windows)//len(y))
+    given = known.given.repeat_interleave(len(windows)//len(y))
     whole = x_hat if windows.shape == y.shape else None
     share, unknown = torch.zeros(len(y)), known.level.isnan()
     if not unknown.all():
@@ -228,6 +227,13 @@ _CLASSICAL = dict(  # the method, side of its windows, their overlap, ...
     wavelet_shrinkage=(wavelet_shrinkage, 512, 64, 'noise, by soft thresholds', 'scikit-image'),
     bm3d=(bm3d_filter, 512, 128, 'noise, by stacks of patches',
           'package bm3d, non-commercial use'),
+)
+
+
+_PURPOSES = dict(
+    denoise=f'noise of any level up to {255*MOST:.0f} of 255',
+    mixed='dots, blocks, rain and noise',
+    jpeg='the blocks and rings of JPEG files',
 )
 
 
@@ -257,14 +263,15 @@ def restorer_of(
     kind, sigma = kind_of(model), record.get('sigma')
     levels = None if sigma is None else (sigma, sigma)
     if kind == DENOISER:
-        task, channels, levels = 'denoise', model.channels, (0.0, MOST)
-        purpose = f'noise of any level up to {255*MOST:.0f} of 255'
+        task, channels = record.get('task', 'denoise'), model.channels
+        levels = (0.0, MOST) if task == 'denoise' else None
+        purpose = _PURPOSES[task]
     elif kind == ENLARGER:
         task, channels = f'x{model.scale}', model.codec.channels
         purpose = f'{model.scale} times as many pixels a side'
     else:
         task, channels = record.get('task', 'denoise'), model.encoder.channels
-        purpose = 'dots, blocks, rain and noise' if task == 'mixed' else task
+        purpose = _PURPOSES.get(task, task)
         purpose = purpose if levels is None else f'noise of {255*sigma:.0f} of 255'
     papers = {k: v for k, v in record.items() if k in RECORD and k != 'scores'}
     scale = getattr(model, 'scale', 1)
