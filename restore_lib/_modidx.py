@@ -2442,6 +2442,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'restore_lib/superres_study.py'),
                                             'restore_lib.superres_study._floor_rows': ( 'appendix/superres_study.html#_floor_rows',
                                                                                         'restore_lib/superres_study.py'),
+                                            'restore_lib.superres_study._in_turn': ( 'appendix/superres_study.html#_in_turn',
+                                                                                     'restore_lib/superres_study.py'),
                                             'restore_lib.superres_study._judge': ( 'appendix/superres_study.html#_judge',
                                                                                    'restore_lib/superres_study.py'),
                                             'restore_lib.superres_study._kept': ( 'appendix/superres_study.html#_kept',
