@@ -38,7 +38,7 @@ from .unet import SwinUNet, TwoBranchUNet
 from .wavelets import packet2, unpacket2
 
 # %% ../nbs/appendix/superres_study.ipynb #superres_study-006
-SR_STEPS = 800  # of packet
+SR_STEPS = 700  # of packet
 SR_SIZE = dict(crop=64, batch=16)  # of every row
 # packet's own, one for each channel: then weights may be, too
 _KAPPA = dict(process=dict(kappa=[2.0] * 16))
