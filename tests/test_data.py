@@ -1,9 +1,11 @@
-import gzip, json
+import gzip, json, re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from common import ROOT
 
 from restore_lib.checks import check_images
 from restore_lib.data import (
@@ -156,6 +158,85 @@ def test_pairs_from_folder_and_made_agree(paired):
     given, made = PairedFolder(paired), PairedFolder(paired / 'HR')
     for (a, x), (b, z) in zip([given[i] for i in range(3)], [made[i] for i in range(3)]):
         assert torch.equal(a, b) and torch.equal(x, z) and a.shape == (1, 16, 20)
+
+
+# the public sets as they are published, and what in them is no infrared image to train on
+THERMAL = {
+    'M3FD': ('M3FD/Ir/00000.png M3FD/Ir/00001.png', 'M3FD/Vis/00000.png'),
+    'FMB': (
+        'FMB/train/Infrared/00001.png FMB/test/Infrared/00002.png',
+        'FMB/train/Visible/00001.png FMB/train/Label/00001.png FMB/test/Visible/00002.png',
+    ),
+    'FLIR ADAS, version 1': (
+        'FLIR_ADAS_1_3/train/thermal_8_bit/FLIR_00001.jpeg '
+        'FLIR_ADAS_1_3/val/thermal_8_bit/FLIR_08863.jpeg',
+        'FLIR_ADAS_1_3/train/thermal_16_bit/FLIR_00001.tiff FLIR_ADAS_1_3/train/RGB/FLIR_00001.jpg '
+        'FLIR_ADAS_1_3/train/Annotated_thermal_8_bit/FLIR_00001.jpeg',
+    ),
+    'FLIR ADAS, version 2': (
+        'FLIR_ADAS_v2/images_thermal_train/data/video-2Af3dwvs6YPf-frame-000000-imW24bapJsHp.jpg '
+        'FLIR_ADAS_v2/video_thermal_test/data/video-4FRnNpmSmwkt-frame-000000-Hzt4KmQJjiPe.jpg',
+        'FLIR_ADAS_v2/images_rgb_train/data/video-2BARff2EP7ZW-frame-000432-pEpYGJT3PDod.jpg',
+    ),
+    'KAIST': (
+        'KAIST/set00/V000/lwir/I00000.jpg KAIST/set11/V001/lwir/I00019.jpg',
+        'KAIST/set00/V000/visible/I00000.jpg',
+    ),
+    'CVC-14': (
+        'CVC-14/Day/FIR/Train/FramesPos/2014_05_01_23_14_03_450000.tif '
+        'CVC-14/Day/FIR/Train/FramesNeg/2014_05_01_23_14_05_450000.tif '
+        'CVC-14/Night/FIR/NewTest/FramesPos/2014_05_04_23_14_03_450000.tif',
+        'CVC-14/Day/Visible/Train/FramesPos/2014_05_01_23_14_03_450000.tif '
+        'CVC-14/Day/FIR/Train/Annotations/2014_05_01_23_14_03_450000.txt',
+    ),
+    'TNO': (
+        'TNO/Athena_images/2_men_in_front_of_house/IR_meting003_g.bmp '
+        'TNO/DHV_images/bench/IR_37rad.bmp TNO/FEL_images/Nato_camp_sequence/thermal/1800i.bmp',
+        'TNO/Athena_images/2_men_in_front_of_house/VIS_meting003_r.bmp '
+        'TNO/FEL_images/Nato_camp_sequence/visual/1800v.bmp',
+    ),
+    'RoadScene': (
+        'RoadScene/cropinfrared/FLIR_00006.jpg RoadScene/cropinfrared/FLIR_00018.jpg',
+        'RoadScene/crop_LR_visible/FLIR_00006.jpg RoadScene/crop_HR_visible/FLIR_00006.jpg',
+    ),
+}
+
+
+def calls_of(name):
+    "The calls with which data/README.md opens a set."
+    text = (ROOT / 'data/README.md').read_text(encoding='utf-8')
+    row = next(line for line in text.splitlines() if line.startswith(f'| {name} |'))
+    return re.findall(r'`(PairedFolder[^`]+)`', row)
+
+
+@pytest.mark.parametrize('name', THERMAL)
+def test_calls_of_the_readme_take_the_infrared_images_and_no_others(name, tmp_path, monkeypatch):
+    monkeypatch.setenv('RESTORE_DATA', str(tmp_path))
+    thermal, others = (files.split() for files in THERMAL[name])
+    for k, file in enumerate([*thermal, *others]):
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == '.txt':
+            path.write_text('0 0 1 1')
+        elif path.suffix == '.tiff':
+            Image.fromarray(scene(k).astype(np.uint16) * 64).save(path)
+        else:
+            Image.fromarray(scene(k)).save(path)
+    seen = []
+    for call in calls_of(name)[1 if name == 'M3FD' else 0:]:
+        pairs = eval(call, dict(PairedFolder=PairedFolder, data_home=lambda: tmp_path))
+        seen += [path.relative_to(tmp_path).as_posix() for path in pairs.hr.paths]
+        y, x = pairs[0]
+        assert y.shape == (1, 16, 20) and x.shape == (1, 64, 80)
+    assert sorted(seen) == sorted(thermal)
+
+
+def test_m3fd_pairs_are_taken_as_they_come(paired, monkeypatch):
+    (paired / 'M3FD').mkdir()
+    for folder in ('HR', 'LR'):
+        (paired / folder).rename(paired / 'M3FD' / folder)
+    pairs = eval(calls_of('M3FD')[0], dict(PairedFolder=PairedFolder, data_home=lambda: paired))
+    assert pairs.lr is not None and len(pairs) == 3 and pairs[2][0].shape == (1, 16, 20)
 
 
 def test_pair_sizes_names_scenes(paired):

@@ -121,6 +121,10 @@ ALLOWED = {
     'unet_costs': {'metrics', 'unet'},
     # the study of lessons 13 and 14, and its weights
     'unet_study': {'data', 'degrade', 'diffusion', 'learner', 'metrics', 'unet', 'wavelets'},
+    # the study of lesson 15
+    'superres_study': {
+        'codecs', 'data', 'degrade', 'diffusion', 'metrics', 'superres', 'unet', 'wavelets',
+    },
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }

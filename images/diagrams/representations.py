@@ -29,7 +29,8 @@ def patching():
     strip(194, shown, first + 1.5 * size)
     net = d.box(first + 1.5 * size, 246, 'encode', 'net', w=96)
     strip(298, shown + [('cond', 'm')] * (n - keep))
-    d.arrow(strip(374, filled), square(374, filled), 'Linear, unpatchify', '(b, n, d) → (b, c, h, w)')
+    last, image = strip(374, filled), square(374, filled)
+    d.arrow(last, image, 'Linear, unpatchify', '(b, n, d) → (b, c, h, w)')
     for new, old in enumerate(order):
         look, head = ('to-data', True) if old in kept else ('line faint', False)
         new, old = first + new * size, first + old * size
