@@ -25,7 +25,7 @@ from .data_files import images_below
 from .degrade import bicubic_down, gaussian
 from .image_files import run_command
 from .metrics import psnr
-from .restorer_parts import best_device
+from .restorer_parts import best_device, in_steps
 from .restorer_scores import minutes_for, recorded_scores
 from .restorers import levels_for, pick_restorer, restorer, restorers
 from .tables import Table
@@ -35,8 +35,14 @@ from .two_stage_parts import Degradation
 def for_task(
     task,  # the name of a restorer, of a task, or of a file by save_model
     device=None,  # default: the GPU where there is one
+    steps=None,  # of one that enlarges; None: as it comes
 ):
-    "The Restorer that is meant; ValueError names what there is."
+    "The Restorer that is meant; ValueError names what there is, or for steps that it has not."
+    chosen = _named(task, device)
+    return chosen if steps is None else in_steps(chosen, steps)
+
+
+def _named(task, device):
     known = restorers(device)
     of_task = [r for r in known.values() if r.task == task]
     if task not in known and of_task:
@@ -90,12 +96,15 @@ def check_words(
     task='auto',
     sigma=None,
     device=None,
+    steps=None,
     **rest,  # what cannot be wrong
 ):
     "ValueError for words of the command that make no sense, whatever the image."
     level, where = _level(sigma), _device(device)
     if not _by_scores(task, where):
-        check_able(for_task(task, where))
+        check_able(for_task(task, where, steps))
+    elif steps is not None:
+        raise ValueError(f'--steps is {steps}, --task {task}; expected a task that enlarges')
     return level, where
 
 # %% ../nbs/appendix/restore_command.ipynb #restore_command-008b
@@ -131,6 +140,7 @@ def restore_file(
     out,  # the file to write, whose ending chooses the format; or a folder: see `place_for`
     task='auto',  # see `for_task`
     sigma=None,  # level of the noise, in grey levels of 0 to 255, if it is known
+    steps=None,  # of a restorer that enlarges; None: one
     careful=True,  # stay at the input where the restorer is not to be trusted?
     device=None,  # default: the GPU where there is one
     progress=False,  # a bar?
@@ -139,9 +149,9 @@ def restore_file(
     "One image through a restorer; what is lost or odd is told on stderr."
 
     def prepare(x, say):
-        level, where = check_words(task, sigma, device)
+        level, where = check_words(task, sigma, device, steps)
         picked = _by_scores(task, where)
-        chosen = pick_restorer(x, level, where) if picked else for_task(task, where)
+        chosen = pick_restorer(x, level, where) if picked else for_task(task, where, steps)
         if picked and 'non-commercial' in chosen.provenance.get('licence', ''):
             say(f'{chosen.name} is chosen; note its licence: {chosen.provenance["licence"]}')
         minutes, on = minutes_for(chosen.name, x), where or best_device()
@@ -276,6 +286,8 @@ def _image_words(words):
         'name of `restore list`; or a file of weights'))
     words.add_argument('--sigma', type=float, help=(
         'the level of the noise, in 255ths (25, not 0.1), if you know it'))
+    words.add_argument('--steps', type=int, help=(
+        'of a task that enlarges: 1 (default) for the fewest errors, up to 15 for more detail'))
     words.add_argument('--plain', action='store_true', help=(
         "the network's plain answer, even where it is not to be trusted"))
     words.add_argument('--device', help='such as cpu or cuda (default: the GPU if there is one)')
@@ -299,7 +311,7 @@ def _parser():
 
 
 def _run_image(a):
-    how = dict(task=a.task, sigma=a.sigma, careful=not a.plain, device=a.device)
+    how = dict(task=a.task, sigma=a.sigma, steps=a.steps, device=a.device, careful=not a.plain)
     if not Path(a.image).is_dir():
         return restore_file(a.image, a.out, progress=not a.quiet, **how)
     try:

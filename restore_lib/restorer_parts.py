@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'DENOISER', 'TWO_STAGES', 'ENLARGER', 'KINDS', 'best_device', 'in_windows', 'sample_windows',
-           'damage_weight', 'LastImage', 'kind_of', 'runner_of']
+           'damage_weight', 'LastImage', 'Enlarged', 'in_steps', 'kind_of', 'runner_of']
 
 # %% ../nbs/appendix/restorer_parts.ipynb #restorer_parts-003
+from dataclasses import dataclass, replace
+
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checks import check_whole
 from .image_files import planes_of, tiled
 from .model_files import name_of_class
 from .padding import mirror_to_multiple
@@ -116,6 +119,32 @@ def _on_device(model, device):
     return fn
 
 
+@dataclass(frozen=True)
+class Enlarged:
+    "The run of a model that enlarges: an image of any size and colour."
+    model: nn.Module
+    steps: int = 1  # of its way back: 1 for the fewest errors, more for detail
+
+    def __call__(self, y, sigma=None, progress=False):
+        from restore_lib.superres_tiles import superresolve
+        return superresolve(self.model, y, self.steps)
+
+
+def in_steps(
+    restorer,  # a Restorer
+    steps,  # of its way back
+):
+    "The same restorer in so many steps; ValueError for one that knows no steps, and below 1."
+    steps, run = check_whole(steps, 'steps', 1), restorer.run
+    if not isinstance(run, Enlarged):
+        raise ValueError(f'steps is {steps}, but {restorer.name} knows no steps; '
+                         'expected a restorer that enlarges')
+    most = 1 if run.model.process is None else run.model.process.steps
+    if steps > most:
+        raise ValueError(f'steps is {steps}; {restorer.name} has {most} at most')
+    return replace(restorer, run=replace(run, steps=steps))
+
+
 def kind_of(model) -> str:
     "Which of KINDS a model is; ValueError for one that restores nothing."
     kind = name_of_class(model)
@@ -133,10 +162,7 @@ def runner_of(
     if kind == DENOISER:
         return in_windows(_on_device(model, device), model.channels, 256, 64, 8, batch=4)
     if kind == ENLARGER:
-        from restore_lib.superres_tiles import superresolve
-
-        model.to(device)
-        return lambda y, sigma=None, progress=False: superresolve(model, y)
+        return Enlarged(model.to(device))
     last = _on_device(LastImage(model), device)
     encoder = model.encoder
     size = encoder.grid[0]*encoder.patch

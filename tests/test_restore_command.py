@@ -535,12 +535,21 @@ def test_enlarging(shell, image):
     net = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
     pairs = [(torch.rand(1, 8, 8), torch.rand(1, 32, 32)) for _ in range(2)]
     model = make_sr(SRConfig(net_options=net, crop=32, batch=2, codec_steps=1), pairs)
+    torch.nn.init.normal_(model.net.last[-1].weight, std=0.1)     # else it is bicubic in any steps
     save_model(model, 'large.safetensors', task='x4')
     picture('RGBA', (11, 14)).save('in.png')
     code, out, err = image('in.png', 'out.png', '--task', 'large.safetensors')
     assert code == 0 and out.startswith('out.png: 56 x 44, large')
     with Image.open('out.png') as got:
         assert got.mode == 'RGBA' and got.size == (56, 44)
+    code, out, _ = image('in.png', 'four.png', '--task', 'large.safetensors', '--steps', '4')
+    assert code == 0 and Path('four.png').read_bytes() != Path('out.png').read_bytes()
+    for words, says in ((('large.safetensors', '16'), 'large has 15 at most'),
+                        (('large.safetensors', '0'), 'steps is 0'),
+                        (('nl_means', '4'), 'nl_means knows no steps'),
+                        (('auto', '4'), '--steps is 4, --task auto')):
+        code, _, err = image('in.png', 'no.png', '--task', words[0], '--steps', words[1])
+        assert code == 2 and says in err and not Path('no.png').exists()
     picture('L', (1, 4100)).save('in.png')
     code, _, err = image('in.png', 'out.webp', '--task', 'large.safetensors')
     assert code == 2 and 'WEBP takes no image of 16400 x 4 pixels' in err
