@@ -60,7 +60,7 @@ class HeldInMemory(torch.utils.data.Dataset):
         "What a fingerprint sees of it."
         return dict(content=self.content)
 
-
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-007
 class _Large(torch.utils.data.Dataset):
     "The clean images of pairs."
     def __init__(self, pairs):
@@ -86,7 +86,7 @@ def _content(pairs):
                     out.update(piece)
     return out.hexdigest()
 
-# %% ../nbs/appendix/superres_command.ipynb #superres_command-009
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-010
 class Best(Callback):
     """Keeps the weights that were validated with the highest `metric`; stands behind EMA. A
     checkpoint holds them, so that a resumed training knows them, too."""
@@ -126,7 +126,7 @@ class Best(Callback):
         row = [r for r in learn.history if r['step'] == self.step and self.metric in r][-1]
         return model, {k: row[k] for k in learn.metrics} | dict(best_step=self.step)
 
-# %% ../nbs/appendix/superres_command.ipynb #superres_command-011
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-012
 class _Bar(Callback):
     "A bar of steps on the screen of the main process, with the last row's loss."
     decides_nothing = True
@@ -168,7 +168,7 @@ class _Curve(Callback):
     def after_fit(self, learn):
         self.write(learn)
 
-# %% ../nbs/appendix/superres_command.ipynb #superres_command-013
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-014
 def _train_parser():
     about = 'Trains x4 super-resolution in wavelet space (lesson 15); also under accelerate launch.'
     p = argparse.ArgumentParser('train_superres', description=about)
@@ -193,7 +193,7 @@ def _train_parser():
                    'without a GPU also need ACCELERATE_USE_CPU=true')
     return p
 
-
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-015
 _FIELDS = 'codec', 'gains', 'degradation', 'channels', 'steps', 'batch', 'crop', 'lr', 'seed'
 
 
@@ -234,7 +234,7 @@ class _Job:
         self.check_unchanged()
         return pairs, valid
 
-# %% ../nbs/appendix/superres_command.ipynb #superres_command-014
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-016
 def _trained(job):
     "Trains what a job asks for: the Learner, and the Best that it kept."
     c, words = job.config, job.words
@@ -259,7 +259,7 @@ def _left(learn):
     found = [step for folder in learn.folders for step in saved_steps(folder)]
     return f'; the last good checkpoint is {found[-1]}' if found else ''
 
-
+# %% ../nbs/appendix/superres_command.ipynb #superres_command-017
 def train_superres(
     args=None,  # the command line's words; None: those of the process
 ) -> int:       # the shell's exit status

@@ -37,7 +37,7 @@ def _start_latent(model, planes, start, hw, rows):
         return z, *side
     return in_strips(apart, hw[0], rows, model.codec.reach or 0, large)
 
-
+# %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-006
 class _Plan:
     "How an image is cut up: sides of its latent, rows of a strip, planes at a time."
     def __init__(self, model, hw, window, batch):
@@ -50,7 +50,7 @@ class _Plan:
         strips = model.codec.reach is not None
         self.rows = max(1, batch*window**2//columns) if strips else rows
 
-# %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-007
+# %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-008
 @torch.no_grad()
 def enlarge(
     model,           # a LatentSR
@@ -86,7 +86,7 @@ def enlarge(
             del z, side, how                                     # before the next plane's
     return together(out)
 
-
+# %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-009
 def _decoded(codec, z, side, plan):
     "Large images of latents, in strips, without what was padded."
     h, w = plan.large
@@ -95,7 +95,7 @@ def _decoded(codec, z, side, plan):
     sharp, = in_strips(together, plan.latent[0], plan.rows, codec.reach or 0, z, *side)
     return sharp[..., :h, :]
 
-# %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-008
+# %% ../nbs/appendix/superres_tiles.ipynb #superres_tiles-010
 def superresolve(
     model,         # a LatentSR
     image,         # a path, a PIL image, or a float tensor (h, w), (c, h, w) or (b, c, h, w)

@@ -28,8 +28,7 @@ from .unet import SwinUNet
 # %% ../nbs/appendix/superres_training.ipynb #superres_training-006
 @dataclass(frozen=True)
 class SRConfig:
-    """Everything that decides a training but the images; `two_cores` and `paper` are its two
-    sizes. ValueError or TypeError names a field that makes no sense."""
+    "All that decides a training but the images. ValueError or TypeError names a wrong field."
     # the model
     codec: str = 'packet'          # a name of restore_lib.codecs.CODECS
     codec_options: dict = field(default_factory=dict)
@@ -68,18 +67,19 @@ class SRConfig:
 
     @classmethod
     def paper(cls, **changes):
-        """The published size, scheduled as ResShift is (Yue et al. 2023): AdamW at 5e-5 without
-        weight decay, cosine to 2e-5 after 5,000 steps of warm-up, EMA 0.999, grey. Never run here;
-        AS_PRINTED has what the source of this course's claims prints instead."""
-        large = dict(net='paper', crop=256, batch=16, steps=200_000, lr=5e-5, lr_floor=0.4,
-                     warmup=0.025, clip=None, precision='bf16')
-        return cls(**large | changes)
+        "The published size, scheduled as ResShift (Yue et al. 2023); see AS_PRINTED. Not run here."
+        return cls(**_PAPER | changes)
 
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-007
+# AdamW at 5e-5 without weight decay, cosine to 2e-5 after 5,000 steps of warm-up, EMA 0.999
+_PAPER = dict(net='paper', crop=256, batch=16, steps=200_000, lr=5e-5, lr_floor=0.4, warmup=0.025,
+              clip=None, precision='bf16')
 
-# weight decay 0.01, a rate down to 1e-6, no warm-up, three channels
+# what the source of the course's claims prints: weight decay 0.01, a rate down to 1e-6, no warm-up,
+# three channels
 AS_PRINTED = dict(weight_decay=0.01, lr_floor=0.02, warmup=0.0, channels=3)
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-008
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-009
 def _plain(options, name):
     """A dict of options as a file gives it back: NumPy's numbers and tensors as Python's.
     TypeError for what JSON cannot hold."""
@@ -110,7 +110,7 @@ def _as_plain(c):
             out[name] = _plain(getattr(c, name), name)
     return out
 
-
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-010
 def _check_choices(c):
     "ValueError for a name that is unknown, and for options that do not fit together."
     named = dict(codec=CODECS, gains=SCALES, net=('tiny', 'paper'),
@@ -130,7 +130,7 @@ def _check_choices(c):
         raise ValueError(f"process predicts {predicts!r}; expected 'x0', to which the network's "
                          'correction is added')
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-012
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-014
 _CODEC_LR = dict(learnable=1e-2, hybrid=2e-3, vq=4e-3)
 
 
@@ -156,7 +156,7 @@ def learned_codec(
         learn.fit(config.codec_steps)
     return codec.eval()
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-014
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-016
 class SRLoss:
     """The loss of a LatentSR for a Learner, from pairs (y, x), or from clean x by a `degrade` that
     makes y; remembers the last samples' losses for `Buckets`."""
@@ -205,7 +205,7 @@ class Buckets(Callback):
             learn.history[-1].update({f'loss {k}': v for k, v in ranges.items()})
             self.seen = []
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-016
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-018
 def check_sr_parts(
     codec,    # of a LatentSR
     process,  # a ResidualShift, or None
@@ -228,7 +228,7 @@ def frozen(
     part.requires_grad_(False).zero_grad()
     return part
 
-
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-019
 def check_sr_latents(
     zy,     # the latent of the start
     zx,     # of the truth
@@ -258,7 +258,7 @@ def check_sr_pair(
         raise ValueError(f'x has shape {tuple(x.shape)}, y has {tuple(y.shape)}; '
                          f'expected x {model.scale} times as large, as many')
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-017
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-020
 def no_steps(
     z,  # (b, ...)
 ):      # (b,) int64, zeros
@@ -290,7 +290,7 @@ def codec_made(
         raise ValueError(f'the codec is {kind.__name__}, the configuration says {config.codec!r}')
     return kind(**arguments)
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-019
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-022
 def _score(metric, steps, model, batch):
     "A metric of what a model makes of y in so many steps, always with the same noise."
     y, x = batch
@@ -325,7 +325,7 @@ def _checked_loss(loss, config):
                          'expected a loss that degrades')
     return loss
 
-# %% ../nbs/appendix/superres_training.ipynb #superres_training-020
+# %% ../nbs/appendix/superres_training.ipynb #superres_training-023
 def sr_learner(
     model,        # of make_sr, or a LatentSR with .config
     train,        # pairs (y, x), a list or data set; with degradation='real' clean images

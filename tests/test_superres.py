@@ -33,7 +33,7 @@ from restore_lib.superres import LatentSR, make_sr
 from restore_lib.superres_command import train_superres
 from restore_lib.superres_scores import detail_scores, sr_pairs, unsharp
 from restore_lib.superres_tiles import superresolve
-from restore_lib.superres_training import Buckets, SRConfig, SRLoss, sr_learner
+from restore_lib.superres_training import AS_PRINTED, Buckets, SRConfig, SRLoss, sr_learner
 from restore_lib.unet import SwinUNet
 
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
@@ -631,6 +631,9 @@ def test_the_papers_plan():
         256,
     )
     assert c.lr * c.lr_floor == pytest.approx(2e-5) and c.warmup * c.steps == pytest.approx(5000)
+    printed = SRConfig.paper(**AS_PRINTED)
+    assert printed.lr * printed.lr_floor == pytest.approx(1e-6)
+    assert (printed.weight_decay, printed.warmup, printed.channels) == (0.01, 0, 3)
     assert (
         SRConfig.paper(steps=3).steps == 3
         and SRConfig.two_cores() == SRConfig()
