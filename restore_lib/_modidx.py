@@ -2574,6 +2574,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'restore_lib/superres_study.py'),
                                             'restore_lib.superres_study.row_config': ( 'appendix/superres_study.html#row_config',
                                                                                        'restore_lib/superres_study.py'),
+                                            'restore_lib.superres_study.score_shipped': ( 'appendix/superres_study.html#score_shipped',
+                                                                                          'restore_lib/superres_study.py'),
                                             'restore_lib.superres_study.sr_figures': ( 'appendix/superres_study.html#sr_figures',
                                                                                        'restore_lib/superres_study.py'),
                                             'restore_lib.superres_study.sr_floors': ( 'appendix/superres_study.html#sr_floors',

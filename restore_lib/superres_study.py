@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SR_STEPS', 'SR_SIZE', 'SR_WAYS', 'SR_PARTS', 'SR_FOLDERS', 'SR_TESTS', 'SR_PIECE', 'SR_TABLES', 'SR_LESSON',
-           'SR_RULE', 'SR_MANY', 'SR_EVERY', 'SR_ON_REAL', 'sr_way', 'superres_sets', 'middle_piece', 'real_pairs',
-           'in_channels', 'BandBranches', 'apart_bands', 'two_branches', 'band_weights', 'band_loss_of', 'CoreClock',
-           'way_model', 'way_learner', 'clock_of', 'timed_steps', 'planned_steps', 'sr_means', 'sr_floors',
+           'SR_RULE', 'SR_MANY', 'SR_EVERY', 'SR_ON_REAL', 'SHIPPED', 'sr_way', 'superres_sets', 'middle_piece',
+           'real_pairs', 'in_channels', 'BandBranches', 'apart_bands', 'two_branches', 'band_weights', 'band_loss_of',
+           'CoreClock', 'way_model', 'way_learner', 'clock_of', 'timed_steps', 'planned_steps', 'sr_means', 'sr_floors',
            'grey_restored', 'at_best', 'sr_figures', 'row_config', 'trained_row', 'superres_study', 'judged_sets',
-           'record_row', 'superres_rows']
+           'record_row', 'score_shipped', 'superres_rows']
 
 # %% ../nbs/appendix/superres_study.ipynb #superres_study-003
 import time
@@ -26,6 +26,7 @@ from .data_files import check_choice
 from .degrade import bicubic_up
 from .diffusion import ResidualShift
 from .metrics import count_params, evaluate, psnr, ssim
+from .model_files import load_model
 from .project import budget_mode, data_home
 from .realworld import second_order
 from .records import record_study, studies
@@ -510,6 +511,23 @@ def record_row(
     found |= dict(steps=sum(plan), rule=SR_RULE) | sr_figures(model, judged)
     record_study(SR_LESSON, row_config(name, steps, plan), found, found['minutes'], seed)
     print(f'{name}, seed {seed}: {plan} steps, {found["minutes"]} min', flush=True)
+
+# %% ../nbs/appendix/superres_study.ipynb #superres_study-027e
+SHIPPED = ('infrared_x4', 'infrared_x4_roadscene')  # weights of `infrared`
+
+
+def score_shipped(
+    names=SHIPPED,  # of weights of the library
+):
+    "Records what trained weights reach on the test images, a row each; again for new weights."
+    sets = superres_sets()
+    for name in names:
+        model, says = load_model(name)
+        config = dict(shipped=name, recipe=says['recipe'], steps=says['steps'])
+        if not _kept(config):
+            found = sr_figures(model, {test: sets[test] for test in SR_TESTS})
+            record_study(SR_LESSON, config, found, says['minutes'])
+            print(name, {k: v for k, v in found.items() if k.endswith('PSNR')}, flush=True)
 
 # %% ../nbs/appendix/superres_study.ipynb #superres_study-029
 def superres_rows(
