@@ -62,7 +62,7 @@ def masked_autoencoder(d, first, seen, loss, sizes):
     encode = d.box(686, top, 'encode\npick, patch_embed\n+ pos_embed\nblocks, norm', 'net', w=136)
     d.chain([x, cut], ['(b, c, h, w)'])
     d.chain([cut, mask], [('patches', '(b, n, p·p·c)')])
-    d.chain([mask, encode], [('patches', 'shown (b, keep)')])
+    d.chain([mask, encode], [('shown', '(b, keep)')])
     whole = d.box(618, low, 'unshuffle\ndecoder_embed, mask_token', 'net', w=252)
     decode = 'decode\n+ decoder_pos_embed\ndecoder_blocks\ndecoder_norm, _pred'
     decode = d.box(240, low, decode, 'net')
