@@ -207,7 +207,7 @@ def test_each_file_is_small_and_its_record_complete():
         assert isinstance(says['seed'], int) and says['minutes'] > 0
         assert all(isinstance(v, (int, float)) for v in says['scores'].values())
         assert says['recipe'].startswith(('make study ONLY=', 'train_', 'study_'))
-        bound = says['licence'].startswith('for research')      # by the terms of what it learned from
+        bound = says['licence'].startswith('for research')      # by its training images' terms
         assert bound == name.endswith('_roadscene') and (bound or 'Apache-2.0' in says['licence'])
         model, again = load_model(name)
         assert all(torch.isfinite(v).all() for v in model.state_dict().values())
