@@ -938,6 +938,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'restore_lib/denoiser.py'),
                                       'restore_lib.denoiser.psnr_at': ('appendix/denoiser.html#psnr_at', 'restore_lib/denoiser.py'),
                                       'restore_lib.denoiser.psnr_of': ('appendix/denoiser.html#psnr_of', 'restore_lib/denoiser.py'),
+                                      'restore_lib.denoiser.some_whole': ('appendix/denoiser.html#some_whole', 'restore_lib/denoiser.py'),
                                       'restore_lib.denoiser.train_denoiser': ( 'appendix/denoiser.html#train_denoiser',
                                                                                'restore_lib/denoiser.py'),
                                       'restore_lib.denoiser.training_images': ( 'appendix/denoiser.html#training_images',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'LEVELS', 'QUALITIES', 'DAMAGES', 'ResidualBlock', 'blocks_of', 'level_planes', 'Denoiser', 'noisy_as_trained',
-           'denoiser_loss', 'jpeg_as_trained', 'mixed_as_trained', 'jpeg_loss', 'mixed_loss', 'denoiser_learner',
-           'psnr_of', 'psnr_at', 'training_images', 'validation_batches', 'train_denoiser']
+           'denoiser_loss', 'some_whole', 'jpeg_as_trained', 'mixed_as_trained', 'jpeg_loss', 'mixed_loss',
+           'denoiser_learner', 'psnr_of', 'psnr_at', 'training_images', 'validation_batches', 'train_denoiser']
 
 # %% ../nbs/appendix/denoiser.ipynb #denoiser-003
 from functools import partial
@@ -155,23 +155,30 @@ def denoiser_loss(model, x):
     return F.l1_loss(model(y, sigma), x)
 
 # %% ../nbs/appendix/denoiser.ipynb #denoiser-015c
+def some_whole(
+    x,  # (b, c, h, w) clean
+    y,  # damaged, the same shape
+):  # y, with one image in twenty as in x; from torch's random state
+    "So that clean images are left alone."
+    whole = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
+    return torch.where(whole, x, y)
+
+
 def jpeg_as_trained(
     x,  # (b, 1 or 3, h, w) clean, sides of 8 and more
     quality=(5, 95),  # lowest and highest
 ):  # y, the same shape
     "What JPEG files keep of images, each of its own quality; from torch's random state."
     top, left = torch.randint(8, (2,)).tolist()
-    whole = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
     y = jpeg(F.pad(x, (left, 0, top, 0), mode='reflect'), quality)[..., top:, left:]
-    return torch.where(whole, x, y)
+    return some_whole(x, y)
 
 
 def mixed_as_trained(
     x,  # (b, c, h, w) clean
 ):  # y, the same shape
     "Noise, dots, blocks, blur or rain, one for each image; from torch's random state."
-    whole = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.05
-    return torch.where(whole, x, Degradation('mixed')(x).clamp(0, 1))
+    return some_whole(x, Degradation('mixed')(x).clamp(0, 1))
 
 
 def jpeg_loss(model, x):

@@ -18,6 +18,7 @@ from .image_files import planes_of, tiled
 from .model_files import name_of_class
 from .padding import mirror_to_multiple
 from .states import in_deployment
+from .superres_tiles import superresolve
 
 # %% ../nbs/appendix/restorer_parts.ipynb #restorer_parts-006
 def best_device() -> torch.device:
@@ -126,7 +127,6 @@ class Enlarged:
     steps: int = 1  # of its way back: 1 for the fewest errors, more for detail
 
     def __call__(self, y, sigma=None, progress=False):
-        from restore_lib.superres_tiles import superresolve
         return superresolve(self.model, y, self.steps)
 
 

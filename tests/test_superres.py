@@ -1477,28 +1477,33 @@ def test_train_with_and_without_validation(shell, folder):
     assert code == 0 and 'PSNR' in out, err
 
 
+def interrupted(monkeypatch, *words):
+    "`train_superres`, stopped by a key behind the checkpoint of step 2."
+    make = S.sr_learner
+
+    def stopped(*args, **kw):
+        learn = make(*args, **kw)
+        save = learn.save
+
+        def kept(*a, **k):
+            save(*a, **k)
+            if learn.step == 2:
+                raise KeyboardInterrupt
+
+        learn.save = kept
+        return learn
+
+    with monkeypatch.context() as m:
+        m.setattr(S, 'sr_learner', stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_superres([str(w) for w in words])
+
+
 def test_a_stopped_training_is_resumed(shell, folder, monkeypatch):
     words = ('--data', folder, *SMALL[:-1], 4)
     assert shell(train_superres, *words, '--out', 'whole.safetensors')[0] == 0
     monkeypatch.setenv('RESTORE_RUNS', str(Path('other').absolute()))
-    make = S.sr_learner
-    with monkeypatch.context() as m:
-
-        def stopped(*args, **kw):
-            learn = make(*args, **kw)
-            save = learn.save
-
-            def kept(*a, **k):
-                save(*a, **k)
-                if learn.step == 2:
-                    raise KeyboardInterrupt
-
-            learn.save = kept
-            return learn
-
-        m.setattr(S, 'sr_learner', stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train_superres([str(w) for w in (*words, '--out', 'part.safetensors')])
+    interrupted(monkeypatch, *words, '--out', 'part.safetensors')
     code, out, err = shell(train_superres, *words, '--out', 'part.safetensors')
     assert (
         code == 0
@@ -1896,24 +1901,7 @@ def test_a_resumed_training_knows_what_was_best(shell, folder, monkeypatch):
     spoiling(monkeypatch, 3)
     assert shell(train_superres, *words, '--out', 'whole.safetensors')[0] == 0
     monkeypatch.setenv('RESTORE_RUNS', str(Path('other').absolute()))
-    spoilt = S.sr_learner
-    with monkeypatch.context() as m:
-
-        def stopped(*args, **kw):
-            learn = spoilt(*args, **kw)
-            save = learn.save
-
-            def kept(*a, **k):
-                save(*a, **k)
-                if learn.step == 2:
-                    raise KeyboardInterrupt
-
-            learn.save = kept
-            return learn
-
-        m.setattr(S, 'sr_learner', stopped)
-        with pytest.raises(KeyboardInterrupt):
-            train_superres([str(w) for w in (*words, '--out', 'part.safetensors')])
+    interrupted(monkeypatch, *words, '--out', 'part.safetensors')
     code, out, err = shell(train_superres, *words, '--out', 'part.safetensors')
     assert code == 0 and 'resumed at step 2' in out
     assert same(load_file('part.safetensors'), load_file('whole.safetensors'))
