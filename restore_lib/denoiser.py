@@ -277,6 +277,7 @@ def train_denoiser(
     lr=1e-3,  # of stage 0; halved at every stage
     precision='no',  # as in `denoiser_learner`
     damage='noise',  # or another of DAMAGES
+    widths=(48, 80, 128),  # of the Denoiser, at stage 0
     cbs=(),  # more callbacks, such as Progress()
     save=True,  # write the weights into the library?
 ):
@@ -301,16 +302,17 @@ def train_denoiser(
         loss=loss,
         precision=precision,
         cbs=[Metrics(**watched), *cbs],
+        widths=widths,
     )
     every = max(1, steps // 40)
-    made = dict(channels=channels, stage=stage, damage=damage)
+    made = dict(channels=channels, stage=stage, damage=damage, widths=list(widths))
     learn.fit_or_load(name, made, steps, every, every)
     if save:
         save_pretrained(
             learn.trained(),
             name,
             f'train_denoiser({name!r}, {channels}, {stage}, {steps}, {size}, {batch}, {lr}, '
-            f'{precision!r}, {damage!r}) of `denoiser`',
+            f'{precision!r}, {damage!r}, {tuple(widths)}) of `denoiser`',
             stage,
             "photos('train') and BSDS500's 100 training images",
             {f"PSNR, photos('valid'), {k}": round(v, 2) for k, v in learn.metrics.items()},

@@ -71,6 +71,7 @@ def signs(
     levels=None,  # (lowest, highest) of the restorer's training, or None: noise is not its task
     channels=None,  # 1 or 3, of the restorer's training; None: it takes both alike
     name='the restorer',
+    blocks=False,  # was it trained for JPEG files?
 ) -> list[str]:
     "What makes these images other than the restorer's training images, one sentence each."
     said = []
@@ -84,6 +85,6 @@ def signs(
         said.append(f'{name} was trained on grey images: the three colours go through one by one')
     if channels == 3 and y.shape[1] == 1:
         said.append(f'{name} was trained on colour images: grey goes in three times')
-    if (jpeg_blocks(y) > BLOCKY).any():
+    if not blocks and (jpeg_blocks(y) > BLOCKY).any():
         said.append(f'the blocks of a JPEG file show, which {name} was not trained for')
     return said

@@ -30,9 +30,14 @@ def test_one_step_of_each_damage(told, damage, task, channels):
     learn = denoiser.train_denoiser(name, channels, steps=1, size=16, batch=2, damage=damage)
     (model, kept, recipe, *_, scores, _, _), says = told[0]
     assert kept == name and says == dict(task=task, stage=0, steps=1)
-    assert recipe.endswith(f"{damage!r}) of `denoiser`")
+    assert recipe.endswith(f"{damage!r}, (48, 80, 128)) of `denoiser`")
     assert set(scores) == {f"PSNR, photos('valid'), {k}" for k in learn.metrics}
     assert model(smooth(1, channels)).shape == (1, channels, 40, 40)
+
+
+def test_a_smaller_network(told):
+    learn = denoiser.train_denoiser('s', steps=1, size=16, batch=2, widths=(8, 16, 24))
+    assert learn.bare.widths == told[0][0][0].widths == [8, 16, 24]
 
 
 def test_unknown_damage_is_named(told):

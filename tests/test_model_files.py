@@ -200,7 +200,7 @@ def test_statistics_of_pixels_are_exact_in_every_class():
 def test_each_file_is_small_and_its_record_complete():
     files = M.pretrained_files()
     sizes = [p.stat().st_size for p in files.values()]
-    assert {'denoise', 'mixed'} <= files.keys()
+    assert {'denoise_grey', 'mixed'} <= files.keys()
     assert max(sizes) <= 4_000_000 and sum(sizes) <= 24_000_000
     for name, says in pretrained().items():
         assert all(says.get(k) not in (None, '', {}) for k in M.RECORD), name
@@ -263,7 +263,7 @@ def test_what_is_kept_asks_for_all_of_its_record(model, tmp_path, monkeypatch):
 def test_reading_what_is_said_reads_no_weights(monkeypatch):
     monkeypatch.setattr(M.importlib, 'import_module', None)
     monkeypatch.setattr(M, 'load_report', None)
-    assert json.dumps(pretrained()) and pretrained()['denoise']['task'] == 'denoise'
+    assert json.dumps(pretrained()) and pretrained()['denoise_grey']['task'] == 'denoise'
 
 
 def test_what_half_precision_costs():
