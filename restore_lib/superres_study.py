@@ -8,7 +8,7 @@ __all__ = ['SR_STEPS', 'SR_SIZE', 'SR_WAYS', 'SR_PARTS', 'SR_FOLDERS', 'SR_TESTS
            'real_pairs', 'in_channels', 'BandBranches', 'apart_bands', 'two_branches', 'band_weights', 'band_loss_of',
            'CoreClock', 'way_model', 'way_learner', 'clock_of', 'timed_steps', 'planned_steps', 'sr_means', 'sr_floors',
            'grey_restored', 'at_best', 'sr_figures', 'row_config', 'trained_row', 'superres_study', 'judged_sets',
-           'record_row', 'score_shipped', 'superres_rows']
+           'record_row', 'score_shipped', 'superres_rows', 'over_packet']
 
 # %% ../nbs/appendix/superres_study.ipynb #superres_study-003
 import time
@@ -540,11 +540,7 @@ def superres_rows(
     out = _floor_rows(figures)
     for name in SR_WAYS if names is None else names:
         check_choice(name, SR_WAYS, 'name')
-        try:
-            plan = planned_steps(name, steps, equal, _recorded_time)
-        except LookupError:
-            continue
-        rows = list(_kept(row_config(name, steps, plan)).values())
+        rows = list(_rows_of(name, steps, equal).values())
         if rows:
             out.append(dict(what=name, seeds=len(rows)) | _summary(rows, figures))
     return out
@@ -573,3 +569,24 @@ def _summary(rows, figures):
         if key in figures:
             found[f'{key}, spread'] = v.std().item() if len(v) > 1 else None
     return found
+
+# %% ../nbs/appendix/superres_study.ipynb #superres_study-029c
+def _rows_of(name, steps, equal):
+    "The rows of a name, seed -> figures; none where nothing was timed yet."
+    try:
+        plan = planned_steps(name, steps, equal, _recorded_time)
+    except LookupError:
+        return {}
+    return _kept(row_config(name, steps, plan))
+
+
+def over_packet(
+    name,  # a key of SR_WAYS
+    figure,  # of a row, such as '1 step, TNO PSNR'
+    steps=SR_STEPS,  # of packet
+    equal='steps',  # or 'time'
+) -> list:  # of numbers, one for each seed that both have
+    "How far a row lies above packet's of the same seed."
+    check_choice(name, SR_WAYS, 'name')
+    mine, others = _rows_of(name, steps, equal), _rows_of('packet', steps, 'steps')
+    return [mine[s][figure] - others[s][figure] for s in sorted(mine.keys() & others.keys())]

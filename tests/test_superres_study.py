@@ -407,6 +407,10 @@ def test_rows_of_a_table_are_means_with_their_spread(project):
     assert unsharp['pieces, 1 step, TNO PSNR'] == 29.5
     with pytest.raises(ValueError, match="name is 'dwt'"):
         S.superres_rows(['dwt'])
+    assert S.over_packet('direct', keys[0], 7) == [33.0 - 30.0]  # of the seed that both have
+    assert S.over_packet('cascade', keys[0], 7) == []
+    with pytest.raises(ValueError, match="name is 'dwt'"):
+        S.over_packet('dwt', keys[0])
 
 
 # the clock
