@@ -21,10 +21,10 @@ from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import cloudpickle
 import torch
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
-from joblib.externals import cloudpickle
 from joblib.externals.loky import get_reusable_executor
 from joblib.parallel import get_active_backend
 
