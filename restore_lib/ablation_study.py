@@ -50,7 +50,7 @@ SR_LOSSES = {  # beside the squared error, ST-LPIPS (AlexNet) of the image behin
     'λ 0.1, thirds': dict(lam=0.1),                      # times 1, 0.1 and 0.001 by time step
 }
 
-
+# %% ../nbs/appendix/ablation_study.ipynb #ablation_study-006b
 def row_config(
     knobs,   # as SR_KNOBS
     seed=0,
@@ -192,12 +192,12 @@ class SRRow:
 
     def __call__(self, knobs, seed):
         model, learn, seconds = self.network(knobs, seed)
-        out = {'loss fluctuation': fluctuation_of(learn), 'minutes': seconds/60}
+        out = {}
         way = partial(grey_restored, model, knobs['sample'])
         for test, pairs in self.tests.items():
             found = evaluate(way, pairs, row_measures(self.nets))
             out |= {f'{test} {k}'.strip(): v.tolist() for k, v in found.values.items()}
-        return out
+        return out | {'loss fluctuation': fluctuation_of(learn), 'minutes': seconds/60}
 
 # %% ../nbs/appendix/ablation_study.ipynb #ablation_study-019
 STUDY_VERSION = 1  # of what a row means; rows of another are not shown
@@ -225,7 +225,7 @@ STUDY_ROWS = {
     'λ 0.1, thirds': dict(loss='λ 0.1, thirds'),
 }
 
-
+# %% ../nbs/appendix/ablation_study.ipynb #ablation_study-019b
 class StudyRow(SRRow):
     "A row on the images of lesson 15's study, on the small pieces; its packet is that study's."
 
@@ -272,7 +272,7 @@ def ablation_study(
     return ablate(train, SR_KNOBS, grid, seeds, study_path(), jobs, several=True,
                   version=STUDY_VERSION)
 
-
+# %% ../nbs/appendix/ablation_study.ipynb #ablation_study-020b
 def _no_training(knobs, seed):
     raise RuntimeError('rows are only read here')
 

@@ -10,6 +10,8 @@ __all__ = ['AblationRuns', 'Ablation', 'spread', 'judged_row', 'judged_table', '
 import math
 from html import escape
 
+from fastcore.basics import patch
+
 from .audit import compare
 from .jobs import last_records, row_key
 from .tables import Table
@@ -33,42 +35,47 @@ class AblationRuns:
                 own = dict(row=row, knobs=knobs, config=config, seed=seed)
                 self.rows.append({**found, **own})
 
-    @property
-    def metrics(self):
-        "The names of all figures."
-        return list(dict.fromkeys(k for r in self.rows for k in r.get('figures', {})))
+# %% ../nbs/appendix/ablation_tables.ipynb #ablation_tables-006b
+@patch(as_prop=True)
+def metrics(self: AblationRuns):
+    "The names of all figures."
+    return list(dict.fromkeys(k for r in self.rows for k in r.get('figures', {})))
 
-    def metric(self, name=None):
-        "`name`, or the first figure; ValueError where no row has finished, KeyError for no figure."
-        if not self.metrics:
-            raise ValueError('no row has finished; there are no figures yet')
-        if name is not None and name not in self.metrics:
-            raise KeyError(f'{name!r} is no figure; there are {", ".join(self.metrics)}')
-        return name or self.metrics[0]
+@patch
+def metric(self: AblationRuns, name=None):
+    "`name`, or the first figure; ValueError where no row has finished, KeyError for no figure."
+    if not self.metrics:
+        raise ValueError('no row has finished; there are no figures yet')
+    if name is not None and name not in self.metrics:
+        raise KeyError(f'{name!r} is no figure; there are {", ".join(self.metrics)}')
+    return name or self.metrics[0]
 
-    def runs(self, row, metric=None):
-        """The finished runs of a row: their records, or a metric's values, (seeds, images).
-        KeyError for a row or a metric that is none."""
-        if row not in self.names:
-            raise KeyError(f'{row!r} is no row; there are {", ".join(self.names)}')
-        found = [r for r in self.rows if r['row'] == row and r['status'] == 'done']
-        if metric is None:
-            return found
-        metric = self.metric(metric)
-        of = [r['figures'].get(metric, math.nan) for r in found]
-        return [v if isinstance(v, list) else [v] for v in of]
+@patch
+def runs(self: AblationRuns, row, metric=None):
+    """The finished runs of a row: their records, or a metric's values, (seeds, images).
+    KeyError for a row or a metric that is none."""
+    if row not in self.names:
+        raise KeyError(f'{row!r} is no row; there are {", ".join(self.names)}')
+    found = [r for r in self.rows if r['row'] == row and r['status'] == 'done']
+    if metric is None:
+        return found
+    metric = self.metric(metric)
+    of = [r['figures'].get(metric, math.nan) for r in found]
+    return [v if isinstance(v, list) else [v] for v in of]
 
-    def mean(self, row, metric=None):
-        "The mean over seeds and images, NaN without a finished run."
-        if not self.runs(row):
-            return math.nan
-        of = [sum(v)/len(v) for v in self.runs(row, self.metric(metric))]
-        return sum(of)/len(of)
+@patch
+def mean(self: AblationRuns, row, metric=None):
+    "The mean over seeds and images, NaN without a finished run."
+    if not self.runs(row):
+        return math.nan
+    of = [sum(v)/len(v) for v in self.runs(row, self.metric(metric))]
+    return sum(of)/len(of)
 
-    def minutes(self, row):
-        "Mean minutes of a row's finished runs, NaN without one."
-        of = [r['minutes'] for r in self.runs(row)]
-        return sum(of)/len(of) if of else math.nan
+@patch
+def minutes(self: AblationRuns, row):
+    "Mean minutes of a row's finished runs, NaN without one."
+    of = [r['minutes'] for r in self.runs(row)]
+    return sum(of)/len(of) if of else math.nan
 
 # %% ../nbs/appendix/ablation_tables.ipynb #ablation_tables-007
 class Ablation(AblationRuns):
@@ -105,33 +112,41 @@ class Ablation(AblationRuns):
             return f'{change}.'
         return f'{change}: not told apart; {r.resolvable:.{digits}f} would be found.'
 
-    def table(self, metric=None, caption='', digits=None, paired_seeds=False, also=()):
-        """A `Table`: mean and spread over seeds, the difference from the reference with its
-        interval, minutes, what is open or failed; of the metrics `also` means and differences."""
-        if not self.metrics:
-            return Table([dict(row=n, note='open or failed') for n in self.names], caption)
-        return judged_table(self, self.metric(metric), caption, digits, paired_seeds, also)
+# %% ../nbs/appendix/ablation_tables.ipynb #ablation_tables-007b
+@patch
+def table(self: Ablation, metric=None, caption='', digits=None, paired_seeds=False, also=()):
+    """A `Table`: mean and spread over seeds, the difference from the reference with its
+    interval, minutes, what is open or failed; of the metrics `also` means and differences."""
+    if not self.metrics:
+        return Table([dict(row=n, note='open or failed') for n in self.names], caption)
+    return judged_table(self, self.metric(metric), caption, digits, paired_seeds, also)
 
-    def markdown(self, metric=None, **how):
-        "The table as markdown; names are escaped."
-        return as_markdown(self.table(metric, **how))
+@patch
+def markdown(self: Ablation, metric=None, **how):
+    "The table as markdown; names are escaped."
+    return as_markdown(self.table(metric, **how))
 
-    def html(self, metric=None, **how):
-        "The table as HTML; names are escaped."
-        return as_html(self.table(metric, **how))
+@patch
+def html(self: Ablation, metric=None, **how):
+    "The table as HTML; names are escaped."
+    return as_html(self.table(metric, **how))
 
-    def figure(self, metric=None, title='', paired_seeds=False, names=None):
-        "Each row's difference from the reference with its interval, and a dot a seed."
-        return judged_figure(self, self.metric(metric), title, paired_seeds, names)
+@patch
+def figure(self: Ablation, metric=None, title='', paired_seeds=False, names=None):
+    "Each row's difference from the reference with its interval, and a dot a seed."
+    return judged_figure(self, self.metric(metric), title, paired_seeds, names)
 
-    def _repr_html_(self):
-        return self.html()
+@patch
+def _repr_html_(self: Ablation):
+    return self.html()
 
-    def _repr_markdown_(self):
-        return self.markdown()
+@patch
+def _repr_markdown_(self: Ablation):
+    return self.markdown()
 
-    def __repr__(self):
-        return repr(self.table())
+@patch
+def __repr__(self: Ablation):
+    return repr(self.table())
 
 # %% ../nbs/appendix/ablation_tables.ipynb #ablation_tables-009
 def spread(values):

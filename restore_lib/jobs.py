@@ -50,7 +50,7 @@ def seeds_of(row, seeds):
         raise ValueError(f'seeds is {own}; expected different whole numbers')
     return own
 
-
+# %% ../nbs/appendix/jobs.ipynb #jobs-006b
 def _check_names(reference, grid, seeds):
     "TypeError or ValueError for what is no reference, no grid, or names no row of it."
     for name, v in (('reference', reference), ('grid', grid)):
@@ -88,10 +88,10 @@ def checked_plan(
 ):              # [(row, knobs, config, seeds)], the reference first
     "What is to be run; ValueError or TypeError for a grid that is none."
     _check_names(reference, grid, seeds)
-    for row, knobs in grid.items():
-        _check_knobs(row, knobs, reference, several)
     out = []
     for row, knobs in {'reference': {}, **grid}.items():
+        if row != 'reference':
+            _check_knobs(row, knobs, reference, several)
         knobs = as_json(knobs, f'grid[{row!r}]')
         config = as_json({**reference, **knobs}, 'reference')
         out.append((row, knobs, config, seeds_of(row, seeds)))
@@ -151,7 +151,7 @@ def checked_figures(found):
         out[k] = [float(u) for u in v] if several else float(v)
     return out
 
-
+# %% ../nbs/appendix/jobs.ipynb #jobs-013b
 def run_row(
     train,   # train(config, seed) -> figures; 'minutes' among them is the row's own time
     config,  # knob -> value
@@ -264,7 +264,7 @@ def hold(
                            'one another path') from None
     return lock
 
-
+# %% ../nbs/appendix/jobs.ipynb #jobs-018b
 def check_ablate(train, path, jobs, budget):
     "The path, and a function that says whether time is over; TypeError or ValueError."
     if not callable(train):
@@ -304,7 +304,7 @@ def _take_place(folder, gpus, jobs):
         os.environ['CUDA_VISIBLE_DEVICES'] = gpus[k % len(gpus)]
         return
 
-
+# %% ../nbs/appendix/jobs.ipynb #jobs-021b
 def row_in_worker(
     n,       # which row
     train,   # a function as bytes
@@ -336,7 +336,7 @@ def _died(error):
     said = f'{type(error).__name__}: {error}: a worker process died'
     return dict(status='failed', error=said, where='', minutes=0.0)
 
-
+# %% ../nbs/appendix/jobs.ipynb #jobs-022b
 def rows_in_workers(train, todo, late, jobs, gpus):
     "(what, record) of each row from `jobs` worker processes, in the order in which they end."
     backend = get_active_backend()[0]

@@ -240,7 +240,7 @@ def test_odd_numbers_survive_the_file(path):
 def test_budget_leaves_rows_open_and_names_them(path, monkeypatch, counted):
     clock = iter(range(0, 100000, 40))
     monkeypatch.setattr(
-        ablations.time, 'monotonic', lambda: next(clock)
+        jobs.time, 'monotonic', lambda: next(clock)
     )  # each look at the clock costs 40 seconds
     a = ablate(counted, REF, GRID, path=path, version=0, budget=2.5)
     assert 1 <= len(counted.calls) < 4 and [r['status'] for r in a.rows] == ['done'] * len(
