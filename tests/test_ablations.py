@@ -9,7 +9,9 @@ import pytest
 import pywt
 import torch
 
-from restore_lib import ablations
+from restore_lib import ablations, jobs
+from restore_lib.ablation_study import SR_KNOBS, SRRow, row_config
+from restore_lib.ablation_tables import pareto
 from restore_lib.ablations import ablate, swap_wavelet
 from restore_lib.codecs import WaveletPacketCodec
 from restore_lib.codecs import DCTCodec, LLCodec, PacketCodec
@@ -238,7 +240,7 @@ def test_odd_numbers_survive_the_file(path):
 def test_budget_leaves_rows_open_and_names_them(path, monkeypatch, counted):
     clock = iter(range(0, 100000, 40))
     monkeypatch.setattr(
-        ablations.time, 'monotonic', lambda: next(clock)
+        jobs.time, 'monotonic', lambda: next(clock)
     )  # each look at the clock costs 40 seconds
     a = ablate(counted, REF, GRID, path=path, version=0, budget=2.5)
     assert 1 <= len(counted.calls) < 4 and [r['status'] for r in a.rows] == ['done'] * len(
@@ -268,7 +270,7 @@ def test_budget_of_nothing_reads_only(path):
 def run_here(tmp_path, kill_at=None, how='train', share=50):
     """A grid of three rows: (table, calls). The process ends by SIGKILL in row `kill_at`:
     while it trains, or with so many percent of the row written."""
-    calls, append, n = tmp_path / 'calls', ablations._append, [0]
+    calls, append, n = tmp_path / 'calls', jobs.append_row, [0]
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
     def train(config, seed):
@@ -287,7 +289,7 @@ def run_here(tmp_path, kill_at=None, how='train', share=50):
             die()
         n[0] += 1
 
-    with mock.patch.object(ablations, '_append', half):
+    with mock.patch.object(ablations, 'append_row', half):
         a = ablate(
             train,
             dict(a=1, b=2),
@@ -375,7 +377,7 @@ def test_a_foreign_file_is_refused(path, line):
 
 
 def test_two_runs_of_one_file(path):
-    held = ablations._locked(path)
+    held = jobs.hold(path)
     try:
         with pytest.raises(RuntimeError, match='being written by another run'):
             ablate(toy, REF, GRID, path=path)
@@ -400,7 +402,7 @@ def test_a_run_inside_a_row_is_told(path):
 MAIN = '''
 import os, sys, time, torch
 from restore_lib.ablations import ablate
-import restore_lib.ablations as ab
+import restore_lib.jobs as jobs
 torch.set_num_threads(1)
 scale = 2                                                  # a global of __main__, as in a notebook
 def helper(x): return scale*x
@@ -416,7 +418,7 @@ if __name__ == '__main__':
     psnr = lambda r: r.get('figures', {}).get('PSNR')
     told = lambda a: [(r['row'], r['seed'], r['status'], psnr(r), r.get('error')) for r in a.rows]
     one = ablate(train, ref, grid, seeds=(0, 1))
-    ab._gpus = lambda: ['3', '8']                          # two GPUs: two workers, unasked
+    jobs.gpu_ids = lambda: ['3', '8']                         # two GPUs: two workers, unasked
     two = ablate(train, ref, grid, seeds=(0, 1))
     assert told(one) == told(two), (told(one), told(two))
     of = {(r['figures']['pid'], r['figures']['gpu']) for r in two.rows if r['status'] == 'done'}
@@ -836,47 +838,81 @@ def test_levels(level, error):
         WaveletPacketCodec(1, level)
 
 
-def test_exercise_4_of_the_lesson(tmp_path, monkeypatch):
-    "A row with the packet's rival, the DCT: trained by the lesson's `fitted`, as many channels."
-    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path))
-    lesson = Path(ablations.__file__).resolve().parent.parent / 'nbs/18_ablations.ipynb'
-    cell = next(
-        ''.join(c['source']) for c in json.loads(lesson.read_text())['cells'] if c['id'] == '18-028'
-    )
-    from restore_lib.superres_training import sr_learner
+def test_a_row_of_the_dct():
+    "The packet's rival has blocks instead of levels; such a row once failed in the lesson."
+    small = dict(crop=32, batch=4, net_options=dict(base=16, embed=16, head_channels=8))
+    config = row_config(SR_KNOBS | dict(codec='dct', steps=1), 0, **small)
+    codec = make_sr(config, sr_pairs(thermal(3, 64))).codec
+    assert type(codec) is DCTCodec and codec.latent_channels == 16
+    other = row_config(SR_KNOBS | dict(codec='ll', steps=1), 0, **small)
+    assert type(make_sr(other, sr_pairs(thermal(3, 64))).codec) is LLCodec
 
-    pairs = sr_pairs(thermal(4, 64))
-    space = dict(
-        make_sr=make_sr,
-        SRConfig=SRConfig,
-        swap_wavelet=swap_wavelet,
-        io=__import__('io'),
-        redirect_stdout=__import__('contextlib').redirect_stdout,
-        n_train=4,
-        size=64,
-        train_pairs=pairs,
-        net_options=dict(base=16, embed=16, head_channels=8),
-        learner_with=lambda model, name: sr_learner(model, pairs, cpu=True),
+
+# minutes, the front, clusters ---------------------------------------------------------------------
+
+
+def test_minutes_are_those_that_train_gives(path):
+    "Weights out of a cache are looked up in no time; the row says what they cost."
+    a = ablate(lambda config, seed: dict(PSNR=1.0, minutes=7.5), REF, GRID, path=path)
+    assert {r['minutes'] for r in a.rows} == {7.5} and a.metrics == ['PSNR']
+    assert a.minutes('a 3') == 7.5 and a.table().rows[0]['minutes'] == 7.5
+    plain = ablate(lambda config, seed: dict(PSNR=1.0), REF, {})
+    assert 0 <= plain.minutes('reference') < 1
+    assert math.isnan(ablate(toy, REF, {}, budget=0).minutes('reference'))
+
+
+def test_pareto():
+    assert pareto(dict(a=(1, 2), b=(2, 1), c=(3, 3), d=(3, 2.5), e=(4, 3))) == ['a', 'c']
+    assert pareto({}) == []
+
+
+def test_threads_are_refused():
+    "They share one random state: rows would no longer be those of their seeds."
+    from joblib import parallel_config
+
+    with parallel_config(backend='threading'):
+        with pytest.raises(ValueError, match='runs threads'):
+            ablate(toy, REF, GRID, jobs=2)
+
+
+def test_a_function_that_cannot_travel_is_told():
+    lock = __import__('threading').Lock()
+    with pytest.raises(TypeError, match='cannot be sent to a worker process'):
+        ablate(lambda config, seed: dict(n=bool(lock)), REF, GRID, jobs=2, version=0)
+
+
+def by_seed(config, seed):
+    return dict(PSNR=[config['a'] + torch.rand(()).item() for _ in range(3)], minutes=1)
+
+
+def test_two_workers_of_loky_give_the_same_table(path):
+    one = ablate(by_seed, REF, GRID, seeds=(0, 1), version=0)
+    two = ablate(by_seed, REF, GRID, seeds=(0, 1), version=0, jobs=2, path=path)
+    assert told(one) == told(two) and str(one) == str(two)
+    kept = ablate(by_seed, REF, GRID, seeds=(0, 1), version=0, path=path, budget=0)
+    assert told(kept) == told(one)
+
+
+def test_a_dask_cluster_gives_the_same_table(path):
+    distributed = pytest.importorskip(
+        'distributed', reason="no dask.distributed: pip install 'restore_lib[cluster]'"
     )
-    exec(cell, space)
-    config = dict(
-        codec='dct',
-        level=2,
-        wavelet='haar',
-        T=15,
-        kappa=2.0,
-        etas_end=0.99,
-        min_noise=0.04,
-        loss='mse',
-        steps=1,
-        swap=None,
-        then=None,
-        sample=1,
-    )
-    learn = space['fitted'](config, 0)
-    assert (
-        learn.step == 1
-        and type(learn.bare.codec) is DCTCodec
-        and learn.bare.codec.latent_channels == 16
-    )
-    assert type(space['fitted']({**config, 'codec': 'll'}, 0).bare.codec) is LLCodec
+    from joblib import parallel_config
+
+    one = ablate(by_seed, REF, GRID, seeds=(0, 1), version=0)
+    cluster = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    with distributed.LocalCluster(**cluster) as local, distributed.Client(local):
+        with parallel_config(backend='dask'):
+            two = ablate(by_seed, REF, GRID, seeds=(0, 1), version=0, jobs=2, path=path)
+    assert told(one) == told(two) and str(one) == str(two)
+
+
+def test_a_row_is_the_same_training_when_it_is_made_anew():
+    "No row of the lesson is trained again by a process that makes its images anew."
+    from restore_lib.fingerprints import fingerprint
+
+    def made(seed):
+        pairs = sr_pairs(thermal(3, 64, seed=seed))
+        return SRRow(pairs[:2], {'': pairs[2:]}, crop=32)
+
+    assert fingerprint(made(0)) == fingerprint(made(0)) != fingerprint(made(1))

@@ -79,7 +79,7 @@ def test_every_requirement_is_pinned():
         for l in (ROOT / 'constraints.txt').read_text().splitlines()
         if l and l[0] != '#'
     }
-    kinds = 'requirements', 'dev_requirements', 'bm3d_requirements'
+    kinds = 'requirements', 'dev_requirements', 'bm3d_requirements', 'cluster_requirements'
     asked = ' '.join(settings()[kind] for kind in kinds).split()
     assert not [r for r in asked if re.split('[<>=]', r)[0].lower().replace('_', '-') not in pinned]
 
@@ -124,6 +124,11 @@ ALLOWED = {
     # the study of lesson 15
     'superres_study': {
         'codecs', 'data', 'degrade', 'diffusion', 'metrics', 'superres', 'unet', 'wavelets',
+    },
+    # the table of lesson 18, and its study
+    'ablation_tables': {'audit'},
+    'ablation_study': {
+        'ablations', 'codecs', 'metrics', 'perceptual', 'superres', 'weights',
     },
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
