@@ -441,7 +441,7 @@ def plane_row(task, way, seed, sets, precision):
 
 def taken_row(codec, where, seed, sets, precision):
     "Trains one row of the other table, records it."
-    learn = taken_learner(codec, where, sets['train'], seed, precision=precision)
+    learn = taken_learner(codec, where, sets['train'], seed, TAKEN_STEPS, precision, TAKEN_SIZE)
     learn.fit_or_load('16_taken', taken_config(codec, where), TAKEN_STEPS)
     model, figures = learn.trained(), {}
     for place in PLACES:
