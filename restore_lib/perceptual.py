@@ -34,11 +34,6 @@ class PerceptualSRLoss(SRLoss):
         self.by_step = None if by_step is None else _check_by_step(by_step)
         self.terms, self.perceptual, self.t = {}, None, None
 
-    def __repr__(self):
-        name = getattr(self.fn, 'name', self.fn)
-        return (f'PerceptualSRLoss({name}, {self.lam!r}, {self.by_step}, {self.degrade}, '
-                f'{self.weight!r})')
-
     def __call__(self, model, batch):
         y, x = self.pair(batch)
         how = {} if self.weight == 'uniform' else dict(weight=self.weight)
@@ -88,6 +83,12 @@ def _distances(fn, x_hat, x):
     return per
 
 # %% ../nbs/16_perceptual.ipynb #16-044
+@patch
+def __repr__(self: PerceptualSRLoss):
+    name = getattr(self.fn, 'name', self.fn)
+    return (f'PerceptualSRLoss({name}, {self.lam!r}, {self.by_step}, {self.degrade}, '
+            f'{self.weight!r})')
+
 @patch
 def of_steps(self: PerceptualSRLoss, model, per):
     "The weights of the time steps of this batch, (b,), or 1."

@@ -125,6 +125,8 @@ ALLOWED = {
     'superres_study': {
         'codecs', 'data', 'degrade', 'diffusion', 'metrics', 'superres', 'unet', 'wavelets',
     },
+    # the study of lesson 16
+    'perceptual_study': {'codecs', 'data', 'degrade', 'learner', 'metrics', 'superres'},
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }
