@@ -1,28 +1,20 @@
-"""What lesson 16 does not teach: windows of an encoder, the terms of a loss, resumed runs."""
+"""What lesson 16 does not teach: terms of a loss, resumed runs, its study at the smallest size."""
 
 import math
 from functools import lru_cache
 
-from common import gen, saved
-from distances import ours, pair, plain
+from common import gen
+from distances import ours, plain
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from restore_lib import perceptual as P
+from restore_lib import perceptual_study as S
 from restore_lib.learner import Callback
-from restore_lib.mae import MAE
-from restore_lib.padding import mirror_to
-from restore_lib.patching import ViTEncoder
-from restore_lib.perceptual import (
-    PerceptualSRLoss,
-    TokenMaps,
-    dmae_features,
-    encoder_distance,
-    lpips_or,
-)
+from restore_lib.model_files import load_model
+from restore_lib.perceptual import PerceptualSRLoss
 from restore_lib.superres import make_sr
 from restore_lib.superres_scores import sr_pairs
 from restore_lib.superres_training import SRConfig, SRLoss, sr_learner
@@ -32,140 +24,6 @@ from restore_lib.trunks import st_lpips
 NET = dict(base=16, embed=16, head_channels=8, swin_depth=2, window=4)
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-
-def vit(c=1, cls_token=True, size=16, depth=3):
-    return ViTEncoder(size, 4, 16, depth, 2, channels=c, cls_token=cls_token)
-
-
-@pytest.mark.parametrize('net', ['vgg', 'alex', 'squeeze'])
-def test_absent_weights_are_no_silence(net, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    stand_in = lpips_or(net, lambda: plain())
-    said = capsys.readouterr().out
-    assert (
-        stand_in.name == 'sum'
-        and said.startswith('sum: a stand-in')
-        and f'LPIPS-{net}' in said
-        and list(tmp_path.iterdir()) == []
-    )
-    assert (
-        str(tmp_path) not in said and 'http' not in said
-    )  # it stands in notebooks that are published
-
-
-def test_lpips_or_takes_the_real_ones(monkeypatch, capsys):
-    monkeypatch.setattr(P, 'lpips', lambda net: plain())
-    assert lpips_or('alex', None).name == 'sum' and 'on this machine' in capsys.readouterr().out
-
-
-# encoders -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('cls_token', [True, False])
-def test_tokens_are_those_of_the_blocks(cls_token):
-    enc = vit(cls_token=cls_token).eval()
-    seen, x = [], torch.rand(3, 1, 16, 16)
-    hooks = [b.register_forward_hook(lambda m, i, o: seen.append(o)) for b in enc.blocks]
-    enc(x)
-    for h in hooks:
-        h.remove()
-    maps = TokenMaps(enc, (1, 3))(x)
-    assert len(maps) == 2 and all(
-        torch.allclose(m[..., 0].transpose(1, 2), t[:, cls_token:], atol=1e-6)
-        for m, t in zip(maps, (seen[0], seen[2]))
-    )
-
-
-def test_distance_of_an_encoder_by_hand():
-    enc, x = vit(), torch.rand(2, 1, 16, 16)
-    a, fn = 1 - x, encoder_distance(enc, blocks=(3,), stats=([0.2], [0.3]))
-
-    def tokens(t):
-        seen = []
-        h = enc.blocks[2].register_forward_hook(lambda m, i, o: seen.append(o[:, 1:]))
-        enc((t - 0.2) / 0.3)
-        h.remove()
-        return F.normalize(seen[0], dim=-1)
-
-    assert (
-        torch.allclose(fn(a, x), (tokens(a) - tokens(x)).square().sum(-1).mean(1), atol=1e-6)
-        and fn(a, x).min() > 1e-3
-    )
-
-
-def test_windows_are_pictures_of_their_own():
-    fn = encoder_distance(vit())
-    x = torch.rand(2, 1, 32, 48, generator=gen(4))
-    a = (x + 0.2 * torch.rand(x.shape, generator=gen(5))).clamp(0, 1)
-    cut = lambda t: [t[..., i : i + 16, j : j + 16] for i in (0, 16) for j in (0, 16, 32)]
-    want = torch.stack([fn(p, q) for p, q in zip(cut(a), cut(x))]).mean(0)
-    assert torch.allclose(fn(a, x), want, rtol=1e-4)
-    odd, mirrored = (
-        (t[..., :27, :33] for t in (a, x)),
-        (mirror_to(t[..., :27, :33], 32, 48) for t in (a, x)),
-    )
-    assert torch.allclose(fn(*odd), fn(*mirrored), rtol=1e-4)
-    by_window = fn.maps(a, x)[-1][..., 0].unflatten(2, (6, -1)).mean((1, 3))  # row by row
-    assert torch.allclose(
-        by_window,
-        torch.stack([fn.maps(p, q)[-1].mean((1, 2, 3)) for p, q in zip(cut(a), cut(x))], 1),
-        rtol=1e-4,
-    )
-    b = a.clone()
-    b[..., :16, :16] = x[..., :16, :16]
-    assert torch.allclose(
-        fn(b, x) * 6,
-        torch.stack([fn(p, q) for p, q in zip(cut(a)[1:], cut(x)[1:])]).sum(0),
-        rtol=1e-4,
-    )
-
-
-def test_an_mae_brings_its_own_statistics():
-    mae = MAE(16, 4, 16, 2, 2, 16, 1, 2, channels=3)
-    mae.mean.fill_(0.3)
-    mae.std.fill_(0.2)
-    a, x = pair(hw=(16, 16))
-    want = encoder_distance(mae.encoder, stats=([0.3] * 3, [0.2] * 3))
-    assert torch.allclose(encoder_distance(mae)(a, x), want(a, x)) and not torch.allclose(
-        encoder_distance(mae.encoder)(a, x), want(a, x), rtol=1e-2
-    )
-    assert torch.allclose(
-        encoder_distance(mae)(a[:, :1], x[:, :1]),
-        want(a[:, :1].expand(-1, 3, -1, -1), x[:, :1].expand(-1, 3, -1, -1)),
-        rtol=1e-4,
-    )
-
-
-def test_bad_encoders():
-    with pytest.raises(TypeError, match='encoder is Linear'):
-        encoder_distance(nn.Linear(2, 2))
-    for blocks in ((), (0,), (4,), (-1, 2)):
-        with pytest.raises(ValueError, match='blocks is'):
-            encoder_distance(vit(), blocks=blocks)
-
-
-def test_dmae_features_are_those_of_lesson_10():
-    from restore_lib.model_files import load_model
-
-    fn, model = dmae_features(), load_model('mixed')[0]
-    assert fn.name == 'DMAE features' and all(
-        torch.equal(v, fn.trunk.vit.state_dict()[k]) for k, v in model.encoder.state_dict().items()
-    )
-    assert torch.equal(fn.mean.flatten(), model.mean.flatten()) and torch.equal(
-        fn.std.flatten(), model.std.flatten()
-    )
-
-
-def test_dmae_features_take_the_models_statistics(monkeypatch):
-    from restore_lib.model_files import load_model
-
-    model = load_model('mixed')[0]
-    model.mean.fill_(0.3)
-    model.std.fill_(0.2)
-    monkeypatch.setattr(P, 'load_model', lambda name: (model, {}))
-    fn = dmae_features()
-    assert (fn.mean.item(), fn.std.item()) == pytest.approx((0.3, 0.2))
 
 
 # the loss of a Learner ----------------------------------------------------------------------------
@@ -433,29 +291,8 @@ def test_a_cut_term_changes_nothing(cut):
 
 
 @pytest.mark.parametrize(
-    'make, one, other, says',
-    [
-        (
-            lambda blocks: encoder_distance(vit(), blocks=blocks),
-            dict(blocks=(1, 2)),
-            dict(blocks=(1, 3)),
-            r'trunk.blocks=\[1, 2\]',
-        ),
-    ],
-)
-def test_the_state_of_another_distance_is_refused(make, one, other, says, tmp_path):
-    a, b = make(**one), make(**other)
-    for state in (a.state_dict(), saved(a, tmp_path / 'w.pt')):
-        with pytest.raises(RuntimeError, match=says):
-            b.load_state_dict(state)
-        make(**one).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
     'call, error, says',
     [
-        (lambda: TokenMaps(vit(), (1, 9)), ValueError, 'numbers from 1 to 3'),
-        (lambda: TokenMaps(vit(), (1.5,)), ValueError, 'blocks is 1.5'),
         (lambda: PerceptualSRLoss(plain(), 0.1, -torch.ones(15)), ValueError, 'by_step holds'),
         (lambda: PerceptualSRLoss(plain(), 0.1, [math.nan] * 15), ValueError, 'by_step holds'),
     ],
@@ -488,3 +325,112 @@ def test_weights_by_step_of_numpy_and_a_bad_lam_in_the_middle():
         loss.lam = bad
         with pytest.raises(ValueError, match='lam is'):
             loss(model(), batch())
+
+
+def test_an_adaptive_weight_validates_with_the_last_one():
+    "Without gradients there is nothing to balance; this once raised."
+    loss, m = PerceptualSRLoss(plain(), 'adaptive'), model()
+    with torch.no_grad():
+        loss(m, batch())
+    assert loss.terms['lam'] == 0
+    step(loss, m)
+    last = loss.terms['lam']
+    with torch.no_grad():
+        loss(m, batch())
+    assert loss.terms['lam'] == last > 0
+    sr_learner(m, pairs(), pairs()[:1], loss=loss, cpu=True).fit(1)
+
+
+# the study ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_study(monkeypatch, tmp_path):
+    "The study at its smallest size, its rows in a folder of their own."
+    monkeypatch.setattr(S, 'PLANE_STEPS', 2)
+    monkeypatch.setattr(S, 'TAKEN_STEPS', 1)
+    monkeypatch.setattr(S, 'PLANE_SIZE', dict(crop=32, batch=1))
+    net = dict(net_options=dict(base=16, embed=16, head_channels=8), codec_steps=0)
+    monkeypatch.setattr(S, 'TAKEN_SIZE', dict(crop=32, batch=1))
+    monkeypatch.setattr(S, 'make_sr', lambda c, p: make_sr(SRConfig(**vars(c) | net), p))
+    monkeypatch.setattr(S, 'shown_images', lambda: dict(scene=scenes(1)[0]))
+    monkeypatch.setenv('RESTORE_BUDGET', 'study')
+    monkeypatch.setenv('IN_TEST', '')
+    monkeypatch.setenv('RESTORE_RUNS', str(tmp_path / 'runs'))
+    (tmp_path / 'restore_lib').mkdir()
+    (tmp_path / 'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    return dict.fromkeys(('train', 'held', *S.PLACES), scenes(1))
+
+
+def test_the_study_records_what_is_missing_and_nothing_twice(small_study, monkeypatch):
+    how = dict(tasks=('denoise',), taken=False, precision='no', sets=small_study)
+    S.perceptual_study(range(1), ways=('0', '0.03', 'critic'), **how)
+    rows = S.plane_rows('denoise')
+    assert set(rows) == {'floor', 'start', '0', '0.03', 'critic'}
+    figures = rows['0.03'][0]
+    assert {f'{p} {k}' for p in S.PLACES for k in S.MEASURES} <= figures.keys()
+    assert list(figures['curve']) == ['1', '2'] and 'held PSNR' in figures
+    assert S.from_text(figures['shown']['scene']).shape == (1, 48, 64)
+    assert figures['RoadScene PSNR'] != rows['0'][0]['RoadScene PSNR']
+    monkeypatch.setattr(S, 'plane_row', None)  # called for no row that is there
+    monkeypatch.setattr(S, 'floor_rows', lambda *a: None)
+    S.perceptual_study(range(1), ways=('0', '0.03', 'critic'), **how)
+
+
+def test_the_places_of_the_term(small_study):
+    for codec, where in (('packet', 'latent'), ('ll', 'decoded'), ('learnable', 'image')):
+        S.taken_row(codec, where, 0, small_study, 'no')
+    assert set(S.taken_rows()) == {('packet', 'latent'), ('ll', 'decoded'), ('learnable', 'image')}
+    with pytest.raises(ValueError, match="where is 'decoded'"):
+        S.taken_learner('packet', 'decoded', scenes(1))
+
+
+def test_each_task_is_judged_on_the_same_pairs():
+    for task in S.STARTS:
+        one, two = S.task_pairs(task, scenes(2)), S.task_pairs(task, scenes(2))
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, two))
+    with pytest.raises(ValueError, match='task'):
+        S.task_pairs('blur', scenes(1))
+
+
+def test_error_of_both_tasks_is_in_one_unit():
+    "That of a lossless latent is that of images in [-1, 1]."
+    x = torch.stack(scenes(2))
+    m = load_model('denoise_grey')[0]
+    with torch.no_grad():
+        off = 0.1 * torch.randn(x.shape, generator=gen())
+        error = S.TermLoss('denoise')(m, (x + off, x))['mse'].item()
+        assert error == pytest.approx(4 * (m(x + off) - x).square().mean().item(), rel=1e-4)
+
+
+def test_terms_of_the_study():
+    m, x = load_model('denoise_grey')[0], torch.stack(scenes(2))
+    terms = S.TermLoss('denoise', st_lpips(), 'adaptive')(m, x)
+    norms = [
+        torch.autograd.grad(v, S.last_weight(m), retain_graph=True)[0].norm()
+        for v in terms.values()
+    ]
+    assert norms[0].item() == pytest.approx(norms[1].item(), rel=0.05)
+    for lam in (-1, float('nan'), 'auto'):
+        with pytest.raises((TypeError, ValueError)):
+            S.TermLoss('denoise', plain(), lam)
+
+
+def verdict(**changes):
+    good = dict(PSNR=29.7, alex=0.09, vgg=0.3, right=0.69) | changes
+
+    def row(v, held):
+        return {f'{p} {k}': u for p in S.PLACES for k, u in v.items()} | {'held PSNR': held}
+
+    rows = {'0': row(dict(PSNR=30.0, alex=0.2, vgg=0.4, right=0.7), 30.0)}
+    rows |= {f'{w:g}': row(good, 29.7 if w <= 0.1 else 28.0) for w in S.LAMBDAS}
+    return S.judged_by_rule({k: dict.fromkeys(range(3), v) for k, v in rows.items()}, 'RoadScene')
+
+
+def test_the_rules_of_the_verdict():
+    found = verdict()
+    assert (found['weight'], found['holds'], found['right kept']) == ('0.1', 'yes', 'yes')
+    for changes in (dict(PSNR=29.4), dict(alex=0.11), dict(vgg=0.33)):
+        assert verdict(**changes)['holds'] == 'no'
+    assert verdict(right=0.6)['right kept'] == 'no'

@@ -130,6 +130,8 @@ ALLOWED = {
     'ablation_study': {
         'ablations', 'codecs', 'metrics', 'perceptual', 'superres', 'weights',
     },
+    # the study of lesson 16
+    'perceptual_study': {'codecs', 'data', 'degrade', 'learner', 'metrics', 'superres'},
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }

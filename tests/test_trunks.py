@@ -18,7 +18,6 @@ from torchvision import models
 from restore_lib import trunks as T
 from restore_lib.codebook import tokenizer_loss, vit_codebook_tiny
 from restore_lib.metrics import count_params
-from restore_lib.perceptual import dmae_features
 from restore_lib.trunks import (
     NETS,
     BlurPool,
@@ -471,7 +470,6 @@ KINDS = {
     'ST-VGG features': lambda: vgg(weights='st'),
     **{n: (lambda n=n: ours(n, **(dict(seed=5) if n == 'vgg' else {}))) for n in NETS},
     'VGG features': johnson,
-    'DMAE features': dmae_features,
 }
 
 
@@ -596,7 +594,7 @@ def test_making_one_leaves_the_random_state():
     'make',
     [
         lambda r: lpips('squeeze', 'random', range=r),
-        lambda r: dmae_features(range=r),
+        lambda r: st_lpips(range=r),
     ],
 )
 @pytest.mark.parametrize('low, high', [(-1, 1), (0, 255), (-0.5, 0.5), (16, 235)])
@@ -649,7 +647,7 @@ def test_channels_and_shapes():
         with pytest.raises(ValueError, match='channels'):
             ours()(t, t)
     with pytest.raises(ValueError, match='channels'):
-        dmae_features()(a, x)
+        FeatureDistance(nn.Identity(), 'grey', ([0.5], [0.5]), channels=1)(a, x)
     with pytest.raises(ValueError, match='equal shapes'):
         ours()(a, x[:1])
     with pytest.raises(ValueError, match='equal shapes'):
@@ -798,7 +796,7 @@ def test_an_empty_batch_has_no_distances():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu():
     a, x = pair(c=1)
-    for fn in (lpips('alex', 'random'), dmae_features()):
+    for fn in (lpips('alex', 'random'), st_lpips()):
         d = fn(a, x)
         assert torch.allclose(fn.cuda()(a.cuda(), x.cuda()).cpu(), d, rtol=1e-3, atol=1e-5)
 
