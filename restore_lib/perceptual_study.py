@@ -158,7 +158,7 @@ class TermLoss:
 
 # %% ../nbs/appendix/perceptual_study.ipynb #perceptual_study-012
 PLANE_STEPS = 700
-PLANE_SIZE = dict(crop=96, batch=8)
+PLANE_SIZE = dict(crop=96, batch=6)
 LAMBDAS = (0.003, 0.01, 0.03, 0.1, 1.0, 10.0)
 PLANE_WAYS = {  # name -> what stands beside the squared error
     '0': {},
