@@ -2365,6 +2365,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'restore_lib/restorer_parts.py'),
                                             'restore_lib.restorer_parts.best_device': ( 'appendix/restorer_parts.html#best_device',
                                                                                         'restore_lib/restorer_parts.py'),
+                                            'restore_lib.restorer_parts.change_weight': ( 'appendix/restorer_parts.html#change_weight',
+                                                                                          'restore_lib/restorer_parts.py'),
                                             'restore_lib.restorer_parts.damage_weight': ( 'appendix/restorer_parts.html#damage_weight',
                                                                                           'restore_lib/restorer_parts.py'),
                                             'restore_lib.restorer_parts.in_steps': ( 'appendix/restorer_parts.html#in_steps',

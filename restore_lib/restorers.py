@@ -26,7 +26,7 @@ from .input_signs import signs
 from .denoiser import MOST
 from .model_files import RECORD, load_model, pretrained, pretrained_files
 from restore_lib.restorer_parts import (
-    DENOISER, ENLARGER, KINDS, damage_weight, in_windows, kind_of, runner_of, sample_windows,
+    DENOISER, ENLARGER, KINDS, change_weight, damage_weight, in_windows, kind_of, runner_of, sample_windows,
 )
 from .restorer_scores import best_denoiser
 
@@ -112,7 +112,7 @@ def trust(
     return share.where(share.isfinite(), torch.zeros(()))
 
 # %% ../nbs/23_restorers.ipynb #23-028b
-HELD = 'denoise', 'mixed'  # tasks whose answers are held to what the noise allows
+HELD = 'denoise', 'mixed', 'jpeg'  # tasks whose answers are not taken unseen
 
 
 def _warn(note):
@@ -150,7 +150,7 @@ class Restorer:
         papers = self.levels, self.channels, self.name, self.task == 'jpeg'
         for note in signs(y, known.measured, known.told, *papers):
             say(note)
-        unknown = known.level.isnan()
+        unknown = known.level.isnan() & (self.task != 'jpeg')
         if careful and unknown.any():
             say(f'{_unmeasured(y)}: what has no level stays as it is, unless you tell one (sigma)')
         x_hat = y if careful and unknown.all() else self.run(y, known.given, progress)
@@ -217,6 +217,8 @@ def how_far(
     known,  # `levels_for` them
 ) -> torch.Tensor:  # (b, 1, 1 or h, 1 or w), from 0: stay at y, to 1: take x_hat
     "The share of the way to the answer, for each image or each pixel."
+    if restorer.task == 'jpeg':
+        return change_weight(y, x_hat)
     windows = sample_windows(y)
     given = known.given.repeat_interleave(len(windows)//len(y))
     whole = x_hat if windows.shape == y.shape else None
