@@ -233,8 +233,10 @@ def how_far(
 
 # %% ../nbs/23_restorers.ipynb #23-032
 _CLASSICAL = dict(  # the method, side of its windows, their overlap, ...
-    nl_means=(nl_means, 256, 32, 'noise, by means of patches that look alike', 'scikit-image'),
-    wavelet_shrinkage=(wavelet_shrinkage, 512, 64, 'noise, by soft thresholds', 'scikit-image'),
+    nl_means=(nl_means, 256, 32, 'noise, by means of patches that look alike',
+              'BSD-3 (scikit-image)'),
+    wavelet_shrinkage=(wavelet_shrinkage, 512, 64, 'noise, by soft thresholds',
+                       'BSD-3 (scikit-image)'),
     bm3d=(bm3d_filter, 512, 128, 'noise, by stacks of patches',
           'package bm3d, non-commercial use'),
 )
