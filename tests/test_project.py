@@ -125,6 +125,10 @@ ALLOWED = {
     'superres_study': {
         'codecs', 'data', 'degrade', 'diffusion', 'metrics', 'superres', 'unet', 'wavelets',
     },
+    # the study of lesson 17
+    'weights_study': {
+        'codecs', 'degrade', 'metrics', 'perceptual', 'superres', 'weights',
+    },
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from restore_lib.diffusion import ResidualShift
+from restore_lib.gradient_grams import gradient_gram, gradient_noise
 from restore_lib.learner import Learner
 from restore_lib.perceptual import PerceptualSRLoss
 from restore_lib.superres import make_sr
@@ -21,13 +22,11 @@ from restore_lib.superres_training import SRConfig, sr_learner
 from restore_lib.weights import (
     LearnedUncertainty,
     ProgressiveLam,
-    fluctuation,
-    gradient_gram,
-    gradient_noise,
     inverse_variance,
     normalised,
     progressive,
     snr_weights,
+    spread,
     step_range,
     step_weights,
 )
@@ -371,20 +370,28 @@ def test_a_killed_superresolution_keeps_its_schedule(tmp_path):
 # --- how much a number moves
 
 
-def test_fluctuation_of_the_logs_own_values():
-    assert fluctuation([0.07, 0.22, 0.47], 8) == pytest.approx(0.2303, abs=1e-4)
-    assert fluctuation([0.07, 0.022, 0.00047], 8) == pytest.approx(0.3334, abs=1e-4)
+def relative(values, batch=1):
+    return spread(values, batch).relative
+
+
+def test_spread_of_the_logs_own_values():
+    assert relative([0.07, 0.22, 0.47], 8) == pytest.approx(0.2303, abs=1e-4)
+    assert relative([0.07, 0.022, 0.00047], 8) == pytest.approx(0.3334, abs=1e-4)
     v = torch.rand(50, generator=gen())
-    assert fluctuation(v) == pytest.approx(
+    assert relative(v) == pytest.approx(
         v.double().numpy().std() / v.double().numpy().mean()
-    ) and fluctuation(-v) == fluctuation(v) == pytest.approx(fluctuation(10 * v))
-    assert fluctuation(v, 16) == pytest.approx(fluctuation(v) / 4) and fluctuation(np.ones(3)) == 0
+    ) and relative(-v) == relative(v) == pytest.approx(relative(10 * v))
+    assert relative(v, 16) == pytest.approx(relative(v) / 4) and relative(np.ones(3)) == 0
 
 
-def test_fluctuation_is_that_of_simulated_batches():
+def test_a_spread_is_both():
+    assert spread([1.0, 3.0]) == (2, 1, 0.5) and spread([-1.0, -3.0], 4) == (-2, 0.5, 0.25)
+
+
+def test_spread_is_that_of_simulated_batches():
     v = torch.tensor([0.07, 0.22, 0.47])
     drawn = v[torch.randint(0, 3, (100_000, 8), generator=gen())].mean(1)
-    assert (drawn.std() / drawn.mean()).item() == pytest.approx(fluctuation(v, 8), rel=0.01)
+    assert (drawn.std() / drawn.mean()).item() == pytest.approx(relative(v, 8), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -399,9 +406,9 @@ def test_fluctuation_is_that_of_simulated_batches():
         ([1.0, 2.0], 1.5),
     ],
 )
-def test_bad_fluctuation(values, batch):
+def test_bad_spread(values, batch):
     with pytest.raises(ValueError, match='expected'):
-        fluctuation(values, batch)
+        spread(values, batch)
 
 
 def some_gradients(n=6):
@@ -633,7 +640,7 @@ def test_numbers_of_numpy():
         step_weights(t, i(15), np.array([1, 0.1, 0.001])), step_weights(t, 15)
     ) and torch.equal(step_range(t, i(15), i(4)), step_range(t, 15, 4))
     assert (
-        fluctuation(np.array([1.0, 2.0]), i(4)) == fluctuation([1.0, 2.0], 4)
+        spread(np.array([1.0, 2.0]), i(4)) == spread([1.0, 2.0], 4)
         and progressive(i(5), i(10), f(0.5), f(1)) == 0.75
     )
     assert (
@@ -678,7 +685,7 @@ def test_numbers_of_numpy():
         (lambda: gradient_gram([1.0, 2.0], torch.ones(1)), 'losses holds float'),
         (lambda: gradient_gram([], []), 'params is empty'),
         (lambda: gradient_gram([], torch.ones(1), chunk=0), 'chunk is 0'),
-        (lambda: fluctuation([1.0, 2.0], math.nan), 'batch is nan'),
+        (lambda: spread([1.0, 2.0], math.nan), 'batch is nan'),
         (lambda: snr_weights(ResidualShift(), math.nan), 'gamma is nan'),
         (
             lambda: snr_weights(ResidualShift(kappa=[1.0, 2.0]), signal=[1.0, 2.0, 3.0]),
