@@ -22,7 +22,7 @@ def step_range(
     T,    # steps of the process
     n=3,  # ranges; the k-th ends before k*T//n
 ) -> torch.Tensor:  # (b,) int64, 0 to n - 1
-    "Which of n ranges of time steps each t lies in. ValueError for t, T, or more ranges than steps."
+    "Which of n ranges of time steps each t lies in. ValueError for t, T, or n above T."
     check_steps(t, steps=check_whole(T, 'T', 1))
     T, n = int(T), check_whole(n, 'n', 1)
     if n > T:
@@ -87,7 +87,8 @@ def snr_weights(
     s = process.latent_std if signal is None else signal
     s = torch.as_tensor(s, dtype=torch.float64).reshape(-1)
     if not len(s) or not (s.isfinite() & (s > 0)).all():
-        raise ValueError(f'signal is {signal!r}; expected a number above 0, or one for each channel')
+        raise ValueError(f'signal is {signal!r}; '
+                         'expected a number above 0, or one for each channel')
     if len({1, len(s), len(process.kappa)}) > 2:
         raise ValueError(f'signal has {len(s)} channels, kappa has {len(process.kappa)}; '
                          'expected as many')
