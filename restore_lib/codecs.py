@@ -272,7 +272,7 @@ class LearnableBandsCodec(AllBandsCodec):
         self.up = nn.ConvTranspose2d(3*self.channels, 3*self.channels, 4, 2, 1)
 
     def shrink(self, d): return self.down(d)
-    def enlarge(self, d): return self.up(d)
+    def enlarge(self, d): return self.up(d).to(d.dtype)     # autocast would halve it
     def loss(self, x, y=None):  # (b, channels, h, w) -> {term: scalar}
         "Mean squared error of decode(encode(x))."
         return {'reconstruction': F.mse_loss(self(x), x)}

@@ -721,3 +721,12 @@ def test_packets_of_any_wavelet():
     )
     with pytest.raises(ValueError, match="wavelet is 'nonsense'"):
         WaveletPacketCodec(wavelet='nonsense')
+
+
+@pytest.mark.parametrize('name', CODECS)
+def test_decodes_under_autocast(name):
+    x = torch.rand(2, 1, 64, 64)
+    codec = make_codec(name)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = codec(x)
+    assert out.shape == x.shape and torch.allclose(out.float(), codec(x), atol=0.1)

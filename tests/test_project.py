@@ -132,6 +132,10 @@ ALLOWED = {
     },
     # the study of lesson 16
     'perceptual_study': {'codecs', 'data', 'degrade', 'learner', 'metrics', 'superres'},
+    # the study of lesson 17
+    'weights_study': {
+        'codecs', 'degrade', 'metrics', 'perceptual', 'superres', 'weights',
+    },
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }

@@ -1,6 +1,5 @@
 """What lesson 17 does not teach: thirds at every T, levels, devices and kinds of number, bad input,
-schedules across a kill, formulas of the relatives, gradient noise against a direct computation,
-the log."""
+schedules across a kill, formulas of the relatives, gradient noise against a direct computation."""
 
 import math
 
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from restore_lib.diffusion import ResidualShift
+from restore_lib.gradient_grams import gradient_gram, gradient_noise
 from restore_lib.learner import Learner
 from restore_lib.perceptual import PerceptualSRLoss
 from restore_lib.superres import make_sr
@@ -22,32 +22,16 @@ from restore_lib.superres_training import SRConfig, sr_learner
 from restore_lib.weights import (
     LearnedUncertainty,
     ProgressiveLam,
-    fluctuation,
-    gradient_gram,
-    gradient_noise,
     inverse_variance,
     normalised,
     progressive,
-    read_log,
     snr_weights,
+    spread,
     step_range,
     step_weights,
 )
 
 pytestmark = pytest.mark.usefixtures('seed')
-
-LOG = """
-typical:
-Iter 2600: loss=0.2890, mse=0.0136, lpips=0.5507
-Iter 2900: loss=0.0356, mse=0.0091, lpips=0.0530
-Iter 4900: loss=0.0270, mse=0.0045, lpips=0.0451
-Validation PSNR: 9.65 dB, SSIM: 0.2881
-"""
-SAMPLE = """
-Iter 1000:  loss=0.0320, mse=0.0050, lpips=0.2800, lpips_w=0.0114, lr=5.00e-05
-Iter 50000: loss=0.0280, mse=0.0050, lpips=0.2800, lpips_w=0.0800, lr=2.50e-05
-"""
-
 
 def by_hand(t, T, levels=(1, 0.1, 0.001)):
     "The log's own code, written for any number of levels."
@@ -386,20 +370,28 @@ def test_a_killed_superresolution_keeps_its_schedule(tmp_path):
 # --- how much a number moves
 
 
-def test_fluctuation_of_the_logs_own_values():
-    assert fluctuation([0.07, 0.22, 0.47], 8) == pytest.approx(0.2303, abs=1e-4)
-    assert fluctuation([0.07, 0.022, 0.00047], 8) == pytest.approx(0.3334, abs=1e-4)
+def relative(values, batch=1):
+    return spread(values, batch).relative
+
+
+def test_spread_of_the_logs_own_values():
+    assert relative([0.07, 0.22, 0.47], 8) == pytest.approx(0.2303, abs=1e-4)
+    assert relative([0.07, 0.022, 0.00047], 8) == pytest.approx(0.3334, abs=1e-4)
     v = torch.rand(50, generator=gen())
-    assert fluctuation(v) == pytest.approx(
+    assert relative(v) == pytest.approx(
         v.double().numpy().std() / v.double().numpy().mean()
-    ) and fluctuation(-v) == fluctuation(v) == pytest.approx(fluctuation(10 * v))
-    assert fluctuation(v, 16) == pytest.approx(fluctuation(v) / 4) and fluctuation(np.ones(3)) == 0
+    ) and relative(-v) == relative(v) == pytest.approx(relative(10 * v))
+    assert relative(v, 16) == pytest.approx(relative(v) / 4) and relative(np.ones(3)) == 0
 
 
-def test_fluctuation_is_that_of_simulated_batches():
+def test_a_spread_is_both():
+    assert spread([1.0, 3.0]) == (2, 1, 0.5) and spread([-1.0, -3.0], 4) == (-2, 0.5, 0.25)
+
+
+def test_spread_is_that_of_simulated_batches():
     v = torch.tensor([0.07, 0.22, 0.47])
     drawn = v[torch.randint(0, 3, (100_000, 8), generator=gen())].mean(1)
-    assert (drawn.std() / drawn.mean()).item() == pytest.approx(fluctuation(v, 8), rel=0.01)
+    assert (drawn.std() / drawn.mean()).item() == pytest.approx(relative(v, 8), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -414,9 +406,9 @@ def test_fluctuation_is_that_of_simulated_batches():
         ([1.0, 2.0], 1.5),
     ],
 )
-def test_bad_fluctuation(values, batch):
+def test_bad_spread(values, batch):
     with pytest.raises(ValueError, match='expected'):
-        fluctuation(values, batch)
+        spread(values, batch)
 
 
 def some_gradients(n=6):
@@ -642,199 +634,19 @@ def test_learned_uncertainty_lets_the_losses_gradient_through():
         u(v, torch.tensor([0]))
 
 
-# --- the log
-
-
-def test_the_logs_lines_are_sums():
-    rows = read_log(LOG, lam=0.5)
-    assert [r['iteration'] for r in rows] == [2600, 2900, 4900] and all(r['holds'] for r in rows)
-    assert (
-        rows[0]['sum'] == pytest.approx(0.0136 + 0.5 * 0.5507)
-        and rows[0]['implied lam'] == pytest.approx(0.5, abs=1e-3)
-        and rows[0]['lam'] == 0.5
-    )
-    assert not any(r['holds'] for r in read_log(LOG, lam=0.1)) and not any(
-        r['holds'] for r in read_log(LOG, lam=1.0)
-    )
-    (row,) = read_log('Iter 400: loss=0.0432, mse=0.0065, lpips=0.3667', 0.1)
-    assert row['holds']
-
-
-def test_the_sample_lines_are_not():
-    rows = read_log(SAMPLE)
-    assert [r['lam'] for r in rows] == [0.0114, 0.08] and not any(r['holds'] for r in rows)
-    assert (
-        rows[0]['off'] == pytest.approx(0.0320 - 0.008192)
-        and rows[1]['off'] == pytest.approx(0.0006)
-        and rows[1]['rounding'] < 0.0002
-    )
-    assert read_log(SAMPLE, lam=0.5) == rows  # what a line says counts
-
-
-def test_rounding_is_allowed_and_no_more():
-    line = 'Iter 1: loss={:.4f}, mse=0.0050, lpips=0.2800, lpips_w=0.1000'
-    assert (
-        read_log(line.format(0.0331))[0]['holds'] and not read_log(line.format(0.0332))[0]['holds']
-    )
-    assert (
-        read_log('Iter 1: loss=3, mse=1, lpips=1', 1.0)[0]['holds']
-        and not read_log('Iter 1: loss=4, mse=1, lpips=1', 1.0)[0]['holds']
-    )
-    assert (
-        not read_log('Iter 2: loss=0.0100, mse=0.0100, lpips=0.1', 0.01)[0]['holds']
-        and read_log('Iter 2: loss=0.0106, mse=0.0100, lpips=0.1', 0.01)[0]['holds']
-    )
-    assert read_log('Iter 3: loss=1.5e-3, mse=5e-4, lpips=1e-2', 0.1)[0]['sum'] == pytest.approx(
-        1.5e-3
-    )
-
-
-@pytest.mark.parametrize(
-    'text, lam, says',
-    [
-        ('', 0.5, 'no line'),
-        ('loss=1', 0.5, 'no line'),
-        ('Iter 5: loss=1, mse=1', 0.5, 'has no lpips'),
-        ('Iter 5: loss=1, mse=1, lpips=1', None, 'no lpips_w'),
-    ],
-)
-def test_bad_log(text, lam, says):
-    with pytest.raises(ValueError, match=says):
-        read_log(text, lam)
-
-
-# --- numbers of all kinds, in logs and as arguments
-
-
-def row(parts, lam=None):
-    return read_log(f'Iter 1: {parts}', lam)[0]
-
-
-def test_exponents_of_a_log_round_at_their_own_last_digit():
-    r = row('loss=9.99e-02, mse=6.5e-03, lpips=3.667e-01, lpips_w=0.1')
-    assert (
-        not r['holds']
-        and r['off'] == pytest.approx(0.05673)
-        and r['rounding'] == pytest.approx(0.5e-4 + 0.5e-4 + 0.1 * 0.5e-4 + 0.3667 * 0.05)
-    )
-    plain, as_exponents = (
-        row('loss=0.0432, mse=0.0065, lpips=0.3667', 0.1),
-        row('loss=4.32E-2, mse=6.5e-3, lpips=3667e-4', 0.1),
-    )
-    assert (
-        plain['rounding'] == pytest.approx(as_exponents['rounding'])
-        and plain['holds']
-        and as_exponents['holds']
-    )
-    assert row('loss=12e2, mse=1e3, lpips=4e2', 0.5)['rounding'] == pytest.approx(
-        50 + 500 + 0.5 * 50
-    )
-
-
-@pytest.mark.parametrize('loss, holds', [(-0.5, True), (-0.3, False), (1.5, False)])
-def test_signs_of_a_log(loss, holds):
-    r = row(f'loss={loss}, mse=+0.5, lpips=2.000, lpips_w=-0.500')
-    assert (
-        r['holds'] == holds
-        and r['loss'] == loss
-        and r['lam'] == -0.5
-        and r['rounding'] == pytest.approx(0.05 + 0.05 + 0.5 * 0.0005 + 2 * 0.0005)
-    )
-
-
-@pytest.mark.parametrize(
-    'parts',
-    [
-        'loss=nan, mse=0.1, lpips=0.1',
-        'loss=NaN, mse=nan, lpips=nan',
-        'loss=inf, mse=inf, lpips=1',
-        'loss=1, mse=1, lpips=inf',
-        'loss=-Infinity, mse=1, lpips=1',
-        'loss=inf, mse=1, lpips=1',
-    ],
-)
-def test_what_is_not_finite_in_a_log_is_read_and_never_holds(parts):
-    r = row(parts, 0.5)
-    assert (
-        not r['holds']
-        and not all(math.isfinite(r[k]) for k in ('loss', 'mse', 'lpips'))
-        and not math.isfinite(r['off'])
-    )
-
-
-def test_thousands_of_a_log():
-    r = read_log('Iter 1,200: loss=1,234.5, mse=1,230.0, lpips=9.000', 0.5)[0]
-    assert (r['iteration'], r['loss'], r['mse'], r['lpips']) == (1200, 1234.5, 1230.0, 9.0) and r[
-        'holds'
-    ]
-    assert (
-        row('loss=3,mse=1,lpips=2', 1.0)['loss'] == 3
-        and row('loss=12,345,678 mse=12,345,677 lpips=1', 1.0)['sum'] == 12345678
-    )
-
-
-@pytest.mark.parametrize('end', ['\n', '\r\n', '\r'])
-def test_line_ends_and_other_lines_of_a_log(end):
-    text = end.join(
-        [
-            '\ufeffstart',
-            '',
-            'Iter 1: loss=0.10, mse=0.05, lpips=0.50, lpips_w=0.1',
-            'val: loss=9',
-            'Iter 2: loss=0.30, mse=0.05, lpips=0.50, lpips_w=0.1',
-            '',
-        ]
-    )
-    assert [(r['iteration'], r['loss'], r['lam'], r['holds']) for r in read_log(text)] == [
-        (1, 0.1, 0.1, True),
-        (2, 0.3, 0.1, False),
-    ]
-
-
-def test_names_that_end_alike_are_other_numbers():
-    assert row(
-        'loss=0.5, mse=0.3, lpips=0.2, val_loss=9, val/loss=8, val.mse=7, best-lpips=6', 1.0
-    )['holds']
-
-
-@pytest.mark.parametrize(
-    'text, error, says',
-    [
-        ('Iter 1: loss=0,0432, mse=0.1, lpips=1', ValueError, 'has a loss that is no number'),
-        ('Iter 1: loss=-, mse=0.1, lpips=1', ValueError, 'has a loss that is no number'),
-        ('Iter 1: loss=1.2.3, mse=0.1, lpips=1', ValueError, 'no number'),
-        ('Iter 1: loss=1, mse=0x1, lpips=1', ValueError, 'has a mse that is no number'),
-        ('Iter 1: loss=1, loss=2, mse=1, lpips=1', ValueError, 'has loss twice'),
-        ('\r\n', ValueError, 'no line'),
-        (b'Iter 1: loss=1', TypeError, 'text is bytes'),
-        (None, TypeError, 'text is NoneType'),
-    ],
-)
-def test_what_is_no_log_is_named(text, error, says):
-    with pytest.raises(error, match=says):
-        read_log(text, 0.5)
-
-
-@pytest.mark.parametrize('lam', [math.nan, -1.0, math.inf])
-def test_bad_weight_for_a_log(lam):
-    with pytest.raises(ValueError, match='lam is'):
-        read_log(LOG, lam)
-
-
 def test_numbers_of_numpy():
     t, i, f = torch.arange(15), np.int64, np.float32
     assert torch.equal(
         step_weights(t, i(15), np.array([1, 0.1, 0.001])), step_weights(t, 15)
     ) and torch.equal(step_range(t, i(15), i(4)), step_range(t, 15, 4))
     assert (
-        fluctuation(np.array([1.0, 2.0]), i(4)) == fluctuation([1.0, 2.0], 4)
+        spread(np.array([1.0, 2.0]), i(4)) == spread([1.0, 2.0], 4)
         and progressive(i(5), i(10), f(0.5), f(1)) == 0.75
     )
     assert (
         torch.equal(snr_weights(ResidualShift(), f(5)), snr_weights(ResidualShift()))
         and len(LearnedUncertainty(i(3)).s) == 3
     )
-    assert read_log(LOG, f(0.5)) == read_log(LOG, 0.5)
     v, s = torch.rand(30, generator=gen()), torch.arange(15).repeat(2)
     assert torch.equal(inverse_variance(v, s, i(15), i(3)), inverse_variance(v, s, 15, 3))
 
@@ -873,7 +685,7 @@ def test_numbers_of_numpy():
         (lambda: gradient_gram([1.0, 2.0], torch.ones(1)), 'losses holds float'),
         (lambda: gradient_gram([], []), 'params is empty'),
         (lambda: gradient_gram([], torch.ones(1), chunk=0), 'chunk is 0'),
-        (lambda: fluctuation([1.0, 2.0], math.nan), 'batch is nan'),
+        (lambda: spread([1.0, 2.0], math.nan), 'batch is nan'),
         (lambda: snr_weights(ResidualShift(), math.nan), 'gamma is nan'),
         (
             lambda: snr_weights(ResidualShift(kappa=[1.0, 2.0]), signal=[1.0, 2.0, 3.0]),
