@@ -10,7 +10,7 @@ import pywt
 import torch
 
 from restore_lib import ablations, jobs
-from restore_lib.ablation_study import SR_KNOBS, SRRow, row_config
+from restore_lib.ablation_study import SR_KNOBS, SRRow, knob_config
 from restore_lib.ablation_tables import pareto
 from restore_lib.ablations import ablate, swap_wavelet
 from restore_lib.codecs import WaveletPacketCodec
@@ -841,10 +841,10 @@ def test_levels(level, error):
 def test_a_row_of_the_dct():
     "The packet's rival has blocks instead of levels; such a row once failed in the lesson."
     small = dict(crop=32, batch=4, net_options=dict(base=16, embed=16, head_channels=8))
-    config = row_config(SR_KNOBS | dict(codec='dct', steps=1), 0, **small)
+    config = knob_config(SR_KNOBS | dict(codec='dct', steps=1), 0, **small)
     codec = make_sr(config, sr_pairs(thermal(3, 64))).codec
     assert type(codec) is DCTCodec and codec.latent_channels == 16
-    other = row_config(SR_KNOBS | dict(codec='ll', steps=1), 0, **small)
+    other = knob_config(SR_KNOBS | dict(codec='ll', steps=1), 0, **small)
     assert type(make_sr(other, sr_pairs(thermal(3, 64))).codec) is LLCodec
 
 
