@@ -21,7 +21,8 @@ from .codecs import PacketCodec
 from .data_files import check_choice
 from .metrics import evaluate, psnr
 from .perceptual import PerceptualSRLoss
-from .project import budget_mode, project_home
+from .project import project_home
+from .records import check_study_budget
 from .superres import make_sr
 from .superres_scores import detail_scores
 from restore_lib.superres_study import (
@@ -264,9 +265,7 @@ def sr_knob_study(
 ):                    # -> Ablation
     "Runs what is missing, seed by seed; needs RESTORE_BUDGET=study."
     grid = study_grid(names)
-    if budget_mode() != 'study':
-        raise ValueError(f"RESTORE_BUDGET gives {budget_mode()!r}; expected 'study': "
-                         'rows are kept under it alone')
+    check_study_budget()
     torch.set_num_threads(1)
     train = StudyRow(superres_sets(), **SR_SIZE)
     return ablate(train, SR_KNOBS, grid, seeds, study_path(), jobs, several=True,

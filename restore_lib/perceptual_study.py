@@ -32,7 +32,7 @@ from .learner import EMA, Learner, Metrics, warmup_cosine
 from .metrics import evaluate, psnr
 from .model_files import load_model
 from .project import data_home
-from .records import record_study, studies
+from .records import check_study_budget, record_study, studies
 from .states import random_kept
 from .superres import make_sr
 from .superres_scores import detail_scores, sr_pairs
@@ -469,6 +469,7 @@ def perceptual_study(
     sets=None,  # default `perceptual_sets()`
 ):
     "Records what is missing, seed by seed, on one thread; stopped, the same call goes on."
+    check_study_budget()
     torch.set_num_threads(1)
     sets = perceptual_sets() if sets is None else sets
     for task in tasks:

@@ -27,9 +27,9 @@ from .degrade import bicubic_up
 from .diffusion import ResidualShift
 from .metrics import count_params, evaluate, psnr, ssim
 from .model_files import load_model
-from .project import budget_mode, data_home
+from .project import data_home
 from .realworld import second_order
-from .records import record_study, studies
+from .records import check_study_budget, record_study, studies
 from .states import random_seeded
 from .superres import LatentSR, make_sr
 from .superres_scores import detail_scores, unsharp
@@ -473,9 +473,7 @@ def superres_study(
         check_choice(name, SR_WAYS, 'name')
     check_choice(equal, ('steps', 'time'), 'equal')
     steps, seeds = check_whole(steps, 'steps', 1), [check_whole(s, 'seeds', 0) for s in seeds]
-    if budget_mode() != 'study':
-        raise ValueError(f"RESTORE_BUDGET gives {budget_mode()!r}; expected 'study': "
-                         'rows are kept under it alone')
+    check_study_budget()
     torch.set_num_threads(1)
     sets = superres_sets()
     tests = judged_sets(sets)

@@ -24,7 +24,7 @@ from .label_study import best_rate
 from .learner import EMA, param_groups
 from .metrics import psnr
 from .project import data_home
-from .records import record_study, studies
+from .records import check_study_budget, record_study, studies
 from .states import in_deployment, seed_all
 from .trunks import st_lpips
 from restore_lib.two_stage import (
@@ -473,6 +473,7 @@ def residual_study(
     most=None,  # rows, for a trial; None: all that are missing
 ):
     "Runs the rows that are missing, one after the other, on one thread."
+    check_study_budget()
     torch.set_num_threads(1)
     missing = [r for r in study_rows() if not _has(study_config(*r[:4]), r[4])]
     for what, task, way, first, seed in missing[:most]:

@@ -20,8 +20,7 @@ from .degrade import bicubic_up
 from .knobs import Knobbed
 from .metrics import evaluate, psnr
 from .perceptual import PerceptualSRLoss
-from .project import budget_mode
-from .records import record_study, studies
+from .records import check_study_budget, record_study, studies
 from .superres import LatentSR, make_sr
 from .superres_study import CoreClock, clock_of, middle_piece, superres_sets
 from .superres_training import SRConfig, SRLoss, sr_learner
@@ -233,9 +232,7 @@ def weights_study(
     for name in names:
         check_choice(name, WEIGHT_WAYS, 'name')
     steps, seeds = check_whole(steps, 'steps', 4), [check_whole(s, 'seeds', 0) for s in seeds]
-    if budget_mode() != 'study':
-        raise ValueError(f"RESTORE_BUDGET gives {budget_mode()!r}; expected 'study': "
-                         'rows are kept under it alone')
+    check_study_budget()
     torch.set_num_threads(1)
     sets = superres_sets()
     pieces = judged_pieces(sets)

@@ -434,3 +434,11 @@ def test_the_rules_of_the_verdict():
     for changes in (dict(PSNR=29.4), dict(alex=0.11), dict(vgg=0.33)):
         assert verdict(**changes)['holds'] == 'no'
     assert verdict(right=0.6)['right kept'] == 'no'
+
+
+def test_the_study_trains_nothing_where_no_row_would_be_kept(monkeypatch):
+    monkeypatch.setenv('RESTORE_BUDGET', 'cpu')
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr(S, 'floor_rows', None)
+    with pytest.raises(ValueError, match="RESTORE_BUDGET gives 'cpu'; expected 'study'"):
+        S.perceptual_study(sets={})

@@ -179,3 +179,12 @@ def test_every_row_is_named_once_and_can_be_built():
         assert S.rate_kind(way) in S.STUDY_RATES
         _, _, groups, _ = S.built(way, first, 1e-3, 0)
         assert sum(p.numel() for group in groups for p in group['params']) > 10_000
+
+
+def test_nothing_is_trained_where_no_row_would_be_kept(monkeypatch):
+    "An hour of training, and no row: the study ran under any budget."
+    monkeypatch.setenv('RESTORE_BUDGET', 'cpu')
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr(S, 'trained_way', None)
+    with pytest.raises(ValueError, match="RESTORE_BUDGET gives 'cpu'; expected 'study'"):
+        S.residual_study()
