@@ -315,7 +315,8 @@ def knob_row(name, seed, steps=300, n=500):
     test, answers = glyphs(n, 'test')
     few, labels = glyphs(1000)
     with random_kept():
-        before = linearly_right(features(learn.bare, few), labels, features(learn.bare, test), answers)
+        seen, asked = features(learn.bare, few), features(learn.bare, test)
+        before = linearly_right(seen, labels, asked, answers)
     along = Along(test, (steps//8, steps//4, steps//2, steps))
     learn.cbs.append(along)
     model = learn.fit(steps).bare
