@@ -783,7 +783,8 @@ def test_failed_rows_beside_finished_ones_are_drawn():
 
 
 def test_a_figure_explains_the_colours_that_are_in_it():
-    a = ablate(by_seed, REF, {'b 5': dict(b=5)}, seeds={'reference': (0, 1), 'b 5': (0,)}, version=0)
+    seeds = {'reference': (0, 1), 'b 5': (0,)}
+    a = ablate(by_seed, REF, {'b 5': dict(b=5)}, seeds=seeds, version=0)
     label = a.figure().axes[0].get_xlabel()
     assert label.endswith('; orange: one seed') and 'blue' not in label
     alone = ablate(by_seed, REF, {}, version=0).figure().axes[0].get_xlabel()
