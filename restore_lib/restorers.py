@@ -85,7 +85,7 @@ def estimate_noise(
 
 # %% ../nbs/23_restorers.ipynb #23-024
 SURE = 0.85                  # share that counts as all
-RELIABLE = 10/255            # level from which on an estimate is within a tenth
+RELIABLE = 10/255            # level from which on estimates are mostly within a tenth
 PROBE = 7_364_913            # seed of a probe that must not be the noise of the image
 
 
