@@ -6,7 +6,7 @@
 __all__ = ['ERROR_TIMES', 'GUIDANCE', 'WALKS', 'DIT_STEPS', 'DIT_SHORT', 'DIT_BATCH', 'DIT_NETS', 'DIT_PLAN', 'LinearGuess',
            'errors_by_t', 'variety', 'ten_each', 'training_times', 'guess_loss', 'velocity_loss', 'as_guess',
            'guess_of', 'digit_sets', 'curve_metrics', 'dit_learner', 'rise', 'error_figures', 'drawn_figures',
-           'dit_config', 'dit_rows', 'write_sheet', 'dit_study', 'dit_figures', 'keep_model']
+           'dit_config', 'dit_rows', 'write_sheet', 'dit_study', 'shipped_dit', 'dit_figures', 'keep_model']
 
 # %% ../nbs/appendix/dit_study.ipynb #dit_study-003
 from functools import cache, partial
@@ -21,7 +21,7 @@ from .dit_parts import FlowUNet
 from .flow_digits import digit_images, read_right
 from .learner import EMA, Learner, Metrics
 from .metrics import count_macs, count_params
-from .model_files import save_pretrained
+from .model_files import load_model, pretrained_files, save_pretrained
 from .project import budget_mode, project_home
 from .records import check_study_budget, record_study, studies
 from .states import in_deployment, random_seeded
@@ -256,16 +256,27 @@ def dit_study(
     torch.set_num_threads(1)
     for name, source, steps, seeds in plan or DIT_PLAN:
         for seed in seeds:
-            if seed in dit_rows().get((name, source, steps), {}):
+            known = seed in dit_rows().get((name, source, steps), {})
+            if known and (name != 'DiT' or steps < DIT_STEPS or shipped_dit(source)):
                 continue
             learn = dit_learner(name, source, seed)
             config = dit_config(name, source, steps)
             learn.fit_or_load('dit_study', config, steps, 500, 500)
-            figures, minutes = dit_figures(learn, name, source), learn.seconds/60
-            record_study('19_dit', config, figures, minutes, seed)
+            figures, minutes = dit_rows().get((name, source, steps), {}).get(seed), learn.seconds/60
+            if not known:
+                figures = dit_figures(learn, name, source)
+                record_study('19_dit', config, figures, minutes, seed)
             print(name, source, steps, seed, round(minutes, 1), 'min', flush=True)
             if steps == DIT_STEPS:
                 keep_model(learn.trained(), name, source, figures, minutes, seed)
+
+
+def shipped_dit(
+    source,  # 'glyphs' or 'mnist'
+):  # a DiT in evaluation mode, or None
+    "The network that the study left in the library, if it did."
+    name = f'dit_{source}'
+    return load_model(name, 'dit.DiT')[0] if name in pretrained_files() else None
 
 
 def dit_figures(learn, name, source, n=500):
