@@ -1169,6 +1169,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'restore_lib.dit_study.keep_model': ( 'appendix/dit_study.html#keep_model',
                                                                              'restore_lib/dit_study.py'),
                                        'restore_lib.dit_study.rise': ('appendix/dit_study.html#rise', 'restore_lib/dit_study.py'),
+                                       'restore_lib.dit_study.shipped_digits': ( 'appendix/dit_study.html#shipped_digits',
+                                                                                 'restore_lib/dit_study.py'),
                                        'restore_lib.dit_study.shipped_dit': ( 'appendix/dit_study.html#shipped_dit',
                                                                               'restore_lib/dit_study.py'),
                                        'restore_lib.dit_study.ten_each': ('appendix/dit_study.html#ten_each', 'restore_lib/dit_study.py'),

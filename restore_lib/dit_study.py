@@ -6,8 +6,8 @@
 __all__ = ['ERROR_TIMES', 'GUIDANCE', 'WALKS', 'DIT_STEPS', 'UNET_LONG', 'DIT_SHORT', 'DIT_BATCH', 'DIT_NETS', 'DIT_PLAN',
            'LinearGuess', 'errors_by_t', 'variety', 'ten_each', 'training_times', 'guess_loss', 'velocity_loss',
            'as_guess', 'guess_of', 'digit_sets', 'curve_metrics', 'dit_learner', 'rise', 'error_figures',
-           'drawn_figures', 'dit_config', 'dit_rows', 'write_sheet', 'dit_study', 'shipped_dit', 'dit_figures',
-           'keep_model']
+           'drawn_figures', 'dit_config', 'dit_rows', 'write_sheet', 'dit_study', 'shipped_dit', 'shipped_digits',
+           'dit_figures', 'keep_model']
 
 # %% ../nbs/appendix/dit_study.ipynb #dit_study-003
 from functools import cache, partial
@@ -278,6 +278,18 @@ def shipped_dit(
     "The network that the study left in the library, if it did."
     name = f'dit_{source}'
     return load_model(name, 'dit.DiT')[0] if name in pretrained_files() else None
+
+
+def shipped_digits(
+    n=20,          # of each, a multiple of 10
+    guidance=2.0,
+    steps=32,
+    seed=3,
+):  # source -> (n, 1, 32, 32), of the networks that are there
+    "Digits 0 to 9, again and again, drawn by the shipped networks."
+    nets = {source: shipped_dit(source) for source in ('glyphs', 'mnist')}
+    return {source: generate_images(net, ten_each(n), guidance, steps, seed)
+            for source, net in nets.items() if net}
 
 
 def dit_figures(learn, name, source):
