@@ -182,13 +182,14 @@ class DiT(FlowNet):
         dim, depth = check_whole(dim, 'dim', 4), check_whole(depth, 'depth', 1)
         patch, channels = check_whole(patch, 'patch', 1), check_whole(channels, 'channels', 1)
         cond_channels = check_whole(cond_channels, 'cond_channels', 0)
-        time, span = SineTime(dim, scale=time_scale), SineTime(dim, scale=time_scale)
+        scale = check_number(time_scale, 'time_scale', above=0)
+        time, span = SineTime(dim, scale=scale), SineTime(dim, scale=scale)
         super().__init__(channels, cond_channels, classes, label_drop, dim, time, span)
         self.patch, self.grid = patch, patch_grid(*as_hw(img_size, 'img_size'), patch, 'img_size')
         self.tokens = nn.Linear(patch**2*(channels + cond_channels), dim)
         self.register_buffer('pos', sincos_pos_embed(dim, self.grid), persistent=False)
-        blocks = (DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(
+            DiTBlock(dim, heads, mlp, qk_norm, norm, fused) for _ in range(depth))
         self.last, self.mlp = FinalLayer(dim, patch**2*channels, norm), float(mlp)
         for m in (self.tokens, *(part for block in self.blocks for part in block.linears())):
             nn.init.xavier_uniform_(m.weight)
