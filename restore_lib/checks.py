@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_python', 'check_whole', 'check_number', 'check_interval', 'check_file_name', 'known_truth', 'check_images',
-           'check_latent', 'check_steps', 'check_times']
+           'check_latent', 'check_values', 'check_steps', 'check_times']
 
 # %% ../nbs/appendix/checks.ipynb #checks-003
 import math
@@ -185,6 +185,22 @@ def check_latent(
     if wrong := _not_finite(z, name):
         raise ValueError(f'{wrong}; expected finite numbers')
     return z
+
+# %% ../nbs/appendix/checks.ipynb #checks-036
+def check_values(
+    v,  # what should be a finite float tensor (b, ...) of any range
+    name,  # of the argument, for the message
+) -> torch.Tensor:  # `v` itself
+    "Passes `v` through; TypeError or ValueError says what is wrong with it."
+    if not isinstance(v, torch.Tensor) or not v.is_floating_point():
+        came = getattr(v, 'dtype', type(v).__name__)
+        raise TypeError(f'{name} is {came}; expected a float tensor (b, ...)')
+    if v.ndim < 2 or not v.numel():
+        shape = tuple(v.shape)
+        raise ValueError(f'{name} has shape {shape}; expected (b, ...), none of them 0')
+    if wrong := _not_finite(v, name):
+        raise ValueError(f'{wrong}; expected finite numbers')
+    return v
 
 # %% ../nbs/appendix/checks.ipynb #checks-027
 def check_steps(
