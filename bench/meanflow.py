@@ -7,7 +7,8 @@ import copy
 
 import torch
 from harness import compare
-from restore_lib.dit import DiT, FlowUNet
+from restore_lib.dit import DiT
+from restore_lib.dit_parts import FlowUNet
 from restore_lib.meanflow import Folded, MeanFlow, draw_times
 from restore_lib.metrics import count_params, human, peak_memory
 

@@ -4,7 +4,8 @@ import torch
 from common import gen
 from torch import nn
 
-from restore_lib.dit import DiT, FlowUNet
+from restore_lib.dit import DiT
+from restore_lib.dit_parts import FlowUNet
 from restore_lib.meanflow import FlowMatching, Folded
 
 

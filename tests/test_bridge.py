@@ -11,7 +11,7 @@ from flow_toys import E, PICTURES, T, Told, X, FLOW, close, unet, wide
 
 from restore_lib.bridge import BRIDGES, Bridge, FlowRestorer, ShiftFlow
 from restore_lib.diffusion import ResidualShift
-from restore_lib.dit import FlowUNet
+from restore_lib.dit_parts import FlowUNet
 from restore_lib.hole_scores import diversity, grey_share, hole_psnr
 from restore_lib.learner import EMA, Learner
 from restore_lib.meanflow import (

@@ -14,7 +14,8 @@ from common import ROOT, gen, saved
 from flow_toys import E, NETS, PICTURES, T, Told, X, FLOW, close, dit, pair, stirred, unet, wide
 from torch import nn
 
-from restore_lib.dit import DiT, FlowUNet
+from restore_lib.dit import DiT
+from restore_lib.dit_parts import FlowUNet
 from restore_lib.meanflow import (
     FlowMatching,
     FlowStep,
@@ -397,7 +398,7 @@ import copy, os, sys, torch
 from torch import nn
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[4])
-from restore_lib.dit import FlowUNet
+from restore_lib.dit_parts import FlowUNet
 from restore_lib.meanflow import MeanFlow, straight_path
 rank, folder, world = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 store = f'file://{folder}/store'
