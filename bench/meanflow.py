@@ -9,7 +9,8 @@ import torch
 from harness import compare
 from restore_lib.dit import DiT
 from restore_lib.dit_parts import FlowUNet
-from restore_lib.meanflow import Folded, MeanFlow, draw_times
+from restore_lib.flow_parts import Folded, draw_times
+from restore_lib.meanflow import MeanFlow
 from restore_lib.metrics import count_params, human, peak_memory
 
 

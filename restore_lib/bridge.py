@@ -13,7 +13,8 @@ from .diffusion import ResidualShift
 from .draws import draw_normal_like
 from .hole_scores import check_mask
 from .knobs import Knobbed
-from .meanflow import FlowLoss, FlowMatching, straight_path
+from .flow_parts import FlowLoss
+from .meanflow import FlowMatching, straight_path
 from .states import in_deployment
 
 # %% ../nbs/21_bridge.ipynb #21-032

@@ -6,7 +6,8 @@ from torch import nn
 
 from restore_lib.dit import DiT
 from restore_lib.dit_parts import FlowUNet
-from restore_lib.meanflow import FlowMatching, Folded
+from restore_lib.flow_parts import Folded
+from restore_lib.meanflow import FlowMatching
 
 
 def close(a, b, atol=1e-5, rtol=1e-4):

@@ -14,16 +14,8 @@ from restore_lib.diffusion import ResidualShift
 from restore_lib.dit_parts import FlowUNet
 from restore_lib.hole_scores import diversity, grey_share, hole_psnr
 from restore_lib.learner import EMA, Learner
-from restore_lib.meanflow import (
-    FlowMatching,
-    FlowStep,
-    Folded,
-    MeanFlow,
-    RawError,
-    Regression,
-    draw_times,
-    flow_learner,
-)
+from restore_lib.flow_parts import FlowStep, Folded, RawError, draw_times, flow_learner
+from restore_lib.meanflow import FlowMatching, MeanFlow, Regression
 from restore_lib.probes import leak_probe
 
 pytestmark = pytest.mark.usefixtures('seed')

@@ -16,18 +16,8 @@ from torch import nn
 
 from restore_lib.dit import DiT
 from restore_lib.dit_parts import FlowUNet
-from restore_lib.meanflow import (
-    FlowMatching,
-    FlowStep,
-    Folded,
-    MeanFlow,
-    RawError,
-    Regression,
-    adaptive_weight,
-    draw_times,
-    flow_learner,
-    straight_path,
-)
+from restore_lib.flow_parts import FlowStep, Folded, RawError, draw_times, flow_learner
+from restore_lib.meanflow import FlowMatching, MeanFlow, Regression, adaptive_weight, straight_path
 
 pytestmark = pytest.mark.usefixtures('seed')
 
