@@ -124,8 +124,8 @@ def path_derivative(
 
 # %% ../nbs/appendix/flow_parts.ipynb #flow_parts-016
 class Folded(Knobbed):
-    """A network for images whose pixels are folded, `fold` x `fold` to one, into channels: net works
-    on sides h/fold, w/fold and is called as it would be on (b, c, h, w)."""
+    """A network for images whose pixels are folded, `fold` x `fold` to one, into channels: net
+    works on sides h/fold, w/fold and is called as it would be on (b, c, h, w)."""
     def __init__(self,
         net,     # made for channels*fold**2 and cond_channels*fold**2
         fold=2,  # divides h and w

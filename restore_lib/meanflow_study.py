@@ -70,16 +70,16 @@ def study_flow(
 # %% ../nbs/appendix/meanflow_study.ipynb #meanflow_study-010
 STEP_COSTS = {  # processor time of a step, in steps of flow matching: `step_costs()`
     ('flow matching', False): 1.0,
-    ('MeanFlow', False): 1.9,
-    ('MeanFlow', True): 2.2,
-    ('own tangent', False): 2.1,
-    ('own tangent', True): 2.4,
-    ('x-prediction', False): 2.1,
+    ('MeanFlow', False): 2.05,
+    ('MeanFlow', True): 2.3,
+    ('own tangent', False): 2.25,
+    ('own tangent', True): 2.5,
+    ('x-prediction', False): 2.15,
     ('x-prediction', True): 2.4,
-    ('alpha-Flow', False): 1.35,
-    ('alpha-Flow', True): 1.65,
+    ('alpha-Flow', False): 1.2,
+    ('alpha-Flow', True): 1.45,
 }
-LONGEST = 4000
+LONGEST = 2500
 
 
 def study_steps(way, guided=False):
