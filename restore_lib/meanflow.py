@@ -88,10 +88,6 @@ class FlowMatching(Knobbed):
         "A factor of each sample's weight."
         return 1.0
 
-    def velocity(self, z, t, s, label=None, cond=None):
-        "The velocity with which a step goes from t to s, both (b,)."
-        return self.net(z, t, t, label, cond)
-
 # %% ../nbs/20_meanflow.ipynb #20-fmloss
 @patch
 def forward(self: FlowMatching, x, e, label=None, cond=None, t=None, r=None, generator=None):
@@ -123,8 +119,14 @@ def times(self: FlowMatching, b, generator=None, device=None):
 
 # %% ../nbs/20_meanflow.ipynb #20-fmwalk
 @patch
+def velocity(self: FlowMatching, z, t, s, label=None, cond=None):
+    "The velocity with which a step goes from t to s, both (b,)."
+    return self.net(z, t, t, label, cond)
+
+
+@patch
 def guided_velocity(self: FlowMatching, z, t, s, label=None, cond=None, omega=1.0):
-    "Away from the velocity without a label: omega with + (1 - omega) without (Ho and Salimans 2022)."
+    "omega times the velocity with the label + (1 - omega) without (Ho and Salimans 2022)."
     told = self.velocity(z, t, s, label, cond)
     if omega == 1 or label is None:
         return told
@@ -146,7 +148,7 @@ def walk(self: FlowMatching, e, steps=1, label=None, cond=None, omega=1.0):
 
 @patch
 def sample(self: FlowMatching, e, steps=1, label=None, cond=None, omega=1.0):
-    "Targets (b, ...) from sources e, in eval mode, without gradients. ValueError for steps below 1."
+    "Targets (b, ...) from sources e, in eval mode, no gradients. ValueError for steps below 1."
     with in_deployment(self):
         for _, z in self.walk(e, steps, label, cond, omega):
             pass
@@ -154,8 +156,8 @@ def sample(self: FlowMatching, e, steps=1, label=None, cond=None, omega=1.0):
 
 # %% ../nbs/20_meanflow.ipynb #20-regression
 class Regression(FlowMatching):
-    """The same network asked once, at the start: t = 1, r = 0, squared error of x (with power 0), so
-    it gives the mean of all targets that fit; `steps` are ignored."""
+    """The same network asked once, at the start: t = 1, r = 0, squared error of x (with power 0),
+    so it gives the mean of all targets that fit; `steps` are ignored."""
     def times(self, b, generator=None, device=None):
         return torch.ones(b, device=device), torch.zeros(b, device=device)
 
