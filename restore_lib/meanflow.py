@@ -265,7 +265,7 @@ class PixelMeanFlow(MeanFlow):
 class AlphaFlow(MeanFlow):
     """From flow matching to MeanFlow: the target is alpha v + (1 - alpha) u(z_s, s, r) at
     s = t - alpha (t - r), one step of the path on; alpha = 1 is the path's velocity at every r,
-    alpha = 0 is MeanFlow (Zhang et al. 2025). `AlphaSchedule` moves `alpha`."""
+    alpha = 0 is MeanFlow, the limit of its weighted gradient (Zhang et al. 2025). `AlphaSchedule` moves `alpha`."""
     def __init__(self,
         net,         # as in MeanFlow
         alpha=1.0,   # where it stands
@@ -275,8 +275,9 @@ class AlphaFlow(MeanFlow):
         self.alpha = check_number(alpha, 'alpha', 0, 1)
 
     def trust(self, t, r):
-        "alpha where r < t (their section 3.3): the target's own error is as much smaller."
-        return torch.where(r < t, self.alpha, 1.0) if self.alpha else 1.0
+        """alpha^(2p - 1) where r < t: the error is about alpha times MeanFlow's, and so the
+        weighted gradient is about MeanFlow's (alpha for p = 1, as they have it)."""
+        return torch.where(r < t, self.alpha**(2*self.power - 1), 1.0) if self.alpha else 1.0
 
     def moving_target(self, z, v, t, r, label=None, cond=None):
         "The target where r < t, and the derivative or None."

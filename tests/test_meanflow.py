@@ -16,8 +16,25 @@ from torch import nn
 
 from restore_lib.dit import DiT
 from restore_lib.dit_parts import FlowUNet
-from restore_lib.flow_parts import FlowStep, Folded, RawError, draw_times, flow_learner
-from restore_lib.meanflow import FlowMatching, MeanFlow, Regression, adaptive_weight, straight_path
+from restore_lib.flow_parts import (
+    FlowStep,
+    Folded,
+    FromClean,
+    RawError,
+    draw_times,
+    flow_learner,
+)
+from restore_lib.meanflow import (
+    AlphaFlow,
+    AlphaSchedule,
+    FlowMatching,
+    MeanFlow,
+    PixelMeanFlow,
+    Regression,
+    adaptive_weight,
+    alpha_at,
+    straight_path,
+)
 
 pytestmark = pytest.mark.usefixtures('seed')
 
@@ -703,3 +720,132 @@ def test_making_a_flow_draws_nothing(make):
     net, before = unet(), torch.get_rng_state()
     make(net)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# what came after ----------------------------------------------------------------------------------
+
+SPAN = dict(t=torch.full((4,), 0.8), r=torch.full((4,), 0.3))
+
+
+def test_velocity_loss_has_the_gradient_of_the_plain_one():
+    net = dit()
+    z, v = straight_path(X, E, SPAN['t'])
+    du = MeanFlow(net).derivative(z, v, **SPAN)[1]
+    u = net(z, **SPAN)
+    span = wide(SPAN['t'] - SPAN['r'])
+    by_velocity = (u + span * du - v).square().mean()
+    by_target = (u - MeanFlow(net).target(z, v, **SPAN)).square().mean()
+    pairs = (torch.autograd.grad(loss, net.parameters(), retain_graph=True, allow_unused=True)
+             for loss in (by_velocity, by_target))  # fmt: skip
+    for p, q in zip(*pairs):
+        assert (p is None and q is None) or close(p, q, 1e-6)
+
+
+def test_own_tangent_is_the_network_at_r_equal_to_t():
+    net = Told(lambda z, t, r, *_: z.square() * wide(t) + wide(r))
+    z, v = straight_path(X, E, SPAN['t'])
+    t, r = wide(SPAN['t']), wide(SPAN['r'])
+    own = z.square() * t + t
+    want = v - (t - r) * (2 * z * t * own + z.square())
+    assert close(MeanFlow(net, tangent='own').target(z, v, **SPAN), want)
+    with pytest.raises(ValueError, match="tangent is 'v'"):
+        MeanFlow(net, tangent='v')
+
+
+def test_a_right_clean_image_gives_the_velocity_and_one_step():
+    told = Told(lambda z, t, r, *_: X)
+    z, v = straight_path(X, E, SPAN['t'])
+    assert close(FromClean(told)(z, SPAN['t']), v)
+    flow = PixelMeanFlow(told)
+    assert close(flow.sample(E, 1), X) and flow.tangent == 'own'
+    for t in (0.8, 0.05, 0.02, 0.0):  # where t is cut at 0.05, target and answer are cut alike
+        t = torch.full((4,), t)
+        assert flow(X, E, t=t).raw.max() < 1e-6
+    with pytest.raises(ValueError, match='least is 0'):
+        FromClean(told, 0)
+
+
+def test_alpha_flow_between_the_paths_velocity_and_meanflow():
+    net = dit().double()
+    z, v = (q.double() for q in straight_path(X, E, SPAN['t']))
+    times = {k: q.double() for k, q in SPAN.items()}
+    assert torch.equal(AlphaFlow(net, alpha=1.0).target(z, v, **times), v)
+    exact = MeanFlow(net).target(z, v, **times)
+    assert torch.equal(AlphaFlow(net, alpha=0.0).target(z, v, **times), exact)
+    u, gaps = net(z, **times).detach(), []
+    for a in (0.1, 0.01):  # the error over alpha is MeanFlow's, but for what alpha is
+        error = (AlphaFlow(net, alpha=a).target(z, v, **times) - u) / a
+        gaps.append((error - (exact - u)).norm())
+    assert 5 < gaps[0] / gaps[1] < 20
+    s = times['t'] - 0.5 * (times['t'] - times['r'])
+    later = net(z - wide(times['t'] - s) * v, s, times['r'])
+    assert close(AlphaFlow(net, alpha=0.5).target(z, v, **times), 0.5 * v + 0.5 * later)
+
+
+def test_alpha_flow_trusts_moving_samples_by_alpha():
+    flow, r = AlphaFlow(unet(), alpha=0.25, power=0, reduce='mean'), torch.tensor([0.5, 0, 0, 0.5])
+    loss = flow(X, E, t=T, r=r)
+    weight = torch.tensor([1.0, 4.0, 4.0, 1.0])
+    assert close(loss.mean, (weight * loss.raw).mean())
+    for power, factor in ((0.5, 1.0), (0.0, 4.0), (1.0, 0.25)):  # 0.25^(2p - 1)
+        got = AlphaFlow(unet(), alpha=0.25, power=power).trust(T, r)
+        assert close(got, torch.where(r < T, factor, 1.0))
+    with pytest.raises(ValueError, match='alpha is 2'):
+        AlphaFlow(unet(), alpha=2)
+
+
+def test_schedule_of_alpha():
+    values = [alpha_at(k / 100) for k in range(101)]
+    assert values[0] == 1 and values[-1] == 0 and values[50] == 0.5
+    assert all(a >= b for a, b in zip(values, values[1:]))
+    assert all(v in (0, 1) or 0.005 <= v <= 0.995 for v in values)
+    assert alpha_at(0.1, 0.2, 0.6) == 1 and alpha_at(0.7, 0.2, 0.6) == 0
+    with pytest.raises(ValueError, match='start is 0.6, end is 0.4'):
+        AlphaSchedule(0.6, 0.4)
+
+
+def test_schedule_moves_alpha_and_a_resumed_training_takes_it_up(tmp_path):
+    def learner():
+        flow = AlphaFlow(unet())
+        return flow_learner(flow, torch.rand(8, 1, 8, 8), batch=4, cbs=[AlphaSchedule()], cpu=True)
+
+    whole, cut = learner(), learner()
+    whole.fit(6)
+    assert whole.bare.alpha == 0
+    cut.steps, cut.step = 6, 3
+    cut.cbs[-1].before_fit(cut)
+    assert cut.bare.alpha == alpha_at(0.5)
+
+
+def test_the_size_of_the_derivative_is_in_the_loss_and_the_history():
+    net = Told(lambda z, t, r, *_: wide(t) * 3 + 0 * z)
+    r = torch.tensor([0.5, 0.5, 0.2, 0.1])
+    loss = MeanFlow(net)(X, E, t=T, r=r)
+    assert close(loss.slope, torch.full((2,), 3.0))
+    assert MeanFlow(net)(X, E, t=T).slope is None and FlowMatching(net)(X, E).slope is None
+    learn = flow_learner(MeanFlow(unet()), torch.rand(8, 1, 8, 8), batch=8, cpu=True).fit(2)
+    row = learn.history[-1]
+    assert 0 < row['derivative'] <= row['derivative, largest']
+
+
+def test_a_narrow_derivative_is_of_16_bits_and_the_usual_one_is_not():
+    net = dit()
+    z, v = straight_path(X, E, SPAN['t'])
+    exact = MeanFlow(net).target(z, v, **SPAN)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        narrow = MeanFlow(net, narrow=True).target(z, v, **SPAN)
+        usual = MeanFlow(net).target(z, v, **SPAN)
+    assert torch.equal(usual, exact) and narrow.dtype == exact.dtype
+    assert 1e-4 < (narrow - exact).norm() / exact.norm() < 0.3
+
+
+def test_guidance_of_a_walk():
+    def says(z, t, r, label, cond):
+        return torch.ones_like(z) * (0 if label is None else 1)
+
+    flow = FlowMatching(Told(says, classes=10))
+    label = torch.arange(4)
+    assert close(flow.sample(E, 2, label, omega=3.0), E - 3)
+    assert close(flow.sample(E, 2, label), E - 1) and close(flow.sample(E, 2, omega=3.0), E)
+    with pytest.raises(ValueError, match='omega is -1'):
+        flow.sample(E, 1, label, omega=-1)
