@@ -265,7 +265,8 @@ class PixelMeanFlow(MeanFlow):
 class AlphaFlow(MeanFlow):
     """From flow matching to MeanFlow: the target is alpha v + (1 - alpha) u(z_s, s, r) at
     s = t - alpha (t - r), one step of the path on; alpha = 1 is the path's velocity at every r,
-    alpha = 0 is MeanFlow, the limit of its weighted gradient (Zhang et al. 2025). `AlphaSchedule` moves `alpha`."""
+    alpha = 0 is MeanFlow, the limit of its weighted gradient (Zhang et al. 2025).
+    `AlphaSchedule` moves `alpha`."""
     def __init__(self,
         net,         # as in MeanFlow
         alpha=1.0,   # where it stands
