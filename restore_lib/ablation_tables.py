@@ -253,6 +253,7 @@ def as_html(
 
 # %% ../nbs/appendix/ablation_tables.ipynb #ablation_tables-013
 _COLORS = {'yes': 'C0', 'no': '0.55', 'one seed': 'C1', None: 'k'}
+_KEY = {'yes': 'blue: told apart', 'no': 'grey: not', 'one seed': 'orange: one seed'}
 
 
 def judged_figure(ablation, metric, title, paired_seeds, names=None):
@@ -263,8 +264,8 @@ def judged_figure(ablation, metric, title, paired_seeds, names=None):
         raise ValueError(f'reference has no {metric}; expected a finished run to draw from')
     shown = [n for n in (names or ablation.names) if ablation.runs(n)]
     fig, ax = plt.subplots(figsize=(6.6, 1.1 + 0.27*len(shown)), layout='constrained')
-    for k, name in enumerate(shown):
-        r = judged_row(ablation, name, metric, paired_seeds)
+    rows = [judged_row(ablation, name, metric, paired_seeds) for name in shown]
+    for k, (name, r) in enumerate(zip(shown, rows)):
         color = _COLORS[r['told apart']]
         seeds = [sum(v)/len(v) - base for v in ablation.runs(name, metric)]
         ax.plot(seeds, [k]*len(seeds), '.', color=color, ms=5, alpha=.6)
@@ -275,8 +276,10 @@ def judged_figure(ablation, metric, title, paired_seeds, names=None):
     ax.set_yticks(range(len(shown)), [n.replace('$', r'\$') for n in shown], fontsize=8)
     ax.invert_yaxis()
     ax.grid(alpha=.3)
-    ax.set_xlabel(f'{metric}: difference from the reference ({base:.4g}); '
-                  'blue: told apart, grey: not, orange: one seed', fontsize=8)
+    label = f'{metric}: difference from the reference ({base:.4g})'
+    told = [r['told apart'] for r in rows]
+    key = ', '.join(text for k, text in _KEY.items() if k in told)
+    ax.set_xlabel(f'{label}; {key}' if key else label, fontsize=8)
     ax.set_title(title, fontsize=9)
     return fig
 

@@ -26,8 +26,8 @@ from .input_signs import signs
 from .denoiser import MOST
 from .model_files import RECORD, load_model, pretrained, pretrained_files
 from restore_lib.restorer_parts import (
-    DENOISER, ENLARGER, KINDS, change_weight, damage_weight, in_windows, kind_of, runner_of,
-    sample_windows,
+    CLEARLY, DENOISER, ENLARGER, KINDS, VASTLY, change_weight, damage_weight, in_windows, kind_of,
+    runner_of, sample_windows,
 )
 from .restorer_scores import best_denoiser
 
@@ -228,7 +228,8 @@ def how_far(
         share = trust(lambda v: restorer.run(v, given), windows, known.level, whole)
     each = share.to(y)[:, None, None, None]
     if restorer.task == 'mixed':
-        each = damage_weight(y, x_hat, share)
+        clear = change_weight(y, x_hat, CLEARLY, VASTLY)
+        each = torch.maximum(damage_weight(y, x_hat, share), clear)
     return each.masked_fill(unknown.to(y.device)[:, None, None, None], 0)
 
 # %% ../nbs/23_restorers.ipynb #23-032
@@ -244,7 +245,7 @@ _CLASSICAL = dict(  # the method, side of its windows, their overlap, ...
 
 _PURPOSES = dict(
     denoise=f'noise of any level up to {255*MOST:.0f} of 255',
-    mixed='dots, blocks, rain and noise',
+    mixed='dots, blocks, rain, blur and noise',
     jpeg='the blocks and rings of JPEG files',
 )
 
@@ -287,7 +288,8 @@ def restorer_of(
         purpose = purpose if levels is None else f'noise of {255*sigma:.0f} of 255'
     papers = {k: v for k, v in record.items() if k in RECORD and k != 'scores'}
     scale = getattr(model, 'scale', 1)
-    run, scores = runner_of(model, device), record.get('scores', {})
+    run = runner_of(model, device, told=task == 'denoise')
+    scores = record.get('scores', {})
     return Restorer(name, task, purpose, run, channels, levels, True, scale, scores, papers)
 
 # %% ../nbs/23_restorers.ipynb #23-033

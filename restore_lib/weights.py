@@ -46,7 +46,8 @@ def step_weights(
 def normalised(
     w,              # (T,) from 0, the weights of all steps, each as likely as the next
 ) -> torch.Tensor:  # (T,), of mean 1
-    "w/mean(w): it shares a loss out, and does not change its size. ValueError for no weights."
+    """w/mean(w), weights of mean 1: a loss keeps its size only if it does not vary with t.
+    ValueError for no weights."""
     if not isinstance(w, torch.Tensor) or not w.is_floating_point():
         kind = getattr(w, 'dtype', type(w).__name__)
         raise TypeError(f'w is {kind}; expected a float tensor (T,)')

@@ -782,6 +782,15 @@ def test_failed_rows_beside_finished_ones_are_drawn():
     ] and '1 failed' in a.markdown()
 
 
+def test_a_figure_explains_the_colours_that_are_in_it():
+    seeds = {'reference': (0, 1), 'b 5': (0,)}
+    a = ablate(by_seed, REF, {'b 5': dict(b=5)}, seeds=seeds, version=0)
+    label = a.figure().axes[0].get_xlabel()
+    assert label.endswith('; orange: one seed') and 'blue' not in label
+    alone = ablate(by_seed, REF, {}, version=0).figure().axes[0].get_xlabel()
+    assert alone.endswith(')')
+
+
 @pytest.mark.parametrize('blank', [b'\n', b'\n\n', b'  \n', b'   '])
 def test_blank_lines_are_no_records(counted, path, blank):
     a = ablate(counted, REF, GRID, path=path, version=0)

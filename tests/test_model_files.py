@@ -11,13 +11,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from restore_lib import model_files as M
+from restore_lib.dmae import dmae_tiny
 from restore_lib.model_files import load_model, pretrained, save_model, save_pretrained
 from restore_lib.patching import PixelStats
+from restore_lib.two_stage import TwoStageDMAE
 
 
 @pytest.fixture(scope='module')
 def model():
-    return load_model('mixed')[0]
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch=4, channels=1, dim=32, depth=2, heads=2)
+    dmae = dmae_tiny(**sizes, dec_dim=32, dec_depth=1, dec_heads=2)
+    return TwoStageDMAE.from_pretrained(dmae, cond=16)[0].half().float().eval()
 
 
 @pytest.fixture(scope='module')
@@ -250,9 +255,10 @@ def test_what_is_kept_asks_for_all_of_its_record(model, tmp_path, monkeypatch):
             save_pretrained(model, 'other', **{n: v for n, v in RECORD.items() if n != k})
     with pytest.raises(ValueError, match='name is'):
         save_pretrained(model, '../other', **RECORD)
+    size = (tmp_path / 'new.safetensors').stat().st_size
     for limit in ('MOST_BYTES', 'MOST_BYTES_TOGETHER'):
         with monkeypatch.context() as patch:
-            patch.setattr(M, limit, 2_000_000 if 'TOGETHER' in limit else 1_000)
+            patch.setattr(M, limit, size + 1_000 if 'TOGETHER' in limit else 1_000)
             with pytest.raises(ValueError, match='other has .* bytes.*expected at most'):
                 save_pretrained(model, 'other', **RECORD)
             if 'TOGETHER' in limit:  # the file itself may be replaced
@@ -302,3 +308,36 @@ def test_the_infinity_of_a_mask_is_saved():
     for bad in (torch.nan, 1e5):
         with pytest.raises(ValueError, match='w holds numbers beyond 65504, or NaN'):
             M.as_half(dict(w=torch.tensor([bad, -torch.inf])))
+
+
+# a byte a weight ----------------------------------------------------------------------------------
+
+
+def test_a_byte_a_weight_comes_back_within_half_a_step(model, tmp_path):
+    state, exact = model.float().state_dict(), model.exact
+    again = M.from_bytes(M.as_bytes(state, exact))
+    assert again.keys() == state.keys()
+    for name, v in state.items():
+        if v.ndim > 1 and not name.startswith(tuple(exact)) and v.is_floating_point():
+            step = v.abs().amax(tuple(range(1, v.ndim)), keepdim=True) / 127
+            assert ((again[name] - v).abs() <= 0.51 * step + 1e-12).all(), name
+        elif v.is_floating_point():
+            assert torch.allclose(again[name].float(), v, rtol=1e-3, atol=1e-6), name
+    small = save_model(model, tmp_path / 'small.safetensors', bits=8, task='mixed')
+    large = save_model(model, tmp_path / 'large.safetensors', task='mixed')
+    assert small.stat().st_size < 0.65 * large.stat().st_size
+    assert load_model(small)[1] == dict(task='mixed')
+    with pytest.raises(ValueError, match='bits is 4; expected one of 8, 16'):
+        save_model(model, tmp_path / 'odd.safetensors', bits=4)
+
+
+@pytest.mark.parametrize('odd', ['absent|scale', 'weight|scale', 'bias|scale'])
+def test_scales_that_do_not_fit_are_told(odd):
+    state = M.as_bytes(torch.nn.Linear(4, 3).state_dict())
+    with pytest.raises(ValueError, match=r'expected .*a scale for each row'):
+        M.from_bytes(state | {odd: torch.ones(3, 2)})
+
+
+def test_a_row_of_zeros_stays_one():
+    state = dict(weight=torch.tensor([[0.0, 0.0], [1e-7, -2.0]]))
+    assert torch.allclose(M.from_bytes(M.as_bytes(state))['weight'], state['weight'], atol=2 / 254)
