@@ -494,7 +494,8 @@ def test_compiles_in_one_graph(kind):
 
 def test_fused_attention_agrees_and_has_no_forward_derivative():
     a, (z, t, r) = small(), call()
-    b = NETS['dit'](fused=True).double()
+    with pytest.warns(UserWarning, match='need a network made with fused=False'):
+        b = NETS['dit'](fused=True).double()
     b.load_state_dict(a.state_dict())
     assert torch.allclose(a(z, t, r), b(z, t, r), atol=1e-10)
     with pytest.raises(NotImplementedError):
@@ -701,7 +702,7 @@ def test_bad_networks(match, make):
 @pytest.mark.parametrize(
     'one, other, says',
     [
-        (dict(time_scale=30.0), dict(), 'time.scale=30.0, but it is 1000.0 here'),
+        (dict(time_scale=30.0), dict(), 'time.scale=30.0, but it is 10.0 here'),
         (dict(heads=4, qk_norm=False), dict(qk_norm=False), 'heads=4, but it is 2 here'),
         (
             dict(norm='layer', qk_norm=False),
@@ -809,3 +810,25 @@ def test_numbers_of_numpy():
 def test_what_does_not_fit_is_named(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+# what lesson 20 needs -----------------------------------------------------------------------------
+
+
+def test_default_times_have_a_tame_derivative():
+    "With the sines of 1000 t, once the default, a derivative in t is a hundred times as large."
+
+    def size(**kw):
+        torch.manual_seed(0)
+        net, (z, t, r) = loud(NETS['dit'](**kw)).double(), call()
+        return jvp(lambda t: net(z, t, r), (t,), (torch.ones_like(t),))[1].square().mean().sqrt()
+
+    assert DiT(16, 4, 16, 1, 2).time.scale == 10
+    assert 0 < size() < 0.1 * size(time_scale=1000.0)
+
+
+def test_only_fused_attention_warns(recwarn):
+    DiT(16, 4, 16, 1, 2)
+    assert not [w for w in recwarn if 'fused' in str(w.message)]
+    with pytest.warns(UserWarning, match='fused=True.*no forward derivative.*fused=False'):
+        DiT(16, 4, 16, 1, 2, fused=True)

@@ -119,6 +119,9 @@ ALLOWED = {
     'codec_study': {'codecs', 'data', 'degrade', 'metrics'},
     'shift_toys': {'diffusion', 'wavelets'},  # toys of lesson 13
     'unet_costs': {'metrics', 'unet'},
+    # lesson 19: what its networks share, and its study
+    'dit_parts': {'unet'},
+    'dit_study': {'dit', 'learner', 'metrics'},
     # the study of lessons 13 and 14, and its weights
     'unet_study': {'data', 'degrade', 'diffusion', 'learner', 'metrics', 'unet', 'wavelets'},
     # the study of lesson 15
