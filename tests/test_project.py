@@ -140,7 +140,7 @@ ALLOWED = {
         'codecs', 'degrade', 'metrics', 'perceptual', 'superres', 'weights',
     },
     'flow_digits': {'data', 'learner'},  # digits of lessons 19 to 21, and their reader
-    'flow_parts': {'learner'},  # lesson 20's Learner, and what guards it
+    'flow_parts': {'dit', 'learner'},  # lesson 20's Learner, and what guards it
     'meanflow_study': {'dit', 'learner', 'meanflow'},  # the study of lesson 20
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
