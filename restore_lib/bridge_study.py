@@ -384,7 +384,7 @@ def path_row(source, way, seed):
     config = dict(what='path', source=source, way=way, steps=PATH_STEPS, hole=HOLE)
     sets = digit_sets(source)
     learn = path_learner(way, sets['train'][0], sets['valid'][0][:64], seed)
-    every = 50 if way in ('straight', 'noise in the hole') and seed == 0 else PATH_STEPS // 6
+    every = PATH_STEPS // (20 if way in ('straight', 'noise in the hole') else 6)
     learn.fit_or_load('21_path', config, PATH_STEPS, every)
     model = learn.trained()
     figures, texts = judged_hole(model, 'test', source, PATHS[way])
