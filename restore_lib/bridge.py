@@ -157,50 +157,6 @@ class FlowRestorer(Knobbed):
 
         return ask, process.prior(e, noise), lambda x, _, t: process.shift(x, e, step(t), noise)
 
-# %% ../nbs/21_bridge.ipynb #21-040
-class ShiftFlow(Knobbed):
-    """Residual-shifting diffusion (lesson 13) behind the face of `FlowMatching`: e is the degraded
-    image, also given as cond; the network adds a correction to it."""
-
-    def __init__(
-        self,
-        net,  # with cond_channels
-        process=None,  # a ResidualShift that predicts 'x0'; default 15 steps, kappa 1: a
-        # deviation, from black to white being 2
-    ):
-        super().__init__()
-        self.net, self.process = net, process or ResidualShift(15, kappa=1.0)
-
-    def own_knobs(self):
-        p = self.process
-        tables = {k: getattr(p, k).tolist() for k in ('kappa', 'latent_std', 'sqrt_etas')}
-        return dict(predicts=p.predicts, **tables)
-
-    def ask(self, label=None):
-        "model(scaled z, t, cond) as `ResidualShift` wants it."
-
-        def model(z, t, cond):
-            when = (t + 1).to(cond.dtype) / self.process.steps
-            return cond + self.net(z, when, None, label, cond)
-
-        return model
-
-    def forward(self, x, e, label=None, cond=None, t=None, r=None, generator=None):
-        "A `FlowLoss` for clean x and degraded e; t (b,) int64 if given. Errors as ResidualShift."
-        if r is not None:
-            raise ValueError('r is given; residual shifting has one time, t: expected None')
-        loss = self.process.loss(
-            self.ask(label), x, e, t, cond, generator=generator, stratified=t is None
-        )
-        when = (loss.t + 1).to(x.dtype) / self.process.steps
-        return FlowLoss(loss.mean, loss.per_sample.detach(), when, when)
-
-    def sample(self, e, steps=1, label=None, cond=None, generator=None):
-        """Clean images from degraded e, in eval mode, without gradients. ValueError for more steps
-        than the process has."""
-        with in_deployment(self):
-            return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
-
 # %% ../nbs/21_bridge.ipynb #21-041
 def _net(base=20, told=False, fold=2, channels=1, classes=None):
     "A small UNet on folded pixels."
@@ -247,6 +203,50 @@ WAYS = {  # name -> function of the network's sizes, which gives (flow, bridge)
     'MeanFlow, noise in the hole': _mean,
     'MeanFlow, straight': partial(_mean, bridge='straight'),
 }
+
+# %% ../nbs/21_bridge.ipynb #21-040
+class ShiftFlow(Knobbed):
+    """Residual-shifting diffusion (lesson 13) behind the face of `FlowMatching`: e is the degraded
+    image, also given as cond; the network adds a correction to it."""
+
+    def __init__(
+        self,
+        net,  # with cond_channels
+        process=None,  # a ResidualShift that predicts 'x0'; default 15 steps, kappa 1: a
+        # deviation, from black to white being 2
+    ):
+        super().__init__()
+        self.net, self.process = net, process or ResidualShift(15, kappa=1.0)
+
+    def own_knobs(self):
+        p = self.process
+        tables = {k: getattr(p, k).tolist() for k in ('kappa', 'latent_std', 'sqrt_etas')}
+        return dict(predicts=p.predicts, **tables)
+
+    def ask(self, label=None):
+        "model(scaled z, t, cond) as `ResidualShift` wants it."
+
+        def model(z, t, cond):
+            when = (t + 1).to(cond.dtype) / self.process.steps
+            return cond + self.net(z, when, None, label, cond)
+
+        return model
+
+    def forward(self, x, e, label=None, cond=None, t=None, r=None, generator=None):
+        "A `FlowLoss` for clean x and degraded e; t (b,) int64 if given. Errors as ResidualShift."
+        if r is not None:
+            raise ValueError('r is given; residual shifting has one time, t: expected None')
+        loss = self.process.loss(
+            self.ask(label), x, e, t, cond, generator=generator, stratified=t is None
+        )
+        when = (loss.t + 1).to(x.dtype) / self.process.steps
+        return FlowLoss(loss.mean, loss.per_sample.detach(), when, when)
+
+    def sample(self, e, steps=1, label=None, cond=None, generator=None):
+        """Clean images from degraded e, in eval mode, without gradients. ValueError for more steps
+        than the process has."""
+        with in_deployment(self):
+            return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
 
 # %% ../nbs/21_bridge.ipynb #21-042
 class SmallRestorer(FlowRestorer):
