@@ -26,7 +26,7 @@ from .input_signs import signs
 from .denoiser import MOST
 from .model_files import RECORD, load_model, pretrained, pretrained_files
 from restore_lib.restorer_parts import (
-    DENOISER, ENLARGER, KINDS, change_weight, damage_weight, in_windows, kind_of, runner_of,
+    DENOISER, ENLARGER, KINDS, OF_DIGITS, change_weight, damage_weight, in_windows, kind_of, runner_of,
     sample_windows,
 )
 from .restorer_scores import best_denoiser
@@ -125,7 +125,7 @@ def _warn(note):
 class Restorer:
     "Restores images of any size, says where they are not what it is for, and harms none knowingly."
     name: str
-    task: str  # 'denoise', 'jpeg', 'mixed' or 'x4'
+    task: str  # 'denoise', 'jpeg', 'mixed', 'digits' or 'x4'
     purpose: str  # what it is for, in a few words
     run: Callable = field(repr=False)  # (y, sigma (b,) or None, progress) -> its plain answer
     channels: int | None = None  # of its training images; None: it takes grey and colour alike
@@ -246,6 +246,7 @@ _PURPOSES = dict(
     denoise=f'noise of any level up to {255*MOST:.0f} of 255',
     mixed='dots, blocks, rain and noise',
     jpeg='the blocks and rings of JPEG files',
+    digits='noise and grey holes in digits of 32 pixels',
 )
 
 
@@ -281,6 +282,9 @@ def restorer_of(
     elif kind == ENLARGER:
         task, channels = f'x{model.scale}', model.codec.channels
         purpose = f'{model.scale} times as many pixels a side'
+    elif kind == OF_DIGITS:
+        task, channels = record.get('task', 'digits'), model.made['channels']
+        purpose = _PURPOSES.get(task, task)
     else:
         task, channels = record.get('task', 'denoise'), model.encoder.channels
         purpose = _PURPOSES.get(task, task)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from common import gen, saved
-from flow_toys import E, PICTURES, T, Told, X, FLOW, close, unet, wide
+from flow_toys import E, PICTURES, T, Told, X, FLOW, close, stirred, unet, wide
 
-from restore_lib.bridge import BRIDGES, Bridge, FlowRestorer, ShiftFlow
+from restore_lib.bridge import BRIDGES, WAYS, Bridge, FlowRestorer, ShiftFlow, SmallRestorer
+from restore_lib.bridge_study import TermStep, chosen, noise_or_hole, term_learner
+from restore_lib.codecs import HybridCodec, PacketCodec
 from restore_lib.diffusion import ResidualShift
 from restore_lib.dit import FlowUNet
 from restore_lib.hole_scores import diversity, grey_share, hole_psnr
@@ -416,3 +418,97 @@ def test_numbers_of_numpy():
     flow_learner(
         FlowMatching(unet()), torch.rand(8, 1, 8, 8), batch=i(4), lr=f(1e-3), ema=f(0.5)
     ).fit(1)
+
+
+# what a file can hold, a latent, terms ----------------------------------------------------------
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_each_way_comes_back_from_its_file(way, tmp_path):
+    from restore_lib.model_files import load_model, save_model
+
+    x, y, mask = holed(2, 16)
+    model = stirred(SmallRestorer(way, 8)).half().float()
+    again, _ = load_model(save_model(model, tmp_path / 'a.safetensors'), 'bridge.SmallRestorer')
+    one, other = (m.float()(y, mask=mask, generator=gen(1)) for m in (model, again))
+    assert close(one, other, 1e-4)
+
+
+def test_a_flow_runs_in_a_latent_that_loses_nothing():
+    x = torch.rand(4, 3, 32, 32, generator=gen())
+    mask = torch.zeros(4, 1, 32, 32)
+    mask[..., 8:20, 12:24] = 1
+    y = x * (1 - mask) + 0.5 * mask
+    codec = PacketCodec(3, 2)
+    codec.gains.fill_(0.5)
+    net = Told(lambda z, t, r, label, cond: z - codec.encode(x)[0])
+    model = FlowRestorer(Regression(net), Bridge('jitter'), codec)
+    assert close(model(y, mask=mask), x, 1e-4)
+    e, _ = model.begin(y, mask, gen())
+    noise = e - codec.encode(y)[0]
+    under = torch.nn.functional.max_pool2d(mask, 4).expand_as(noise) > 0
+    assert (noise[~under] == 0).all() and noise[under].std() == pytest.approx(1, rel=0.1)
+    with pytest.raises(ValueError, match='loses nothing'):
+        FlowRestorer(Regression(net), Bridge(), HybridCodec(3))
+    with pytest.raises(ValueError, match='codec is given'):
+        SmallRestorer(fold=1, channels=48, base=8, codec=codec).made_of()
+
+
+def test_an_answer_with_a_graph_is_the_answer():
+    x, y, mask = holed(2, 16)
+    model = stirred(SmallRestorer('regression, noise in the hole', 8))
+    told = model(y, mask=mask, generator=gen(1), graph=True)
+    assert told.requires_grad and close(told, model(y, mask=mask, generator=gen(1)))
+
+
+def test_terms_look_at_filled_holes_only():
+    x = torch.rand(6, 1, 32, 32, generator=gen())
+    seen = []
+
+    def distance(a, b):
+        seen.append((a, b))
+        return (a - b).square().mean((1, 2, 3))
+
+    model = stirred(SmallRestorer(base=8))
+    torch.manual_seed(0)
+    terms = TermStep(noise_or_hole, 'absolute', distance, 2.0)(model, x)
+    assert list(terms) == ['absolute', 'perceptual']
+    (a, b), (_, mask) = seen[0], noise_or_hole(x)
+    assert torch.equal(b, x[1::2]) and (a == b).flatten(1).any(1).all() and a.requires_grad
+    assert terms['perceptual'] == pytest.approx(2 * (a - b).square().mean().item(), rel=1e-4)
+    with torch.no_grad():
+        assert list(TermStep(noise_or_hole, 'squared', distance, 2.0)(model, x)) == ['squared']
+    with pytest.raises(ValueError, match='pixel is'):
+        TermStep(noise_or_hole, 'cubed')
+
+
+def test_term_learner_leaves_the_critic_out_of_the_model():
+    x = torch.rand(16, 1, 32, 32, generator=gen())
+    learn = term_learner(SmallRestorer(base=8), x, critic=1.0, late=0, batch=8).fit(2)
+    assert learn.history[-1]['critic'] != 0
+    assert len(learn.trained().state_dict()) == len(SmallRestorer(base=8).state_dict())
+
+
+def test_weights_are_chosen_by_the_rule(monkeypatch):
+    def rows(**wanted):
+        grey, read = {0.3: (0.3, 0.9), 1.0: (0.21, 0.7), 3.0: (0.19, 0.8)}[wanted['weight']]
+        return [dict(figures={'grey': grey, 'read': read, 'grey, truth': truth})]
+
+    monkeypatch.setattr('restore_lib.bridge_study.bridge_rows', rows)
+    truth = 0.2
+    assert chosen('critic') == 3.0  # of two that are near in grey the one that is read
+    truth = 0.5
+    assert chosen('critic') == 0.3  # none is near: the nearest
+    monkeypatch.setattr('restore_lib.bridge_study.bridge_rows', lambda **_: [])
+    assert chosen('critic') is None
+
+
+def test_a_restorer_of_digits_is_in_the_registry(tmp_path):
+    from restore_lib.model_files import save_model
+    from restore_lib.restorers import restorer
+
+    model = stirred(SmallRestorer(base=8)).half().float()
+    path = save_model(model, tmp_path / 'd.safetensors', task='digits')
+    found, y = restorer(path), torch.rand(2, 1, 32, 32, generator=gen())
+    assert found.task == 'digits' and found.channels == 1
+    assert close(found(y, say=lambda note: None), model.eval()(y), 1e-3)
