@@ -216,7 +216,8 @@ class ShiftFlow(Knobbed):
         # deviation, from black to white being 2
     ):
         super().__init__()
-        self.net, self.process = net, process or ResidualShift(15, kappa=1.0)
+        with torch.device('cpu'):  # its tables are numbers, whatever the weights are
+            self.net, self.process = net, process or ResidualShift(15, kappa=1.0)
 
     def own_knobs(self):
         p = self.process

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RATIOS', 'TASKS', 'KNOBS', 'CHANGES', 'ABLATIONS', 'scaled', 'fixed_crops', 'pooled', 'drawn', 'scores', 'board',
            'drawing_steps', 'photo_mae', 'digit_mae', 'training_loss', 'crop_db', 'crop_mse', 'photo_images',
-           'digit_images', 'mae_learner', 'train_mae', 'row_scores', 'before_and', 'glyphs', 'knob_learner',
-           'read_right', 'Along', 'knob_row', 'knob_study', 'Ablated', 'ablated', 'photograph_db', 'ablation_study',
+           'digits_to_mask', 'mae_learner', 'train_mae', 'row_scores', 'before_and', 'glyphs', 'knob_learner',
+           'linearly_right', 'Along', 'knob_row', 'knob_study', 'Ablated', 'ablated', 'photograph_db', 'ablation_study',
            'by_seed', 'against', 'held_out', 'score_row', 'score_study']
 
 # %% ../nbs/appendix/mae_training.ipynb #mae_training-003
@@ -173,7 +173,7 @@ def photo_images():
     return Crops(images, 64, n=2**20), [fixed_crops(photos('valid').values())]
 
 
-def digit_images():
+def digits_to_mask():
     "Glyphs and MNIST's training digits; glyphs of other typefaces to validate on."
     both = torch.cat([digits(20_000)[0], digits(source='mnist')[0]])
     return both, [digits(500, 'valid')[0]]
@@ -182,7 +182,7 @@ def digit_images():
 TASKS = dict(
     mae_photos=(photo_mae, photo_images, 2e-3, 32,
                 "photos('train') and BSDS500's 100 training images, crops of 64 pixels"),
-    mae_digits=(digit_mae, digit_images, 2e-3, 64,
+    mae_digits=(digit_mae, digits_to_mask, 2e-3, 64,
                 "20,000 glyphs of digits('train'), 60,000 digits of MNIST's training part"),
 )
 
@@ -284,7 +284,7 @@ def knob_learner(
                       seed=seed)
 
 
-def read_right(
+def linearly_right(
     train,    # features to learn from (n, d)
     labels,   # theirs
     test,     # features to be read (m, d)
@@ -315,11 +315,12 @@ def knob_row(name, seed, steps=300, n=500):
     test, answers = glyphs(n, 'test')
     few, labels = glyphs(1000)
     with random_kept():
-        before = read_right(features(learn.bare, few), labels, features(learn.bare, test), answers)
+        seen, asked = features(learn.bare, few), features(learn.bare, test)
+        before = linearly_right(seen, labels, asked, answers)
     along = Along(test, (steps//8, steps//4, steps//2, steps))
     learn.cbs.append(along)
     model = learn.fit(steps).bare
-    right = read_right(features(model, few), labels, features(model, test), answers)
+    right = linearly_right(features(model, few), labels, features(model, test), answers)
     return dict(
         dB=[round(v, 2) for v in crop_db(model, test).tolist()], curve=along.curve,
         right=''.join('01'[int(r)] for r in right), untrained=before.mean().item(),

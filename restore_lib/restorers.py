@@ -26,8 +26,8 @@ from .input_signs import signs
 from .denoiser import MOST
 from .model_files import RECORD, load_model, pretrained, pretrained_files
 from restore_lib.restorer_parts import (
-    DENOISER, ENLARGER, KINDS, OF_DIGITS, change_weight, damage_weight, in_windows, kind_of, runner_of,
-    sample_windows,
+    DENOISER, ENLARGER, KINDS, OF_DIGITS, change_weight, damage_weight, in_windows, kind_of,
+    runner_of, sample_windows,
 )
 from .restorer_scores import best_denoiser
 

@@ -475,7 +475,8 @@ def test_terms_look_at_filled_holes_only():
     assert list(terms) == ['absolute', 'perceptual']
     (a, b), (_, mask) = seen[0], noise_or_hole(x)
     assert torch.equal(b, x[1::2]) and (a == b).flatten(1).any(1).all() and a.requires_grad
-    assert terms['perceptual'] == pytest.approx(2 * (a - b).square().mean().item(), rel=1e-4)
+    twice = 2 * (a - b).square().mean()
+    assert terms['perceptual'].item() == pytest.approx(twice.item(), rel=1e-4)
     with torch.no_grad():
         assert list(TermStep(noise_or_hole, 'squared', distance, 2.0)(model, x)) == ['squared']
     with pytest.raises(ValueError, match='pixel is'):

@@ -302,3 +302,36 @@ def test_the_infinity_of_a_mask_is_saved():
     for bad in (torch.nan, 1e5):
         with pytest.raises(ValueError, match='w holds numbers beyond 65504, or NaN'):
             M.as_half(dict(w=torch.tensor([bad, -torch.inf])))
+
+
+# a byte a weight ----------------------------------------------------------------------------------
+
+
+def test_a_byte_a_weight_comes_back_within_half_a_step(model, tmp_path):
+    state, exact = model.float().state_dict(), model.exact
+    again = M.from_bytes(M.as_bytes(state, exact))
+    assert again.keys() == state.keys()
+    for name, v in state.items():
+        if v.ndim > 1 and not name.startswith(tuple(exact)) and v.is_floating_point():
+            step = v.abs().amax(tuple(range(1, v.ndim)), keepdim=True) / 127
+            assert ((again[name] - v).abs() <= 0.51 * step + 1e-12).all(), name
+        elif v.is_floating_point():
+            assert torch.allclose(again[name].float(), v, rtol=1e-3, atol=1e-6), name
+    small = save_model(model, tmp_path / 'small.safetensors', bits=8, task='mixed')
+    large = save_model(model, tmp_path / 'large.safetensors', task='mixed')
+    assert small.stat().st_size < 0.65 * large.stat().st_size
+    assert load_model(small)[1] == dict(task='mixed')
+    with pytest.raises(ValueError, match='bits is 4; expected one of 8, 16'):
+        save_model(model, tmp_path / 'odd.safetensors', bits=4)
+
+
+@pytest.mark.parametrize('odd', ['absent|scale', 'weight|scale', 'bias|scale'])
+def test_scales_that_do_not_fit_are_told(odd):
+    state = M.as_bytes(torch.nn.Linear(4, 3).state_dict())
+    with pytest.raises(ValueError, match=r'expected .*a scale for each row'):
+        M.from_bytes(state | {odd: torch.ones(3, 2)})
+
+
+def test_a_row_of_zeros_stays_one():
+    state = dict(weight=torch.tensor([[0.0, 0.0], [1e-7, -2.0]]))
+    assert torch.allclose(M.from_bytes(M.as_bytes(state))['weight'], state['weight'], atol=2 / 254)

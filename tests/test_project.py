@@ -136,11 +136,11 @@ ALLOWED = {
     'weights_study': {
         'codecs', 'degrade', 'metrics', 'perceptual', 'superres', 'weights',
     },
-    'flow_digits': {'data', 'learner'},  # digits of lessons 19 to 21, and the training of their reader
     # the study of lesson 21, and its weights
     'bridge_study': {
         'bridge', 'codecs', 'data', 'degrade', 'learner', 'meanflow', 'metrics',
     },
+    'flow_digits': {'data', 'learner'},  # digits of lessons 19 to 21, and their reader
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }
