@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from .checks import check_images, check_number
 from .data_files import check_choice
@@ -59,20 +60,22 @@ class Bridge:
             check_mask(mask, len(y), y.shape[2:])
         return self.start(2 * check_images(y, 'y') - 1, mask, generator)
 
-    def start(
-        self,
-        y,  # (b, c, h, w) in the network's own range
-        mask=None,  # (b, 1, h, w)
-        generator=None,
-    ):
-        "The same for values that are scaled already, such as a latent."
-        cond = y if self.told else None
-        if self.kind == 'straight':
-            return y, cond
-        noise = self.sigma * draw_normal_like(y, generator).to(y.dtype)
-        if self.kind == 'noise':
-            return noise, cond
-        return y + (noise if mask is None else mask.to(y) * noise), cond
+
+@patch
+def start(
+    self: Bridge,
+    y,  # (b, c, h, w) in the network's own range
+    mask=None,  # (b, 1, h, w)
+    generator=None,
+):
+    "The same for values that are scaled already, such as a latent."
+    cond = y if self.told else None
+    if self.kind == 'straight':
+        return y, cond
+    noise = self.sigma * draw_normal_like(y, generator).to(y.dtype)
+    if self.kind == 'noise':
+        return noise, cond
+    return y + (noise if mask is None else mask.to(y) * noise), cond
 
 # %% ../nbs/21_bridge.ipynb #21-011
 class FlowRestorer(Knobbed):
@@ -104,26 +107,6 @@ class FlowRestorer(Knobbed):
     def own_knobs(self):
         return dict(bridge=[self.bridge.kind, self.bridge.sigma, bool(self.bridge.told)])
 
-    def extra_repr(self):
-        return repr(self.bridge)
-
-    def inside(self, x):
-        "Images (b, c, h, w) in [0, 1] as the flow sees them: in [-1, 1], or a latent."
-        return 2 * x - 1 if self.codec is None else self.codec.encode(x)[0]
-
-    def outside(self, z):
-        "The way back, not clipped."
-        return (z + 1) / 2 if self.codec is None else self.codec.decode(z)
-
-    def begin(self, y, mask=None, generator=None):
-        "The source e and what the network is told of degraded y, both as the flow sees them."
-        check_images(y, 'y')
-        if mask is not None:
-            check_mask(mask, len(y), y.shape[2:])
-            if self.codec is not None:
-                mask = F.max_pool2d(mask.to(y), self.codec.factor)
-        return self.bridge.start(self.inside(y), mask, generator)
-
     def forward(self, y, x=None, mask=None, steps=1, label=None, generator=None, graph=False):
         """A `FlowLoss` with the truth x, else the restored image (b, c, h, w), with `graph` such
         that a loss may be taken of it. ValueError for shapes, channels or NaN."""
@@ -136,26 +119,56 @@ class FlowRestorer(Knobbed):
         own = dict(generator=generator) if isinstance(self.flow, ShiftFlow) else {}
         return self.outside(self.flow.sample(e, steps, label, cond, **own))
 
-    def reader(self, y, mask=None, generator=None):
-        """What `probes.leak_probe` needs: (model(z, t) -> the clean image that the network says at
-        z, source, path(x, e, t) -> z), as the flow sees them.
-        A flow says e - v, not z - t v: z itself holds a part of the truth."""
-        (e, cond), flow = self.begin(y, mask, generator), self.flow
-        if not isinstance(flow, ShiftFlow):
+# %% ../nbs/21_bridge.ipynb #21-0112
+@patch
+def extra_repr(self: FlowRestorer):
+    return repr(self.bridge)
 
-            def says(z, t):
-                return e - flow.velocity(z, t, torch.zeros_like(t), None, cond)
 
-            return says, e, lambda x, e, t: straight_path(x, e, t)[0]
-        noise, process = draw_normal_like(e, generator), flow.process
+@patch
+def inside(self: FlowRestorer, x):
+    "Images (b, c, h, w) in [0, 1] as the flow sees them: in [-1, 1], or a latent."
+    return 2 * x - 1 if self.codec is None else self.codec.encode(x)[0]
 
-        def step(t):
-            return (t * process.steps).round().long().clamp(min=1) - 1
 
-        def ask(z, t):
-            return flow.ask()(process.scale_input(z, step(t)), step(t), cond)
+@patch
+def outside(self: FlowRestorer, z):
+    "The way back, not clipped."
+    return (z + 1) / 2 if self.codec is None else self.codec.decode(z)
 
-        return ask, process.prior(e, noise), lambda x, _, t: process.shift(x, e, step(t), noise)
+
+@patch
+def begin(self: FlowRestorer, y, mask=None, generator=None):
+    "The source e and what the network is told of degraded y, both as the flow sees them."
+    check_images(y, 'y')
+    if mask is not None:
+        check_mask(mask, len(y), y.shape[2:])
+        if self.codec is not None:
+            mask = F.max_pool2d(mask.to(y), self.codec.factor)
+    return self.bridge.start(self.inside(y), mask, generator)
+
+# %% ../nbs/21_bridge.ipynb #21-0113
+@patch
+def reader(self: FlowRestorer, y, mask=None, generator=None):
+    """What `probes.leak_probe` needs: (model(z, t) -> the clean image that the network says at
+    z, source, path(x, e, t) -> z), as the flow sees them.
+    A flow says e - v, not z - t v: z itself holds a part of the truth."""
+    (e, cond), flow = self.begin(y, mask, generator), self.flow
+    if not isinstance(flow, ShiftFlow):
+
+        def says(z, t):
+            return e - flow.velocity(z, t, torch.zeros_like(t), None, cond)
+
+        return says, e, lambda x, e, t: straight_path(x, e, t)[0]
+    noise, process = draw_normal_like(e, generator), flow.process
+
+    def step(t):
+        return (t * process.steps).round().long().clamp(min=1) - 1
+
+    def ask(z, t):
+        return flow.ask()(process.scale_input(z, step(t)), step(t), cond)
+
+    return ask, process.prior(e, noise), lambda x, _, t: process.shift(x, e, step(t), noise)
 
 # %% ../nbs/21_bridge.ipynb #21-041
 def _net(base=20, told=False, fold=2, channels=1, classes=None):
@@ -212,8 +225,7 @@ class ShiftFlow(Knobbed):
     def __init__(
         self,
         net,  # with cond_channels
-        process=None,  # a ResidualShift that predicts 'x0'; default 15 steps, kappa 1: a
-        # deviation, from black to white being 2
+        process=None,  # a ResidualShift that predicts 'x0'; default 15 steps, kappa 1
     ):
         super().__init__()
         with torch.device('cpu'):  # its tables are numbers, whatever the weights are
@@ -243,11 +255,13 @@ class ShiftFlow(Knobbed):
         when = (loss.t + 1).to(x.dtype) / self.process.steps
         return FlowLoss(loss.mean, loss.per_sample.detach(), when, when)
 
-    def sample(self, e, steps=1, label=None, cond=None, generator=None):
-        """Clean images from degraded e, in eval mode, without gradients. ValueError for more steps
-        than the process has."""
-        with in_deployment(self):
-            return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
+
+@patch
+def sample(self: ShiftFlow, e, steps=1, label=None, cond=None, generator=None):
+    """Clean images from degraded e, in eval mode, without gradients. ValueError for more steps
+    than the process has."""
+    with in_deployment(self):
+        return self.process.sample(self.ask(label), e, steps, cond=cond, generator=generator)
 
 # %% ../nbs/21_bridge.ipynb #21-042
 class SmallRestorer(FlowRestorer):
