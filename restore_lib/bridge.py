@@ -122,6 +122,7 @@ class FlowRestorer(Knobbed):
 # %% ../nbs/21_bridge.ipynb #21-0112
 @patch
 def extra_repr(self: FlowRestorer):
+    "What printing adds: the bridge."
     return repr(self.bridge)
 
 
