@@ -60,7 +60,7 @@ class ScaledBlock(nn.Module):
 
 
 class EDSR(nn.Module):
-    "Residual blocks at the small size, then larger (Lim et al. 2017); the names of its public code."
+    "Residual blocks at the small size, then larger (Lim et al. 2017); its public names."
 
     def __init__(self,
         channels=3,  # of the images
