@@ -14,6 +14,7 @@ setup(
     extras_require={
         'dev': s['dev_requirements'].split(),
         'bm3d': s['bm3d_requirements'].split(),  # free for non-commercial use only
+        'public': s['public_requirements'].split(),  # networks of public checkpoints, for lesson 22
         'cluster': s['cluster_requirements'].split(),  # a Dask cluster for the rows of lesson 18
     },
     entry_points={'console_scripts': s['console_scripts'].split()},

@@ -18,7 +18,9 @@ from .data_files import check_choice
 from .degrade import bicubic_up
 from .image_files import planes_of
 from .patching import Mlp
-from .peer_parts import check_divides, clean_options, reflect_to_multiple, scale_steps
+from restore_lib.peer_parts import (
+    check_divides, clean_options, each_level, reflect_to_multiple, scale_steps,
+)
 from .unet import from_windows, shift_mask, to_windows
 from .unet_parts import relative_positions
 
@@ -317,9 +319,8 @@ class DRUNet(nn.Module):
     def forward(self, y, sigma=None):  # (b, channels, h, w), a number or (b,) -> like y
         h, w = y.shape[-2:]
         y = reflect_to_multiple(y, 2**self.levels)
-        level = torch.as_tensor(self.sigma if sigma is None else sigma).to(y).reshape(-1, 1, 1, 1)
-        told = level.expand(len(y), 1, *y.shape[-2:])
-        kept = [self.m_head(torch.cat([y, told], 1))]
+        level = each_level(self.sigma if sigma is None else sigma, y, self.sigma)
+        kept = [self.m_head(torch.cat([y, level.expand(-1, 1, *y.shape[-2:])], 1))]
         for k in range(1, self.levels + 1):
             kept.append(getattr(self, f'm_down{k}')(kept[-1]))
         x = self.m_body(kept[-1])
@@ -429,10 +430,12 @@ class Peer(nn.Module):
         if self.added and self.scale == 1:
             raise ValueError(f'added is True, but {kind} keeps the size; expected False')
 
-    def forward(self, y):  # (b, 1 or 3, h, w) in [0, 1] -> (b, 1 or 3, h*scale, w*scale)
+    def forward(self, y, sigma=None):  # the level in units of [0, 1]: a number, (b,), or None
+        "(b, 1 or 3, h, w) in [0, 1] -> (b, 1 or 3, h*scale, w*scale), not clipped."
         check_images(y, 'y', channels=(1, 3))
         planes, together = planes_of(y, self.channels)
-        x_hat = self.net(planes)
+        told = () if sigma is None or self.kind != 'drunet' else (each_level(sigma, planes),)
+        x_hat = self.net(planes, *told)
         if self.added:
             x_hat = x_hat + bicubic_up(planes, self.scale)
         return together(x_hat)

@@ -49,6 +49,8 @@ def _named(task, device):
         return of_task[0]
     try:
         return restorer(task, device)
+    except ImportError as error:      # public weights, without the package for them
+        raise ValueError(str(error)) from error
     except ValueError as error:
         if Path(task).is_file():
             raise
@@ -284,6 +286,8 @@ def _image_words(words):
     words.add_argument('--task', default='auto', help=(
         'auto (default): estimates the noise and takes the denoiser with the best scores there; a '
         'name of `restore list`; or a file of weights'))
+    words.add_argument('--weights', metavar='FILE', help=(
+        'a file of weights, of this library or public (.safetensors, .pth), in place of --task'))
     words.add_argument('--sigma', type=float, help=(
         'the level of the noise, in 255ths (25, not 0.1), if you know it'))
     words.add_argument('--steps', type=int, help=(
@@ -311,7 +315,8 @@ def _parser():
 
 
 def _run_image(a):
-    how = dict(task=a.task, sigma=a.sigma, steps=a.steps, device=a.device, careful=not a.plain)
+    task = a.task if a.weights is None else a.weights
+    how = dict(task=task, sigma=a.sigma, steps=a.steps, device=a.device, careful=not a.plain)
     if not Path(a.image).is_dir():
         return restore_file(a.image, a.out, progress=not a.quiet, **how)
     try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATCH', 'QUIET', 'CALM', 'GROWTH', 'MOST_PATCHES', 'DOUBT', 'CUT', 'SURE', 'RELIABLE', 'PROBE', 'HELD',
            'estimate_noise', 'trust', 'Restorer', 'as_levels', 'Levels', 'levels_for', 'how_far', 'is_installed',
-           'classical_restorers', 'restorer_of', 'restorers', 'restorer', 'pick_restorer']
+           'classical_restorers', 'restorer_of', 'public_restorer', 'restorers', 'restorer', 'pick_restorer']
 
 # %% ../nbs/23_restorers.ipynb #23-003
 import math
@@ -25,9 +25,10 @@ from .classical import bm3d_filter, nl_means, wavelet_shrinkage
 from .input_signs import signs
 from .denoiser import MOST
 from .model_files import RECORD, load_model, pretrained, pretrained_files
+from .public_models import is_public, load_public
 from restore_lib.restorer_parts import (
-    DENOISER, ENLARGER, KINDS, change_weight, damage_weight, in_windows, kind_of, runner_of,
-    sample_windows,
+    DENOISER, ENLARGER, KINDS, PEER, change_weight, damage_weight, in_windows, kind_of, peer_run,
+    runner_of, sample_windows,
 )
 from .restorer_scores import best_denoiser
 
@@ -149,7 +150,8 @@ class Restorer:
         careful = careful and self.task in HELD
         known = levels_for(self, y, sigma, careful)
         papers = self.levels, self.channels, self.name, self.task == 'jpeg'
-        for note in signs(y, known.measured, known.told, *papers):
+        notes = signs(y, known.measured, known.told, *papers)
+        for note in [*self.provenance.get('notes', ()), *notes]:
             say(note)
         unknown = known.level.isnan() & (self.task != 'jpeg')
         if careful and unknown.any():
@@ -281,6 +283,10 @@ def restorer_of(
     elif kind == ENLARGER:
         task, channels = f'x{model.scale}', model.codec.channels
         purpose = f'{model.scale} times as many pixels a side'
+    elif kind == PEER:
+        task = record.get('task', f'x{model.scale}' if model.scale > 1 else 'denoise')
+        channels, larger = model.channels, f'{model.scale} times as many pixels a side'
+        purpose = _PURPOSES.get(task, larger)
     else:
         task, channels = record.get('task', 'denoise'), model.encoder.channels
         purpose = _PURPOSES.get(task, task)
@@ -290,10 +296,27 @@ def restorer_of(
     run, scores = runner_of(model, device), record.get('scores', {})
     return Restorer(name, task, purpose, run, channels, levels, True, scale, scores, papers)
 
+# %% ../nbs/23_restorers.ipynb #23-032b
+def public_restorer(
+    model,  # of `load_public`
+    name,
+    device=None,  # default: the GPU where there is one
+) -> Restorer:
+    "A public network as a Restorer; what it was trained for, its file does not say."
+    larger = f'{model.scale} times as many pixels a side'
+    task, purpose = ('public', f'what a {model.architecture} was trained for')
+    if model.scale > 1:
+        task, purpose = f'x{model.scale}', f'{larger}, by a {model.architecture}'
+    run = peer_run(model, device, model.multiple)
+    papers = dict(architecture=model.architecture, notes=model.notes, licence='as its file\'s')
+    return Restorer(name, task, purpose, run, model.channels, None, True, model.scale, {}, papers)
+
 # %% ../nbs/23_restorers.ipynb #23-033
 @lru_cache(maxsize=32)
 def _from_file(name, path, written, device):
     "The Restorer of a file as it was `written` (nanoseconds)."
+    if is_public(path):
+        return public_restorer(load_public(path), name, device)
     model, record = load_model(path)
     return restorer_of(model, name, record, device)
 
@@ -311,7 +334,7 @@ def restorers(
 
 
 def restorer(
-    name,  # one of `restorers()`, or a file by save_model
+    name,  # one of `restorers()`, a file by save_model, or a public one: see `load_public`
     device=None,  # default: the GPU where there is one
 ) -> Restorer:
     "One restorer; ValueError names those that there are."

@@ -79,7 +79,8 @@ def test_every_requirement_is_pinned():
         for l in (ROOT / 'constraints.txt').read_text().splitlines()
         if l and l[0] != '#'
     }
-    kinds = 'requirements', 'dev_requirements', 'bm3d_requirements', 'cluster_requirements'
+    extras = 'dev', 'bm3d', 'cluster', 'public'
+    kinds = 'requirements', *(f'{name}_requirements' for name in extras)
     asked = ' '.join(settings()[kind] for kind in kinds).split()
     assert not [r for r in asked if re.split('[<>=]', r)[0].lower().replace('_', '-') not in pinned]
 
@@ -136,6 +137,12 @@ ALLOWED = {
     'weights_study': {
         'codecs', 'degrade', 'metrics', 'perceptual', 'superres', 'weights',
     },
+    # the study of lesson 22, the weights that it leads to, public checkpoints
+    'baselines_study': {
+        'baselines', 'codecs', 'data', 'degrade', 'learner', 'metrics', 'superres',
+    },
+    'photo_x4': {'baselines', 'data', 'learner', 'metrics'},
+    'field_scores': {'metrics'},
     # the study of lesson 09, and its weights
     'dmae_study': {'audit', 'degrade', 'dmae', 'learner', 'mae', 'metrics'},
 }
