@@ -397,9 +397,8 @@ class NAFNet(nn.Module):
         self.decoders = nn.ModuleList(map(some, widths[-2::-1], up))
 
     def forward(self, y):  # (b, channels, h, w) -> the same
-        h, w = y.shape[-2:]
-        sides = -w % 2**len(self.downs), -h % 2**len(self.downs)
-        y = F.pad(y, (0, sides[0], 0, sides[1]))
+        (h, w), n = y.shape[-2:], 2**len(self.downs)
+        y = F.pad(y, (0, -w % n, 0, -h % n))
         x, kept = self.intro(y), []
         for encoder, down in zip(self.encoders, self.downs):
             kept.append(encoder(x))

@@ -28,7 +28,7 @@ NETS = dict(
     swinir_grey=lambda: SwinIR(in_chans=1, upscale=1, upsampler='', **SWIN),
     esrgan=lambda: ESRGAN(num_filters=8, num_blocks=1, scale=4),
     dncnn=lambda: DnCNN(in_nc=1, out_nc=1, nc=8, nb=9, act_mode='R'),
-    drunet=lambda: DRUNet(in_nc=4, out_nc=3, nc=[8, 12, 16, 20], nb=1),
+    drunet=lambda: DRUNet(in_nc=4, out_nc=3, nc=[8, 12, 16, 20], nb=2),
     nafnet=lambda: NAFNet(width=8, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1]),
 )
 

@@ -39,5 +39,41 @@ def restorers():
     return d
 
 
+def baselines():
+    d = Drawing(
+        '22_baselines',
+        404,
+        'What differs between the peers: a scaled residual in EDSR, channel attention in RCAN, '
+        'shifted windows in SwinIR, halves and doubles in DRUNet and NAFNet',
+    )
+    rows = [
+        ('EDSR: a number scales the residual', ['conv, ReLU, conv'], '× 0.1'),
+        ('RCAN: the means of all channels scale each', ['conv, ReLU, conv', 'means'], '× a'),
+        ('SwinIR: pixels of a window see one another', ['windows, shifted', 'attention'], None),
+    ]
+    for k, (title, parts, factor) in enumerate(rows):
+        y = 52 + 86 * k
+        d.note(0, y - 36, title, 'start')
+        x = d.box(36, y, 'x', 'data', w=40)
+        nodes = [x, d.box(190, y, parts[0], 'net' if k < 2 else 'op', w=150)]
+        if len(parts) > 1:
+            nodes.append(d.box(360, y, parts[1], 'op' if k == 1 else 'net', w=110))
+        if factor:
+            nodes.append(d.box(500, y, factor, 'op' if k == 0 else 'net', w=70))
+        plus = d.sign(620, y, '+')
+        out = d.box(700, y, 'out', 'data', w=50)
+        d.chain([*nodes, plus, out])
+        d.path([x.at('bottom'), (36, y + 30), (620, y + 30), plus.at('bottom')])
+    y = 318
+    d.note(0, y - 36, 'DRUNet, NAFNet: the image at a half and a quarter of its side', 'start')
+    sizes = [('h', 76), ('h/2', 76), ('h/4', 76), ('h/2', 76), ('h', 76)]
+    boxes = [d.box(80 + 150 * k, y, t, 'net', w=w) for k, (t, w) in enumerate(sizes)]
+    d.chain(boxes)
+    d.path([boxes[1].at('bottom'), (230, y + 28), (530, y + 28), boxes[3].at('bottom')])
+    d.path([boxes[0].at('bottom'), (80, y + 44), (680, y + 44), boxes[4].at('bottom')])
+    d.legend(390, 'data', 'op', 'net')
+    return d
+
+
 def in_use():
-    return [restorers()]
+    return [baselines(), restorers()]
