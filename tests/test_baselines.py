@@ -189,7 +189,8 @@ def test_a_file_gives_the_same_network_back(kind, tmp_path):
     (lambda: Peer('dncnn', SMALL['dncnn'], added=True), 'added is True, but dncnn keeps the size'),
     (lambda: Peer('edsr', SMALL['edsr'])(torch.rand(1, 2, 8, 8)), 'y has 2 channels'),
     (lambda: Peer('edsr', SMALL['edsr'])(255*torch.rand(1, 3, 8, 8)), 'is it 0 to 255'),
-    (lambda: Peer('edsr', SMALL['edsr'])(torch.rand(3, 8, 8)), 'y has shape (3, 8, 8); expected (b, c, h, w)'),
+    (lambda: Peer('edsr', SMALL['edsr'])(torch.rand(3, 8, 8)),
+     'y has shape (3, 8, 8); expected (b, c, h, w)'),
 ])
 def test_errors_name_what_is_wrong(make, words):
     with pytest.raises((ValueError, TypeError)) as told:

@@ -181,7 +181,8 @@ def test_without_spandrel_it_says_what_to_install(tmp_path, monkeypatch):
         load_public(path)
     image = tmp_path/'in.png'
     save_image(torch.rand(3, 8, 8), image)
-    assert restore_command(['image', str(image), str(tmp_path/'o.png'), '--weights', str(path)]) == 2
+    args = ['image', str(image), str(tmp_path/'o.png'), '--weights', str(path)]
+    assert restore_command(args) == 2
 
 
 def test_wrapped_weights_are_unwrapped(tmp_path):
