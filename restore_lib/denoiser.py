@@ -243,12 +243,12 @@ def psnr_at(level):
     return psnr_of(partial(gaussian, sigma=level / 255))
 
 
-# what is mended -> the task of the weights, the loss, what a training is watched by
+# what is mended -> the task of the weights, the loss, what a training is watched by, bits a weight
 DAMAGES = dict(
-    noise=('denoise', denoiser_loss, {f'dB at {s}': psnr_at(s) for s in LEVELS}),
+    noise=('denoise', denoiser_loss, {f'dB at {s}': psnr_at(s) for s in LEVELS}, 16),
     jpeg=('jpeg', jpeg_loss,
-          {f'dB at quality {q}': psnr_of(partial(jpeg, quality=q)) for q in QUALITIES}),
-    mixed=('mixed', mixed_loss, {'dB, mixed': psnr_of(Degradation('mixed'))}),
+          {f'dB at quality {q}': psnr_of(partial(jpeg, quality=q)) for q in QUALITIES}, 8),
+    mixed=('mixed', mixed_loss, {'dB, mixed': psnr_of(Degradation('mixed'))}, 8),
 )
 
 
@@ -283,7 +283,7 @@ def train_denoiser(
 ):
     "One stage; the trained Learner. Stopped, the same call goes on from its last checkpoint."
     check_choice(damage, DAMAGES, 'damage')
-    task, loss, watched = DAMAGES[damage]
+    task, loss, watched, bits = DAMAGES[damage]
     start, before = None, {}
     if stage:
         start, before = load_model(name, 'denoiser.Denoiser')
@@ -318,6 +318,7 @@ def train_denoiser(
             {f"PSNR, photos('valid'), {k}": round(v, 2) for k, v in learn.metrics.items()},
             round(before.get('minutes', 0) + learn.seconds / 60),
             'Apache-2.0; the photographs are public domain, CC0, CC BY or for research (BSDS500)',
+            bits=bits,
             task=task,
             stage=stage,
             steps=before.get('steps', 0) + steps,

@@ -90,6 +90,7 @@ def _ship(learn, roadscene, steps, precision):
         {f"held scenes, {k}": round(v, 2) for k, v in learn.metrics.items()},
         round(learn.seconds / 60),
         bound if roadscene else free,
+        bits=8,
         task='x4',
         steps=steps,
     )

@@ -179,11 +179,12 @@ def digits_to_mask():
     return both, [digits(500, 'valid')[0]]
 
 
+# name -> model, images, rate, crops a step, what they are, bits of a shipped weight
 TASKS = dict(
     mae_photos=(photo_mae, photo_images, 2e-3, 32,
-                "photos('train') and BSDS500's 100 training images, crops of 64 pixels"),
+                "photos('train') and BSDS500's 100 training images, crops of 64 pixels", 8),
     mae_digits=(digit_mae, digits_to_mask, 2e-3, 64,
-                "20,000 glyphs of digits('train'), 60,000 digits of MNIST's training part"),
+                "20,000 glyphs of digits('train'), 60,000 digits of MNIST's training part", 16),
 )
 
 
@@ -194,7 +195,7 @@ def mae_learner(
     data,   # images to train on, batches to validate on
 ):
     "A `Learner` of one stage, with an average of the weights."
-    _, _, lr, batch, _ = TASKS[name]
+    _, _, lr, batch, *_ = TASKS[name]
     train, valid = data
     opt = torch.optim.AdamW(param_groups(model, lr*0.7**stage, weight_decay=0.05),
                             betas=(0.9, 0.95))
@@ -212,7 +213,7 @@ def train_mae(
 ):
     "One stage; the trained Learner. Stopped, the same call goes on from its last checkpoint."
     stage, before = check_whole(stage, 'stage', 0), {}
-    make, images, _, _, data = TASKS[name]
+    make, images, _, _, data, bits = TASKS[name]
     with random_seeded(0):
         model = make()
     if stage:
@@ -230,7 +231,7 @@ def train_mae(
             stage, data, {f'dB of removed patches, validation, {k}': round(v, 2)
                           for k, v in row_scores(learn.metrics).items()},
             licence='Apache-2.0; the images are public domain, CC0, CC BY or for research',
-            task='fill removed patches', stage=stage, **record)
+            bits=bits, task='fill removed patches', stage=stage, **record)
     return learn
 
 

@@ -27,7 +27,7 @@ def test_one_step_is_trained_and_told(tmp_path, monkeypatch):
     learn = infrared.train_infrared(steps=1)
     (model, name, recipe, *_, scores, _, licence), says = told[0]
     assert name == 'infrared_x4' and recipe.startswith("train_infrared(False, 1, 'no')")
-    assert 'Apache-2.0' in licence and says == dict(task='x4', steps=1)
+    assert 'Apache-2.0' in licence and says == dict(task='x4', steps=1, bits=8)
     assert set(scores) == {f'held scenes, {k}' for k in learn.metrics}
     with torch.no_grad():
         assert model(torch.rand(1, 1, 16, 24)).shape == (1, 1, 64, 96)
